@@ -1,0 +1,95 @@
+# make test is the one that matters; make check is all that CI runs.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+GO ?= go
+# The tools are modules of their own (tools/), pinned there, built on first use.
+BUF ?= nice $(GO) tool -modfile=tools/buf/go.mod buf
+STATICCHECK ?= $(GO) tool -modfile=tools/check/go.mod staticcheck
+FUZZTIME ?= 10s
+BASELINE := proto/testdata/baseline.binpb
+
+.PHONY: help
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS=$$'\t' read -r name text; do printf '  %-16s %s\n' "$$name" "$$text"; done
+
+# Says at once what is missing, instead of failing minutes later in a linker.
+.PHONY: need-go
+need-go:
+	@command -v $(GO) >/dev/null || { echo "dayfly needs Go 1.26 or newer, and there is no '$(GO)' in PATH: see https://go.dev/dl" >&2; exit 1; }
+	@version=$$(GOTOOLCHAIN=local $(GO) env GOVERSION); version=$${version#go}; \
+	IFS=. read -r major minor _ <<<"$${version%%[a-z-]*}"; \
+	(( major > 1 || (major == 1 && minor >= 26) )) || { echo "dayfly needs Go 1.26 or newer, and this is $$version: see https://go.dev/dl" >&2; exit 1; }
+
+.PHONY: need
+need: need-go
+	@command -v git >/dev/null || { echo "the tests need git, which isn't installed: apt-get install git" >&2; exit 1; }
+	@cc=$$($(GO) env CC); command -v "$${cc%% *}" >/dev/null || { echo "the race detector needs a C compiler, and there is no '$$cc': apt-get install gcc libc6-dev" >&2; exit 1; }
+
+.PHONY: build
+build: need-go ## the commands, into bin/
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags='-s -w' -o bin/ ./cmd/...
+
+# Other people's clients are a module of their own, so that nobody who uses
+# dayfly compiles them.
+.PHONY: test
+test: need ## go vet and every test under the race detector, e2e on built binaries included
+	$(GO) vet ./...
+	@if [[ -f e2e/clients/go.mod ]]; then echo "$(GO) -C e2e/clients test -race ./..."; CGO_ENABLED=1 $(GO) -C e2e/clients test -race ./...; fi
+	CGO_ENABLED=1 $(GO) test -race -timeout 30m ./...
+
+.PHONY: race
+race: test ## the same as test, which always runs the race detector
+
+.PHONY: bench
+bench: need-go ## every benchmark
+	$(GO) test -run '^$$' -bench . -benchmem -timeout 30m ./...
+
+.PHONY: fuzz
+fuzz: need ## every fuzz target for FUZZTIME (10s) each
+	@for pkg in $$(grep -rl --include='*_test.go' '^func Fuzz' . | xargs -r -n1 dirname | sort -u); do \
+	  for target in $$(grep -ho --include='*_test.go' '^func Fuzz[A-Za-z0-9_]*' "$$pkg"/*_test.go | cut -c6- | sort -u); do \
+	    echo "$$pkg $$target"; $(GO) test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME) "$$pkg"; \
+	  done; \
+	done
+
+.PHONY: lint
+lint: gofmt proto-lint ## gofmt, go vet, staticcheck, buf lint
+	$(GO) vet ./...
+	$(STATICCHECK) ./...
+
+.PHONY: gofmt
+gofmt: need-go
+	@bad=$$(git ls-files -co --exclude-standard '*.go' | xargs -r gofmt -l); \
+	[[ -z "$$bad" ]] || { echo "not formatted, run gofmt -w on:" >&2; echo "$$bad" >&2; exit 1; }
+
+.PHONY: generate
+generate: need-go ## the Go code of proto/*.proto
+	rm -f proto/dayfly/*/*.pb.go
+	$(BUF) generate --template proto/buf.gen.yaml
+
+.PHONY: generate-check
+generate-check: need-go ## that the checked-in generated code is what generate makes
+	@tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; \
+	$(BUF) generate --template proto/buf.gen.yaml -o "$$tmp"; \
+	diff -r -x '*.proto' proto/dayfly "$$tmp/proto/dayfly" || { echo "generated code is out of date: run make generate" >&2; exit 1; }
+
+.PHONY: proto-lint
+proto-lint: need-go ## buf lint
+	$(BUF) lint
+
+.PHONY: proto-breaking
+proto-breaking: need-go ## that proto breaks nobody who has the committed baseline
+	$(BUF) breaking --against $(BASELINE)
+
+# Deliberate: after this, what the new baseline dropped may never be missed again.
+.PHONY: proto-baseline
+proto-baseline: need-go ## accept today's proto as the baseline of proto-breaking
+	mkdir -p $(dir $(BASELINE))
+	$(BUF) build -o $(BASELINE)
+
+.PHONY: check
+check: ## everything that CI runs
+	CI=true .ci/run

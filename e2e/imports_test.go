@@ -1,0 +1,222 @@
+package e2e
+
+import (
+	"encoding/json"
+	"errors"
+	"io"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+)
+
+const module = "github.com/dayflyhq/dayfly"
+
+const (
+	grpc      = "google.golang.org/grpc"
+	bbolt     = "go.etcd.io/bbolt"
+	opa       = "github.com/open-policy-agent/opa"
+	goSPIFFE  = "github.com/spiffe/go-spiffe/v2"
+	generated = module + "/proto/dayfly"
+	// children of the broker, but not the broker: the slash at the end says so
+	brokerChildren = module + "/broker/"
+)
+
+// ban forbids a path and all below it, or only what is below it when the path
+// ends in a slash.
+type ban struct{ path, reason string }
+
+// room is a row of the table of the house. Packages below a room without a row of
+// their own are part of it.
+type room struct {
+	path    string
+	direct  []ban    // never imported by the room's own files (tests excluded)
+	closure []ban    // never compiled by who imports the room
+	except  []string // allowed although a ban covers it
+}
+
+const (
+	bothEnds     = "both ends of the wire share the ground floor"
+	pure         = "the rules are pure: no I/O, so a test can step them"
+	outlive      = "the core must outlive its adapters"
+	disk         = "the store keeps bytes and knows neither the wire nor the policy"
+	adapter      = "an adapter reaches the store and the policy through the broker's seams"
+	apart        = "keys and policy are one idea each"
+	usersCompile = "users of the SDK compile none of it"
+	small        = "a sidecar is small"
+	noWayUp      = "arrows go one way: commands and scenarios are on top"
+)
+
+// top is banned in every room but the commands.
+var top = []ban{{module + "/cmd", noWayUp}, {module + "/e2e", noWayUp}}
+
+var (
+	ground = []ban{
+		{grpc, bothEnds}, {generated, bothEnds}, {module + "/broker", bothEnds}, {module + "/sdk", bothEnds},
+		{module + "/agent", bothEnds}, {module + "/policy", bothEnds}, {bbolt, bothEnds}, {"go.etcd.io/etcd", bothEnds},
+		{opa, bothEnds}, {goSPIFFE, bothEnds},
+	}
+	noIO     = []ban{{"os", pure}, {"net", pure}, {"database/sql", pure}, {"log", pure}}
+	spiffeID = []string{goSPIFFE + "/spiffeid", goSPIFFE + "/internal", "net/url", "net/netip", "log/slog"} // slog: a token redacts itself
+	core     = []ban{{grpc, outlive}, {bbolt, outlive}, {opa, outlive}, {generated, outlive}, {brokerChildren, outlive}, {module + "/policy", outlive}}
+	light    = []ban{{module + "/broker", usersCompile}, {module + "/policy", usersCompile}, {module + "/agent", usersCompile}, {bbolt, usersCompile}, {opa, usersCompile}}
+	adapters = []ban{{bbolt, adapter}, {opa, adapter}, {module + "/broker/boltstore", adapter}}
+)
+
+// house is the whole table. A package in no room fails the test: a new one needs
+// a row here, and a sentence that no existing room could truthfully carry.
+var house = []room{
+	{path: "proto/dayfly/v1"},
+	{path: "proto/token", direct: noIO, closure: ground, except: spiffeID},
+	{path: "proto/revocation", direct: noIO, closure: ground, except: spiffeID},
+	{path: "proto/feed", direct: noIO, closure: ground, except: spiffeID},
+	{path: "broker", direct: core, closure: core},
+	{path: "broker/boltstore", direct: []ban{{grpc, disk}, {generated, disk}, {module + "/policy", disk}, {opa, disk}}},
+	{path: "broker/storetest", direct: []ban{{grpc, disk}, {generated, disk}, {module + "/policy", disk}, {opa, disk}, {bbolt, "the suite knows no particular store"}, {module + "/broker/boltstore", "the suite knows no particular store"}}},
+	{path: "broker/keys", direct: []ban{{grpc, apart}, {bbolt, apart}, {opa, apart}, {module + "/policy", apart}}},
+	{path: "broker/rpc", direct: adapters},
+	{path: "broker/web", direct: adapters},
+	{path: "policy", direct: []ban{{grpc, apart}, {bbolt, apart}, {module + "/broker/keys", apart}}},
+	{path: "agent", closure: []ban{{module + "/broker", small}, {module + "/policy", small}, {bbolt, small}, {opa, small}}},
+	{path: "sdk", closure: light},
+	{path: "sdk/verify", closure: light},
+	{path: "sdk/spiffetest", closure: append(slices.Clip(light), ban{"testing", "dev mode links it too"})},
+	{path: "cmd/dayfly"},
+	{path: "cmd/dayfly-broker"},
+	{path: "cmd/dayfly-agent"},
+	{path: "cmd/internal/brokerd"},
+	{path: "cmd/internal/agentd"},
+}
+
+// violation returns why a room may not import path, or "".
+func violation(path string, bans []ban, except []string) string {
+	for _, e := range except {
+		if covers(e, path) {
+			return ""
+		}
+	}
+	for _, b := range bans {
+		if covers(b.path, path) {
+			return b.reason
+		}
+	}
+	return ""
+}
+
+func covers(prefix, path string) bool {
+	if strings.HasSuffix(prefix, "/") {
+		return strings.HasPrefix(path, prefix)
+	}
+	return path == prefix || strings.HasPrefix(path, prefix+"/")
+}
+
+// roomOf returns the row that a package belongs to: the longest that covers it.
+func roomOf(pkg string) (room, bool) {
+	var best room
+	for _, r := range house {
+		if covers(module+"/"+r.path, pkg) && len(r.path) > len(best.path) {
+			best = r
+		}
+	}
+	return best, best.path != ""
+}
+
+type listed struct {
+	ImportPath, Name string
+	Imports, Deps    []string
+	Error            *struct{ Err string }
+}
+
+// listPackages asks go list for every package of the module.
+func listPackages(t *testing.T) []listed {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), "go", "list", "-e", "-json=ImportPath,Name,Imports,Deps,Error", "./...")
+	cmd.Dir, cmd.Stderr = "..", os.Stderr
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("go list: %v", err)
+	}
+	var all []listed
+	for dec := json.NewDecoder(strings.NewReader(string(out))); ; {
+		var p listed
+		if err := dec.Decode(&p); errors.Is(err, io.EOF) {
+			return all
+		} else if err != nil {
+			t.Fatalf("reading what go list says: %v", err)
+		}
+		all = append(all, p)
+	}
+}
+
+func TestImports(t *testing.T) {
+	seen := make(map[string]bool)
+	for _, p := range listPackages(t) {
+		if p.Error != nil && !strings.Contains(p.Error.Err, "no non-test Go files") {
+			t.Errorf("%s: %s", p.ImportPath, p.Error.Err)
+			continue
+		}
+		if covers(module+"/e2e", p.ImportPath) {
+			continue
+		}
+		r, ok := roomOf(p.ImportPath)
+		if !ok && covers(module+"/cmd", p.ImportPath) {
+			continue
+		}
+		if !ok {
+			t.Errorf("%s is in no room: give it a row in the table, or a place in an existing room", p.ImportPath)
+			continue
+		}
+		seen[strings.TrimPrefix(p.ImportPath, module+"/")] = true
+		if !covers("cmd", r.path) {
+			r.direct = append(slices.Clip(r.direct), top...)
+		}
+		for _, path := range p.Imports {
+			if why := violation(path, r.direct, r.except); why != "" {
+				t.Errorf("%s imports %s: %s", p.ImportPath, path, why)
+			}
+		}
+		for _, path := range p.Deps {
+			if why := violation(path, r.closure, r.except); why != "" {
+				t.Errorf("%s depends on %s: %s", p.ImportPath, path, why)
+			}
+		}
+	}
+	for _, r := range house {
+		if !seen[r.path] {
+			t.Errorf("room %s has no package: the table must name what exists", r.path)
+		}
+	}
+}
+
+// TestTableBites holds the table itself: a rule that matches nothing is no rule.
+func TestTableBites(t *testing.T) {
+	for _, c := range []struct {
+		room, path string
+		forbidden  bool
+	}{
+		{"proto/token", grpc + "/codes", true},
+		{"proto/feed", goSPIFFE + "/workloadapi", true},
+		{"proto/feed", goSPIFFE + "/spiffeid", false},
+		{"proto/token", "github.com/golang-jwt/jwt/v5", false},
+		{"proto/revocation", "net/http", true},
+		{"broker", bbolt, true},
+		{"broker", module + "/broker/keys", true},
+		{"broker", module + "/proto/token", false},
+		{"broker/rpc", grpc, false},
+		{"broker/rpc", opa + "/v1/rego", true},
+		{"sdk/verify", module + "/broker/rpc", true},
+		{"sdk", "google.golang.org/grpcfake", false},
+		{"agent", module + "/sdk", false},
+		{"agent", opa, true},
+	} {
+		r, ok := roomOf(module + "/" + c.room)
+		if !ok || r.path != c.room {
+			t.Errorf("no row for %s", c.room)
+			continue
+		}
+		if got := violation(c.path, slices.Concat(r.direct, r.closure), r.except) != ""; got != c.forbidden {
+			t.Errorf("%s importing %s: forbidden %v, want %v", c.room, c.path, got, c.forbidden)
+		}
+	}
+}
