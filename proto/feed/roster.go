@@ -1,0 +1,182 @@
+package feed
+
+import (
+	"cmp"
+	"slices"
+	"time"
+)
+
+// A VerifierID names one run of one verifier. A receipt counts for it and for no
+// other: not for the next start of the same verifier, not for another identity.
+type VerifierID struct {
+	// Identity is what it proved by mTLS; for one behind a relay, the relay's.
+	Identity string
+	// Instance is random, new with every start.
+	Instance string
+	// Via is the instances of the relays between, nearest to the broker first,
+	// joined by "/"; empty for none.
+	Via string
+}
+
+// A Verifier is one entry of the roster.
+type Verifier struct {
+	ID        VerifierID
+	Audiences []string
+	// Bound is its staleness bound, at most the largest that any entry may have.
+	Bound time.Duration
+	// AcceptsStale: it runs on when stale, so nothing bounds it but expiry.
+	AcceptsStale bool
+	// Acked is up to where it said to have applied everything.
+	Acked   Position
+	AckedAt Instant
+	// Answered is when one of its pings was last answered: it can be fresh as of no
+	// later moment.
+	Answered Instant
+}
+
+// closes returns from when the verifier refuses everything if it stays silent.
+func (v *Verifier) closes() Instant { return v.Answered.Add(v.Bound) }
+
+// A Roster knows every verifier that may accept tokens. Not safe for concurrent use.
+// The zero value is empty.
+type Roster struct {
+	verifiers map[VerifierID]*Verifier
+}
+
+// Join adds a verifier or takes over its new data; what it acknowledged before under
+// the same ID stands. Now counts as an answer: from here on it may become fresh.
+func (r *Roster) Join(v Verifier, now Instant) {
+	if r.verifiers == nil {
+		r.verifiers = map[VerifierID]*Verifier{}
+	}
+	if old, ok := r.verifiers[v.ID]; ok {
+		if old.Acked.Compare(v.Acked) > 0 {
+			v.Acked, v.AckedAt = old.Acked, old.AckedAt
+		}
+		// It may still live by an answer under its old, larger bound.
+		if closes := old.closes(); closes > now.Add(v.Bound) {
+			v.Answered = closes.Add(-v.Bound)
+		}
+	}
+	v.Answered = max(v.Answered, now)
+	r.verifiers[v.ID] = &v
+}
+
+// Answered notes that a ping of the verifier is being answered.
+func (r *Roster) Answered(id VerifierID, now Instant) {
+	if v, ok := r.verifiers[id]; ok {
+		v.Answered = max(v.Answered, now)
+	}
+}
+
+// Acknowledged notes a receipt and reports whether it is news. One above what is
+// delivered is the caller's to refuse.
+func (r *Roster) Acknowledged(id VerifierID, p Position, now Instant) bool {
+	v, ok := r.verifiers[id]
+	if !ok || p.Compare(v.Acked) <= 0 {
+		return false
+	}
+	v.Acked, v.AckedAt = p, now
+	return true
+}
+
+// Get returns a copy of one entry.
+func (r *Roster) Get(id VerifierID) (Verifier, bool) {
+	v, ok := r.verifiers[id]
+	if !ok {
+		return Verifier{}, false
+	}
+	return *v, true
+}
+
+// Len returns the number of entries.
+func (r *Roster) Len() int { return len(r.verifiers) }
+
+// Expire drops, and returns, those that have been closed for longer than keep.
+func (r *Roster) Expire(now Instant, keep time.Duration) []VerifierID {
+	var gone []VerifierID
+	for id, v := range r.verifiers {
+		if now.Sub(v.closes()) > keep {
+			gone = append(gone, id)
+			delete(r.verifiers, id)
+		}
+	}
+	return gone
+}
+
+// A ReceiptState is what is known of one verifier and one revocation.
+type ReceiptState string
+
+// The states of a receipt.
+const (
+	// Confirmed: it acknowledged a position at or after the revocation.
+	Confirmed ReceiptState = "confirmed"
+	// Pending: it has neither confirmed nor passed its bound.
+	Pending ReceiptState = "pending"
+	// Closed: silent for longer than its bound, so it refuses everything.
+	Closed ReceiptState = "closed"
+	// Unbounded: it accepts when stale; nothing bounds it but expiry.
+	Unbounded ReceiptState = "unbounded"
+)
+
+// A Receipt is one verifier's part of a containment.
+type Receipt struct {
+	Verifier Verifier
+	State    ReceiptState
+	// At: confirmed then, closed since then, or closing then at the latest; zero
+	// for an unbounded one.
+	At Instant
+}
+
+// A Containment is the sum of the receipts for one revocation.
+type Containment struct {
+	Receipts []Receipt // in the order of identity, via, instance
+	Counts   map[ReceiptState]int
+	// Contained: no feed verifier accepts what was revoked.
+	Contained bool
+	// By is from when that holds, or will hold at the latest; meaningless while a
+	// verifier is unbounded.
+	By Instant
+}
+
+// Containment adds up the receipts for a revocation at a position that was durable at
+// committed. It says contained only when every verifier has confirmed, or when
+// the largest bound has passed since the commit and none is unbounded: after that, a
+// verifier that hasn't applied the record can't be fresh, not even one that the
+// roster has never heard of but whose bound is no larger.
+func (r *Roster) Containment(at Position, committed, now Instant) Containment {
+	c := Containment{Counts: map[ReceiptState]int{}}
+	var largest time.Duration
+	last := committed
+	for _, v := range r.verifiers {
+		rec := v.receipt(at, now)
+		c.Receipts = append(c.Receipts, rec)
+		c.Counts[rec.State]++
+		largest = max(largest, v.Bound)
+		if rec.State == Confirmed {
+			last = max(last, rec.At)
+		}
+	}
+	slices.SortFunc(c.Receipts, func(a, b Receipt) int {
+		x, y := a.Verifier.ID, b.Verifier.ID
+		return cmp.Or(cmp.Compare(x.Identity, y.Identity), cmp.Compare(x.Via, y.Via), cmp.Compare(x.Instance, y.Instance))
+	})
+	c.By = committed.Add(largest)
+	if c.Counts[Confirmed] == len(c.Receipts) {
+		c.By = last
+	}
+	c.Contained = c.Counts[Unbounded] == 0 && now >= c.By
+	return c
+}
+
+func (v *Verifier) receipt(at Position, now Instant) Receipt {
+	switch {
+	case v.Acked.Compare(at) >= 0:
+		return Receipt{*v, Confirmed, v.AckedAt}
+	case v.AcceptsStale:
+		return Receipt{Verifier: *v, State: Unbounded}
+	case now > v.closes():
+		return Receipt{*v, Closed, v.closes()}
+	}
+	return Receipt{*v, Pending, v.closes()}
+}
