@@ -1,0 +1,108 @@
+package policy
+
+import (
+	"slices"
+	"time"
+
+	"github.com/open-policy-agent/opa/v1/ast"
+)
+
+// dataset turns what was parsed into what is asked. Everything that a rule looks
+// up stands under its key, so a decision costs the same with ten entries and with
+// a hundred thousand.
+func (p *parser) dataset() *dataset {
+	d := &dataset{
+		audiences: p.audiences,
+		names:     map[string][]string{},
+		places:    p.places,
+	}
+	for name, a := range p.audiences {
+		for _, pattern := range a.Identities {
+			d.names[pattern] = append(d.names[pattern], name)
+		}
+	}
+	d.value = ast.NewObject(
+		item("audiences", object(p.audiences, audienceTerm)),
+		item("entitlements", object(p.entitlements, targetsTerm)),
+		item("exchange", object(p.exchange, func(t table[entitlement]) *ast.Term { return object(t, targetsTerm) })),
+		item("operators", object(p.operators, setTerm)),
+		item("verifiers", object(p.verifiers, verifierTerm)),
+		item("limits", object(p.limits, limitsTerm)),
+		item("custom", object(p.custom, ast.NewTerm)),
+	)
+	return d
+}
+
+// namesOf lists the audience names that any of patterns answers to, sorted.
+func (d *dataset) namesOf(patterns []string) []string {
+	var out []string
+	for _, p := range patterns {
+		out = append(out, d.names[p]...)
+	}
+	slices.Sort(out)
+	return slices.Compact(out)
+}
+
+func object[M ~map[string]V, V any](m M, term func(V) *ast.Term) *ast.Term {
+	items := make([][2]*ast.Term, 0, len(m))
+	for k, v := range m {
+		items = append(items, ast.Item(ast.StringTerm(k), term(v)))
+	}
+	return ast.ObjectTerm(items...)
+}
+
+func targetsTerm(m map[string]entitlement) *ast.Term { return object(m, entitlementTerm) }
+
+func entitlementTerm(e entitlement) *ast.Term {
+	return ast.ObjectTerm(
+		item("scopes", setTerm(e.scopes)),
+		item("default_scopes", stringsTerm(e.defaults)),
+		item("ttl_ns", int64Term(int64(e.ttl))),
+		item("max_ttl", ast.StringTerm(shortDuration(e.ttl))),
+		item("binding", ast.StringTerm(e.binding)),
+	)
+}
+
+func audienceTerm(a Audience) *ast.Term {
+	return ast.ObjectTerm(
+		item("owner", ast.StringTerm(a.Owner)),
+		item("verified_by", ast.StringTerm(a.VerifiedBy)),
+		item("identities", setTerm(a.Identities)),
+		item("max_staleness_ns", int64Term(int64(a.MaxStaleness))),
+		item("on_stale", ast.StringTerm(a.OnStale)),
+	)
+}
+
+func verifierTerm(v verifier) *ast.Term {
+	return ast.ObjectTerm(
+		item("follow", setTerm(v.follow)),
+		item("relay", ast.BooleanTerm(v.relay)),
+	)
+}
+
+func limitsTerm(l Limits) *ast.Term {
+	return ast.ObjectTerm(
+		item("issue_per_second", int64Term(int64(l.IssuePerSecond))),
+		item("live_grants", int64Term(int64(l.LiveGrants))),
+	)
+}
+
+// setTerm is a set as JSON can hold it: an object whose values are true.
+func setTerm(list []string) *ast.Term {
+	items := make([][2]*ast.Term, len(list))
+	for i, s := range list {
+		items[i] = ast.Item(ast.StringTerm(s), ast.BooleanTerm(true))
+	}
+	return ast.ObjectTerm(items...)
+}
+
+// shortDuration writes 5m0s as 5m.
+func shortDuration(d time.Duration) string {
+	s := d.String()
+	for _, zero := range []string{"m0s", "h0m"} {
+		if len(s) > len(zero) && s[len(s)-len(zero):] == zero {
+			s = s[:len(s)-2]
+		}
+	}
+	return s
+}

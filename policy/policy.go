@@ -1,0 +1,221 @@
+package policy
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/open-policy-agent/opa/v1/ast"
+	"github.com/open-policy-agent/opa/v1/rego"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// ErrEvaluation wraps every failure to decide: a timeout, an error of a builtin,
+// an answer of the wrong shape. Whoever meets it refuses the request.
+var ErrEvaluation = errors.New("policy evaluation failed")
+
+// ErrInput says that the question itself was malformed, by a mistake in Go code.
+// Whoever meets it refuses the request.
+var ErrInput = errors.New("malformed policy input")
+
+// defaultTimeout bounds one evaluation: a thousand times what it should take.
+const defaultTimeout = 250 * time.Millisecond
+
+// Config says where policy comes from. One of Dir and FS must be set.
+type Config struct {
+	// Dir is a folder on disk, which Run follows.
+	Dir string
+	// FS is a folder that never changes, such as Default() or Demo().
+	FS fs.FS
+	// Timeout bounds one decision; 0 means 250 ms.
+	Timeout time.Duration
+	// Rescan is how often Run reads Dir again in case the file system told it of
+	// no change (network file systems, links to elsewhere); 0 means 30 s.
+	Rescan time.Duration
+	// Log gets a line for each reload; nil discards.
+	Log *slog.Logger
+	// OnReload, if set, is called after each reload: with nil when a new generation
+	// is in force, with an error when the last good one was kept. It may be called
+	// by Run and by Reload at once.
+	OnReload func(error)
+	// Now is the clock; nil means time.Now.
+	Now func() time.Time
+}
+
+func (c Config) withDefaults() (Config, error) {
+	if (c.Dir == "") == (c.FS == nil) {
+		return c, errors.New("policy needs either a folder (Dir) or a file system (FS)")
+	}
+	if c.Timeout < 0 || c.Rescan < 0 {
+		return c, errors.New("policy: Timeout and Rescan can't be negative")
+	}
+	c.Timeout = cmp.Or(c.Timeout, defaultTimeout)
+	c.Rescan = cmp.Or(c.Rescan, 30*time.Second)
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	if c.OnReload == nil {
+		c.OnReload = func(error) {}
+	}
+	if c.Now == nil {
+		c.Now = time.Now
+	}
+	if c.Dir != "" {
+		dir, err := filepath.Abs(c.Dir)
+		if err != nil {
+			return c, fmt.Errorf("finding policy folder: %w", err)
+		}
+		c.Dir = dir
+		c.FS = os.DirFS(dir)
+	}
+	return c, nil
+}
+
+// Policy decides. All its methods may be called at once.
+type Policy struct {
+	cfg     Config
+	current atomic.Pointer[generation]
+
+	mu      sync.Mutex
+	lastErr error
+	lastBad [32]byte // hash of the folder that lastErr is about; zero if unreadable
+}
+
+// Status is the state of the policy in force.
+type Status struct {
+	// Generation counts from 1 and goes up with each reload that took effect.
+	Generation uint64
+	// LoadedAt is when this generation came into force.
+	LoadedAt time.Time
+	// Err is what is wrong with the folder as it is now, while an older generation
+	// stays in force; nil if the folder is what is in force.
+	Err error
+}
+
+// Load reads and compiles a policy folder. It fails with [Problems] on one that
+// is empty, has no policy, doesn't compile or has invalid data.
+func Load(ctx context.Context, cfg Config) (*Policy, error) {
+	cfg, err := cfg.withDefaults()
+	if err != nil {
+		return nil, err
+	}
+	p := &Policy{cfg: cfg}
+	f, err := readFolder(cfg.FS)
+	if err != nil {
+		return nil, err
+	}
+	g, err := build(ctx, f, cfg.Now())
+	if err != nil {
+		return nil, fmt.Errorf("loading policy: %w", err)
+	}
+	g.number = 1
+	p.current.Store(g)
+	return p, nil
+}
+
+// Decide answers one question, from one generation of the policy, within
+// Config.Timeout. On an error, which wraps [ErrEvaluation] or [ErrInput], the
+// decision is the zero one, which denies.
+func (p *Policy) Decide(ctx context.Context, in Input) (Decision, error) {
+	return p.current.Load().decide(ctx, p.cfg, in)
+}
+
+func (g *generation) decide(ctx context.Context, cfg Config, in Input, opts ...rego.EvalOption) (Decision, error) {
+	if err := in.validate(); err != nil {
+		return Decision{}, err
+	}
+	patterns := Patterns(in.Caller.ID)
+	names := g.data.namesOf(patterns)
+	if in.Time.IsZero() {
+		in.Time = cfg.Now()
+	}
+	ctx, cancel := context.WithTimeout(ctx, cfg.Timeout)
+	defer cancel()
+	rs, err := g.query.Eval(ctx, append(opts,
+		rego.EvalParsedInput(in.value(patterns, names)),
+		rego.EvalTime(in.Time),
+	)...)
+	if err != nil {
+		return Decision{}, fmt.Errorf("%w: %w", ErrEvaluation, err)
+	}
+	d, err := answer(rs, in)
+	if err != nil {
+		return Decision{}, fmt.Errorf("%w: %w", ErrEvaluation, err)
+	}
+	d.Names = names
+	d.Generation = g.number
+	return d, nil
+}
+
+func answer(rs rego.ResultSet, in Input) (Decision, error) {
+	if len(rs) == 0 {
+		return denied("undefined", "policy has no answer to this request", "its rules leave "+decisionRef+" undefined"), nil
+	}
+	v, ok := rs[0].Bindings["x"].(ast.Value)
+	if !ok || len(rs) > 1 {
+		return Decision{}, errors.New("policy gave more than one answer")
+	}
+	d, err := decodeDecision(v)
+	if err != nil {
+		return Decision{}, err
+	}
+	if err := d.check(in); err != nil {
+		return Decision{}, err
+	}
+	return d, nil
+}
+
+// Audience returns what the policy in force declares about name.
+func (p *Policy) Audience(name string) (Audience, bool) {
+	a, ok := p.current.Load().data.audiences[name]
+	a.Identities = slices.Clone(a.Identities)
+	return a, ok
+}
+
+// Audiences lists all that are declared, by name.
+func (p *Policy) Audiences() []Audience {
+	declared := p.current.Load().data.audiences
+	out := make([]Audience, 0, len(declared))
+	for _, name := range slices.Sorted(maps.Keys(declared)) {
+		a := declared[name]
+		a.Identities = slices.Clone(a.Identities)
+		out = append(out, a)
+	}
+	return out
+}
+
+// AnswersTo says whether a token for audience aud is addressed to id: aud is id
+// itself, or a name that policy data assigns to it.
+func (p *Policy) AnswersTo(id spiffeid.ID, aud string) bool {
+	if id.IsZero() || aud == "" {
+		return false
+	}
+	if aud == id.String() {
+		return true
+	}
+	a, ok := p.current.Load().data.audiences[aud]
+	if !ok {
+		return false
+	}
+	return slices.ContainsFunc(Patterns(id), func(pattern string) bool {
+		return slices.Contains(a.Identities, pattern)
+	})
+}
+
+// Status says which generation is in force and what is wrong with a newer one.
+func (p *Policy) Status() Status {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	g := p.current.Load()
+	return Status{Generation: g.number, LoadedAt: g.loadedAt, Err: p.lastErr}
+}
