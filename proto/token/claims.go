@@ -25,11 +25,18 @@ const (
 	// MaxAudienceBytes bounds the audience; a SPIFFE ID may have 2,048, but a
 	// token of that size could not be issued.
 	MaxAudienceBytes = 512
+	// MaxIssuerBytes bounds the issuer, a URL.
+	MaxIssuerBytes = 512
+	// MaxTransactionBytes bounds the ID of a call chain.
+	MaxTransactionBytes = 64
 	// MaxTTL is the hard cap on a token's life, whatever policy says.
 	MaxTTL = time.Hour
 	// Leeway is what a verifier grants clocks at exp and nbf.
 	Leeway = 30 * time.Second
 )
+
+// maxUnix is the last second that RFC 3339 can write.
+const maxUnix = 253402300799
 
 // A Binding says who may present a token.
 type Binding string
@@ -114,7 +121,7 @@ type wireClaims struct {
 	IssuedAt    int64    `json:"iat"`
 	ID          string   `json:"jti"`
 	ClientID    string   `json:"client_id"`
-	Scope       string   `json:"scope,omitzero"`
+	Scope       *string  `json:"scope,omitzero"`
 	Act         *wireAct `json:"act,omitzero"`
 	Cnf         *wireCnf `json:"cnf,omitzero"`
 	Transaction string   `json:"txn"`
@@ -139,7 +146,7 @@ type wireCnf struct {
 
 type wireDfy struct {
 	Era     string     `json:"era"`
-	Rev     uint64     `json:"rev"`
+	Rev     *uint64    `json:"rev"` // a missing one is no 0
 	Sum     string     `json:"sum"`
 	Binding string     `json:"bnd"`
 	Lineage [][]string `json:"lin"`
@@ -161,14 +168,17 @@ func (c *Claims) MarshalJSON() ([]byte, error) {
 		IssuedAt:    c.IssuedAt.Unix(),
 		ID:          c.Grant().String(),
 		ClientID:    c.Presenter().String(),
-		Scope:       strings.Join(c.Scopes, " "),
 		Transaction: c.Transaction,
 		Dayfly: wireDfy{
 			Era:     c.Position.Era.String(),
-			Rev:     c.Position.Rev,
+			Rev:     &c.Position.Rev,
 			Sum:     base64.RawURLEncoding.EncodeToString(c.Position.Sum[:]),
 			Binding: string(c.Binding),
 		},
+	}
+	if len(c.Scopes) > 0 {
+		scope := strings.Join(c.Scopes, " ")
+		w.Scope = &scope
 	}
 	for i, m := range c.Lineage {
 		if i > 0 {
@@ -190,7 +200,13 @@ func (c *Claims) MarshalJSON() ([]byte, error) {
 func (c *Claims) UnmarshalJSON(b []byte) error {
 	var w wireClaims
 	if err := json.Unmarshal(b, &w); err != nil {
-		return fmt.Errorf("%w: payload is not the JSON of a token", ErrMalformed)
+		return jsonError(err)
+	}
+	if hasNull(b) {
+		return malformed("payload", "has a null")
+	}
+	if err := checkOthers(w.Other); err != nil {
+		return err
 	}
 	out, err := w.claims()
 	if err != nil {
@@ -219,8 +235,8 @@ func (w *wireClaims) claims() (*Claims, error) {
 		Binding:     Binding(w.Dayfly.Binding),
 		Transaction: w.Transaction,
 	}
-	if w.Scope != "" {
-		c.Scopes = strings.Split(w.Scope, " ")
+	if w.Scope != nil {
+		c.Scopes = strings.Split(*w.Scope, " ")
 	}
 	var err error
 	if c.Position, err = w.Dayfly.position(); err != nil {
@@ -253,7 +269,10 @@ func (w *wireDfy) position() (p Position, err error) {
 	if decodeExact(p.Sum[:], w.Sum) != nil {
 		return p, malformed("dfy.sum", "is 11 characters of base64url")
 	}
-	p.Rev = w.Rev
+	if w.Rev == nil {
+		return p, malformed("dfy.rev", "is missing")
+	}
+	p.Rev = *w.Rev
 	return p, nil
 }
 
@@ -306,24 +325,23 @@ func parseMember(identity string, entry []string) (m Member, err error) {
 // validate checks what must hold of every token, read or written.
 func (c *Claims) validate() error {
 	switch {
-	case c.Issuer == "":
-		return malformed("iss", "is empty")
+	case !printable(c.Issuer, MaxIssuerBytes):
+		return malformed("iss", "is not an issuer")
 	case ValidateAudience(c.Audience) != nil:
 		return malformed("aud", "is not one audience")
 	case len(c.Lineage) == 0 || len(c.Lineage) > MaxDepth:
 		return malformed("dfy.lin", fmt.Sprintf("has not 1 to %d members", MaxDepth))
 	case !c.Binding.Valid():
 		return malformed("dfy.bnd", "is unknown")
-	case c.Binding != BindingX5T && c.Certificate != [32]byte{}:
+	case (c.Binding == BindingX5T) != (c.Certificate != [32]byte{}):
 		return malformed("cnf", "is there exactly when bnd is x5t")
-	case c.Transaction == "" || len(c.Transaction) > 64:
-		return malformed("txn", "has not 1 to 64 characters")
+	case !printable(c.Transaction, MaxTransactionBytes):
+		return malformed("txn", fmt.Sprintf("is not 1 to %d printable characters", MaxTransactionBytes))
 	case c.Position.Era == 0:
 		return malformed("dfy.era", "is missing")
-	case !c.Expires.After(c.IssuedAt) || !c.Expires.After(c.NotBefore):
-		return malformed("exp", "is not after iat and nbf")
-	case c.Expires.Sub(c.IssuedAt) > MaxTTL:
-		return malformed("exp", "is more than the hard cap after iat")
+	}
+	if err := c.validateTimes(); err != nil {
+		return err
 	}
 	for _, m := range c.Lineage {
 		if m.Identity.IsZero() || m.Grant.IsZero() || m.Key.IsZero() {
@@ -341,31 +359,56 @@ func (c *Claims) validate() error {
 	return nil
 }
 
-// ValidateScope checks a scope-token of RFC 6749 section 3.3: printable ASCII
-// without space, quote and backslash.
-func ValidateScope(s string) error {
-	if s == "" || len(s) > MaxScopeBytes {
-		return fmt.Errorf("a scope has 1 to %d characters", MaxScopeBytes)
-	}
-	for i := range len(s) {
-		if c := s[i]; c <= ' ' || c > '~' || c == '"' || c == '\\' {
-			return fmt.Errorf("a scope is printable ASCII without spaces, quotes and backslashes")
+// validateTimes compares the whole seconds that a token says.
+func (c *Claims) validateTimes() error {
+	exp, nbf, iat := c.Expires.Unix(), c.NotBefore.Unix(), c.IssuedAt.Unix()
+	for _, t := range []struct {
+		name string
+		at   int64
+	}{{"exp", exp}, {"nbf", nbf}, {"iat", iat}} {
+		if t.at < 1 || t.at > maxUnix {
+			return malformed(t.name, "is not a time after 1970 and before 10000")
 		}
+	}
+	if exp <= iat || exp <= nbf {
+		return malformed("exp", "is not after iat and nbf")
+	}
+	if exp-iat > int64(MaxTTL/time.Second) {
+		return malformed("exp", "is more than the hard cap after iat")
 	}
 	return nil
 }
 
-// ValidateAudience checks an audience: printable ASCII without spaces.
+// ValidateScope checks a scope-token of RFC 6749 section 3.3: printable ASCII
+// without space, quote and backslash.
+func ValidateScope(s string) error {
+	if !printable(s, MaxScopeBytes) {
+		return fmt.Errorf("a scope is 1 to %d characters of printable ASCII without spaces, quotes and backslashes", MaxScopeBytes)
+	}
+	return nil
+}
+
+// ValidateAudience checks an audience: printable ASCII without space, quote and
+// backslash.
 func ValidateAudience(s string) error {
-	if s == "" || len(s) > MaxAudienceBytes {
-		return fmt.Errorf("an audience has 1 to %d characters", MaxAudienceBytes)
+	if !printable(s, MaxAudienceBytes) {
+		return fmt.Errorf("an audience is 1 to %d characters of printable ASCII without spaces, quotes and backslashes", MaxAudienceBytes)
+	}
+	return nil
+}
+
+// printable reports whether s is 1 to limit characters that stand for themselves in
+// JSON, in a log line and in a list separated by spaces.
+func printable(s string, limit int) bool {
+	if s == "" || len(s) > limit {
+		return false
 	}
 	for i := range len(s) {
 		if c := s[i]; c <= ' ' || c > '~' || c == '"' || c == '\\' {
-			return fmt.Errorf("an audience is printable ASCII without spaces, quotes and backslashes")
+			return false
 		}
 	}
-	return nil
+	return true
 }
 
 // NormalizeScopes checks, sorts and deduplicates; it never changes its argument.

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -145,11 +146,24 @@ func ParseEra(s string) (Era, error) {
 
 func (e Era) String() string { return fmt.Sprintf("%08x", uint32(e)) }
 
+// decode reads unpadded base64url and accepts one spelling of any bytes: no spare
+// bits, and none of the line breaks that encoding/base64 reads past.
+func decode(s string) ([]byte, error) {
+	if strings.ContainsAny(s, "\r\n") {
+		return nil, errors.New("line break in base64url")
+	}
+	return base64.RawURLEncoding.Strict().DecodeString(s)
+}
+
 // decodeExact fills dst from its only base64url spelling.
 func decodeExact(dst []byte, s string) error {
-	if len(s) != base64.RawURLEncoding.EncodedLen(len(dst)) {
+	b, err := decode(s)
+	if err != nil {
+		return err
+	}
+	if len(b) != len(dst) {
 		return errors.New("wrong length")
 	}
-	_, err := base64.RawURLEncoding.Strict().Decode(dst, []byte(s))
-	return err
+	copy(dst, b)
+	return nil
 }

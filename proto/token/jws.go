@@ -37,7 +37,8 @@ func (a Algorithm) method() jwt.SigningMethod {
 // tokenType is the typ of RFC 9068 section 2.1. A JWT-SVID validator refuses it.
 const tokenType = "at+jwt"
 
-// Errors of reading and writing tokens. They never quote the token.
+// Errors of reading and writing tokens. They never quote the token: what was refused
+// may be somebody's credential, or text that a stranger wants to see in a log.
 var (
 	// ErrMalformed: not a token of ours, whoever signed it.
 	ErrMalformed = errors.New("malformed token")
@@ -85,8 +86,7 @@ func Encode(c *Claims, alg Algorithm) (Unsigned, error) {
 	}
 	enc := base64.RawURLEncoding.EncodeToString
 	input := enc(head) + "." + enc(payload)
-	const signatureChars = 1 + 86 // a dot and 64 bytes, for either algorithm
-	if n := len(input) + signatureChars; n > MaxBytes {
+	if n := len(input) + 1 + base64.RawURLEncoding.EncodedLen(signatureSize); n > MaxBytes {
 		return Unsigned{}, fmt.Errorf("%w: %d bytes, at most %d", ErrTooLarge, n, MaxBytes)
 	}
 	return Unsigned{input, alg}, nil
@@ -103,7 +103,7 @@ func (u Unsigned) Sign(key crypto.Signer) (Secret, error) {
 	if err != nil {
 		return Secret{}, fmt.Errorf("signing token: %w", err)
 	}
-	return Secret{u.input + "." + base64.RawURLEncoding.EncodeToString(sig)}, nil
+	return NewSecret(u.input + "." + base64.RawURLEncoding.EncodeToString(sig)), nil
 }
 
 // A PublicKey verifies what one signing key signed.
@@ -118,9 +118,9 @@ func NewPublicKey(alg Algorithm, key crypto.PublicKey) (PublicKey, error) {
 	ok := false
 	switch k := key.(type) {
 	case *ecdsa.PublicKey:
-		ok = alg == ES256 && k.Curve == elliptic.P256()
+		ok = alg == ES256 && k != nil && k.Curve == elliptic.P256()
 	case ed25519.PublicKey:
-		ok = alg == EdDSA
+		ok = alg == EdDSA && len(k) == ed25519.PublicKeySize
 	}
 	if !ok {
 		return PublicKey{}, fmt.Errorf("a %T is no key for %s", key, alg)
@@ -143,118 +143,102 @@ type Token struct {
 // returns for its kid. Time, audience, binding and revocation are for the caller to
 // judge. Errors: ErrMalformed, ErrUnknownKey, ErrSignature.
 func Parse(raw string, keys func(KeyID) (PublicKey, bool)) (*Token, error) {
-	h, err := parseHeader(raw)
+	p, err := split(raw)
 	if err != nil {
 		return nil, err
 	}
-	kid, err := ParseKeyID(h.KeyID)
-	if err != nil {
-		return nil, malformed("kid", err.Error())
-	}
-	key, ok := keys(kid)
+	key, ok := keys(p.kid)
 	if !ok {
-		return nil, fmt.Errorf("%w %s", ErrUnknownKey, kid)
+		return nil, ErrUnknownKey
 	}
-	if key.Algorithm != h.Algorithm {
+	if key.Algorithm != p.alg {
 		return nil, malformed("alg", "is not that of the key")
 	}
-	t := &Token{Algorithm: h.Algorithm}
-	parser := jwt.NewParser(
-		jwt.WithValidMethods([]string{string(key.Algorithm)}),
-		jwt.WithStrictDecoding(), jwt.WithoutClaimsValidation())
-	_, err = parser.ParseWithClaims(raw, (*jwtClaims)(&t.Claims), func(*jwt.Token) (any, error) { return key.Key, nil })
-	if err != nil {
-		return nil, parseError(err)
+	// Before the payload: a stranger's bytes never reach the reader of claims.
+	if key.Algorithm.method().Verify(p.input, p.signature, key.Key) != nil {
+		return nil, ErrSignature
 	}
-	return t.finish(raw, kid)
+	return p.token()
 }
 
 // Inspect reads a token without checking its signature: for showing what it claims,
 // never for accepting it.
 func Inspect(raw string) (*Token, error) {
-	h, err := parseHeader(raw)
+	p, err := split(raw)
 	if err != nil {
 		return nil, err
 	}
-	kid, err := ParseKeyID(h.KeyID)
-	if err != nil {
-		return nil, malformed("kid", err.Error())
-	}
-	t := &Token{Algorithm: h.Algorithm}
-	if _, _, err := jwt.NewParser(jwt.WithStrictDecoding()).ParseUnverified(raw, (*jwtClaims)(&t.Claims)); err != nil {
-		return nil, parseError(err)
-	}
-	return t.finish(raw, kid)
+	return p.token()
 }
 
-func (t *Token) finish(raw string, kid KeyID) (*Token, error) {
-	if t.Self().Key != kid {
-		return nil, malformed("kid", "is not the last key of the lineage")
-	}
-	t.Fingerprint = sha256.Sum256([]byte(raw[:strings.LastIndexByte(raw, '.')]))
-	return t, nil
+// The parts of a token whose header is in order.
+type parts struct {
+	alg       Algorithm
+	kid       KeyID
+	input     string // of the signature
+	payload   []byte
+	signature []byte
 }
 
-// parseError keeps our own refusals and hides the library's, which may quote.
-func parseError(err error) error {
-	switch {
-	case errors.Is(err, jwt.ErrTokenSignatureInvalid):
-		return ErrSignature
-	case errors.Is(err, ErrMalformed):
-		for e := err; e != nil; e = errors.Unwrap(e) {
-			if m, ok := e.(interface{ Unwrap() []error }); ok {
-				for _, sub := range m.Unwrap() {
-					if errors.Is(sub, ErrMalformed) {
-						return sub
-					}
-				}
-			}
-		}
+// signatureSize is that of either algorithm.
+const signatureSize = 64
+
+func split(raw string) (p parts, err error) {
+	if len(raw) > MaxBytes {
+		return p, malformed("token", fmt.Sprintf("is longer than %d bytes", MaxBytes))
 	}
-	return ErrMalformed
+	if strings.Count(raw, ".") != 2 {
+		return p, malformed("token", "is not three parts")
+	}
+	dot := strings.LastIndexByte(raw, '.')
+	p.input = raw[:dot]
+	head, payload, _ := strings.Cut(p.input, ".")
+	if p.alg, p.kid, err = parseHeader(head); err != nil {
+		return p, err
+	}
+	if p.payload, err = decode(payload); err != nil {
+		return p, malformed("payload", "is not base64url")
+	}
+	if p.signature, err = decode(raw[dot+1:]); err != nil {
+		return p, malformed("signature", "is not base64url")
+	}
+	if len(p.signature) != signatureSize {
+		return p, malformed("signature", fmt.Sprintf("is not %d bytes", signatureSize))
+	}
+	return p, nil
 }
 
 // parseHeader reads the JOSE header and allows alg, kid and typ only: no jku, jwk,
 // x5u or crit, whatever it says.
-func parseHeader(raw string) (header, error) {
-	var h header
-	if len(raw) > MaxBytes {
-		return h, fmt.Errorf("%w: %d bytes, at most %d", ErrMalformed, len(raw), MaxBytes)
-	}
-	first, rest, ok := strings.Cut(raw, ".")
-	if !ok || strings.Count(rest, ".") != 1 {
-		return h, fmt.Errorf("%w: not three parts", ErrMalformed)
-	}
-	b, err := base64.RawURLEncoding.Strict().DecodeString(first)
+func parseHeader(s string) (Algorithm, KeyID, error) {
+	b, err := decode(s)
 	if err != nil {
-		return h, fmt.Errorf("%w: header is not base64url", ErrMalformed)
+		return "", KeyID{}, malformed("header", "is not base64url")
 	}
+	var h header
 	if err := json.Unmarshal(b, &h, json.RejectUnknownMembers(true)); err != nil {
-		return h, malformed("header", "is not exactly alg, kid and typ")
+		return "", KeyID{}, malformed("header", "is not exactly alg, kid and typ")
 	}
 	if h.Type != tokenType {
-		return h, malformed("typ", "is not "+tokenType)
+		return "", KeyID{}, malformed("typ", "is not "+tokenType)
 	}
 	if h.Algorithm.method() == nil {
-		return h, malformed("alg", "is neither ES256 nor EdDSA")
+		return "", KeyID{}, malformed("alg", "is neither ES256 nor EdDSA")
 	}
-	return h, nil
+	kid, err := ParseKeyID(h.KeyID)
+	if err != nil {
+		return "", KeyID{}, malformed("kid", "is not 8 characters of base64url")
+	}
+	return h.Algorithm, kid, nil
 }
 
-// jwtClaims gives golang-jwt the interface it wants; its own validation is off.
-type jwtClaims Claims
-
-func (c *jwtClaims) UnmarshalJSON(b []byte) error { return (*Claims)(c).UnmarshalJSON(b) }
-
-func (c *jwtClaims) GetExpirationTime() (*jwt.NumericDate, error) {
-	return jwt.NewNumericDate(c.Expires), nil
+func (p *parts) token() (*Token, error) {
+	t := &Token{Algorithm: p.alg, Fingerprint: sha256.Sum256([]byte(p.input))}
+	if err := t.UnmarshalJSON(p.payload); err != nil {
+		return nil, err
+	}
+	if t.Self().Key != p.kid {
+		return nil, malformed("kid", "is not the last key of the lineage")
+	}
+	return t, nil
 }
-func (c *jwtClaims) GetIssuedAt() (*jwt.NumericDate, error) {
-	return jwt.NewNumericDate(c.IssuedAt), nil
-}
-func (c *jwtClaims) GetNotBefore() (*jwt.NumericDate, error) {
-	return jwt.NewNumericDate(c.NotBefore), nil
-}
-func (c *jwtClaims) GetIssuer() (string, error)             { return c.Issuer, nil }
-func (c *jwtClaims) GetSubject() (string, error)            { return (*Claims)(c).Root().String(), nil }
-func (c *jwtClaims) GetAudience() (jwt.ClaimStrings, error) { return jwt.ClaimStrings{c.Audience}, nil }
