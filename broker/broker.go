@@ -1,0 +1,318 @@
+package broker
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/dayflyhq/dayfly/proto/feed"
+	"github.com/dayflyhq/dayfly/proto/revocation"
+	"github.com/dayflyhq/dayfly/proto/token"
+	"golang.org/x/sync/singleflight"
+)
+
+// Limits of requests. The numbers are those of the design.
+const (
+	DefaultTTL   = 5 * time.Minute
+	MaxReason    = 1024 // characters of an operator's reason
+	MaxSelectors = 64   // in one revocation
+	MaxKeyLength = 64   // characters of an idempotency key
+	MaxPageSize  = 1000
+	PageSize     = 100 // when none is asked for
+	// MinStaleness and MaxStaleness bound what a verifier may choose: less would
+	// be all pings, more would outlive the tokens.
+	MinStaleness = 500 * time.Millisecond
+	MaxStaleness = time.Hour
+	// ClockSkew is what the cut of a reissue lock allows for clocks of SVID issuers.
+	ClockSkew = 30 * time.Second
+	// forgetAfter is the age at which a revocation can match no live token. It
+	// stands on the hard cap and not on configuration: a lowered TTL must not
+	// shorten it while older tokens live.
+	forgetAfter = token.MaxTTL + token.Leeway
+	// grantsKept is how long expired grants stay on record.
+	grantsKept = 30 * 24 * time.Hour
+	// pruneEvery is how often the broker looks for what can be forgotten.
+	pruneEvery = time.Minute
+)
+
+// Config is what a broker is made of. All func fields may be called at once.
+type Config struct {
+	// Issuer is the iss of every token. Required.
+	Issuer string
+	// Store keeps the log and the grants. Required; the caller closes it.
+	Store Store
+	// Policy decides. Required.
+	Policy Policy
+	// Signer returns the current signing key, and false while none is published.
+	// Required.
+	Signer func() (Signer, bool)
+	// VerifyKey checks that a key record was made by a broker, as of the time it was
+	// recorded. Keys that fail are revoked at once. Required.
+	VerifyKey func(feed.Key, time.Time) error
+	// Audit records every decision. Required. An error refuses what was to be done.
+	Audit func(AuditEntry) error
+	// MaxTTL is a lower cap than the hard one; 0: the hard cap.
+	MaxTTL time.Duration
+
+	Log  *slog.Logger        // nil: discard
+	Now  func() time.Time    // nil: time.Now
+	Boot func() feed.Instant // required: elapsed time on a clock that runs through suspend
+	Rand io.Reader           // nil: crypto/rand
+}
+
+// A Broker issues, exchanges and revokes. Use Load, then Run beside everything else.
+type Broker struct {
+	cfg     Config
+	state   *state
+	roster  roster
+	seen    notBefores
+	retries retries
+	flight  singleflight.Group
+	lifting sync.Mutex
+	proof   prover
+}
+
+// New checks the configuration. It starts nothing.
+func New(cfg Config) (*Broker, error) {
+	var problems []error
+	need := func(ok bool, what string) {
+		if !ok {
+			problems = append(problems, errors.New("broker: "+what+" is required"))
+		}
+	}
+	need(cfg.Issuer != "", "Issuer")
+	need(cfg.Store != nil, "Store")
+	need(cfg.Policy != nil, "Policy")
+	need(cfg.Signer != nil, "Signer")
+	need(cfg.VerifyKey != nil, "VerifyKey")
+	need(cfg.Audit != nil, "Audit")
+	need(cfg.Boot != nil, "Boot")
+	if cfg.MaxTTL < 0 || cfg.MaxTTL > token.MaxTTL {
+		problems = append(problems, fmt.Errorf("broker: MaxTTL is at most the hard cap of %s", token.MaxTTL))
+	}
+	if err := errors.Join(problems...); err != nil {
+		return nil, err
+	}
+	if cfg.MaxTTL == 0 {
+		cfg.MaxTTL = token.MaxTTL
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	if cfg.Rand == nil {
+		cfg.Rand = rand.Reader
+	}
+	b := &Broker{cfg: cfg, state: newState()}
+	b.roster.changed = make(chan struct{})
+	return b, nil
+}
+
+// Load applies everything that the store holds, and revokes keys that no broker
+// vouches for. Nothing is served before it has returned.
+func (b *Broker) Load(ctx context.Context) error {
+	st, err := b.cfg.Store.State(ctx)
+	if err != nil {
+		return fmt.Errorf("reading the store's state: %w", err)
+	}
+	if err := b.follow(ctx, st.Head.Seq); err != nil {
+		return err
+	}
+	b.state.mu.Lock()
+	err = b.state.log.LoadPositions(st.Head, st.Horizon)
+	if err == nil && st.Horizon.Seq > 0 {
+		b.state.set.SetHorizon(st.Horizon.Seq)
+	}
+	b.state.mu.Unlock()
+	if err != nil {
+		return fmt.Errorf("loading the log: %w", err)
+	}
+	if err := b.loadRoster(ctx); err != nil {
+		return err
+	}
+	return b.revokeForeignKeys(ctx)
+}
+
+// Run follows the store until ctx ends, and prunes. The broker serves only while it runs.
+func (b *Broker) Run(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	pruned := make(chan struct{})
+	go func() {
+		defer close(pruned)
+		b.pruneLoop(ctx)
+	}()
+	defer func() { cancel(); <-pruned }()
+	err := b.follow(ctx, 0)
+	if ctx.Err() != nil {
+		return nil
+	}
+	return err
+}
+
+// follow applies records as they come, up to a number (0: without end).
+func (b *Broker) follow(ctx context.Context, until uint64) error {
+	after := b.Head().Seq
+	if until > 0 && after >= until {
+		return nil
+	}
+	for rec, err := range b.cfg.Store.Events(ctx, after) {
+		if err != nil {
+			return fmt.Errorf("following the log: %w", err)
+		}
+		if err := b.state.apply(rec, b.cfg.Boot(), b.cfg.VerifyKey); err != nil {
+			return err
+		}
+		if until > 0 && rec.Seq >= until {
+			return nil
+		}
+	}
+	return nil
+}
+
+// Head returns the newest position that this broker has applied.
+func (b *Broker) Head() feed.Position {
+	b.state.mu.RLock()
+	defer b.state.mu.RUnlock()
+	return b.state.log.Head()
+}
+
+// Keys returns the published signing keys that are good, oldest first.
+func (b *Broker) Keys() []token.PublicKey { return b.state.publicKeys() }
+
+// KeyRevoked reports whether a signing key is revoked.
+func (b *Broker) KeyRevoked(id token.KeyID) bool {
+	b.state.mu.RLock()
+	defer b.state.mu.RUnlock()
+	return b.state.set != nil && b.state.set.KeyRevoked(id)
+}
+
+// Changed returns a channel that is closed at the next record.
+func (b *Broker) Changed() <-chan struct{} {
+	b.state.mu.RLock()
+	defer b.state.mu.RUnlock()
+	return b.state.changed
+}
+
+// Issuer returns the iss of every token.
+func (b *Broker) Issuer() string { return b.cfg.Issuer }
+
+// PublishKey records a signing key and returns once it is durable and applied.
+func (b *Broker) PublishKey(ctx context.Context, key feed.Key) error {
+	_, err := b.append(ctx, func(feed.Position) (Record, error) {
+		return Record{Event: feed.Event{Key: &key}, Details: Details{Time: b.cfg.Now().UTC(), Actor: b.cfg.Issuer}}, nil
+	})
+	return err
+}
+
+// append adds a record and waits until this process has applied it.
+func (b *Broker) append(ctx context.Context, next func(feed.Position) (Record, error)) (Record, error) {
+	rec, err := b.cfg.Store.Append(ctx, next)
+	if err != nil {
+		return Record{}, storeRefusal(err)
+	}
+	if err := b.state.await(ctx, rec.Seq); err != nil {
+		return Record{}, fmt.Errorf("waiting for record %d: %w", rec.Seq, err)
+	}
+	return rec, nil
+}
+
+// revokeForeignKeys kills the keys that someone wrote into the store: whoever can
+// write there still mints nothing.
+func (b *Broker) revokeForeignKeys(ctx context.Context) error {
+	var foreign []revocation.Selector
+	b.state.mu.RLock()
+	for _, rec := range b.state.records {
+		if rec.Key == nil || rec.Seq < b.state.log.Horizon().Seq {
+			continue
+		}
+		id := rec.Key.Public.ID
+		if _, ok := b.state.keys[id]; !ok && !b.state.set.KeyRevoked(id) {
+			foreign = append(foreign, revocation.Key(id))
+		}
+	}
+	b.state.mu.RUnlock()
+	if len(foreign) == 0 {
+		return nil
+	}
+	b.cfg.Log.ErrorContext(ctx, "revoking signing keys that no broker vouches for", "keys", len(foreign))
+	rec, err := b.cfg.Store.Append(ctx, func(feed.Position) (Record, error) {
+		return Record{
+			Event:   feed.Event{Revocation: &feed.Revocation{Selectors: foreign}},
+			Details: Details{Time: b.cfg.Now().UTC(), Actor: b.cfg.Issuer, Reason: "signing key without a broker's signature", Lock: LockNone},
+		}, nil
+	})
+	if err != nil {
+		return fmt.Errorf("revoking foreign keys: %w", err)
+	}
+	return b.follow(ctx, rec.Seq)
+}
+
+// refuse audits a refusal and returns it; other errors pass.
+func (b *Broker) refuse(e AuditEntry, err error) error {
+	err = storeRefusal(err)
+	e.Outcome = "refused"
+	var r *Refusal
+	if errors.As(err, &r) {
+		e.Reason, e.Message = r.Reason, r.Message
+	} else {
+		e.Reason = "INTERNAL"
+	}
+	if auditErr := b.cfg.Audit(e); auditErr != nil {
+		b.cfg.Log.Error("writing the audit failed", "err", auditErr)
+	}
+	return err
+}
+
+func (b *Broker) entry(action Action, c Caller) AuditEntry {
+	e := AuditEntry{Time: b.cfg.Now().UTC(), Action: action, Actor: c.Actor()}
+	if c.Peer.IsValid() {
+		e.Peer = c.Peer.Addr().String()
+	}
+	return e
+}
+
+// checkSVID refuses a caller whose SVID expired while its connection was open.
+func (b *Broker) checkSVID(c Caller) error {
+	if c.Local != "" {
+		return nil
+	}
+	if c.Leaf == nil || c.ID.IsZero() || b.cfg.Now().After(c.Leaf.NotAfter) {
+		return ErrSVIDExpired
+	}
+	return nil
+}
+
+// decide asks policy; break-glass is not asked.
+func (b *Broker) decide(ctx context.Context, q Question) (Decision, error) {
+	if q.Caller.Local != "" {
+		return Decision{Allow: true, Rule: "break-glass"}, nil
+	}
+	d, err := b.cfg.Policy.Decide(ctx, q)
+	if err != nil {
+		b.cfg.Log.ErrorContext(ctx, "policy could not be evaluated", "action", q.Action, "caller", q.Caller.Actor(), "err", err)
+		return Decision{}, ErrPolicyFailed
+	}
+	if !d.Allow {
+		r := *ErrPolicyDenied
+		if d.Message != "" {
+			r.Message = d.Message
+		}
+		if d.Hint != "" {
+			r.Hint = d.Hint
+		}
+		refusal := &r
+		for k, v := range d.Metadata {
+			refusal = refusal.with(k, v)
+		}
+		return d, refusal.with("policy_reason", d.Reason)
+	}
+	return d, nil
+}

@@ -1,0 +1,147 @@
+package broker
+
+import (
+	"context"
+	"crypto"
+	"crypto/sha256"
+	"crypto/x509"
+	"net/netip"
+	"time"
+
+	"github.com/dayflyhq/dayfly/proto/token"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// A Caller is whoever a connection proved to be, and nothing that a request says.
+type Caller struct {
+	ID   spiffeid.ID
+	Leaf *x509.Certificate // X.509-SVID of the connection; nil over the break-glass socket
+	Peer netip.AddrPort    // invalid on a unix socket
+	// Local names the caller of the break-glass socket, "break-glass:uid=0". Policy is
+	// not asked for it, and the records say so.
+	Local string
+}
+
+// Actor is how the records name the caller.
+func (c Caller) Actor() string {
+	if c.Local != "" {
+		return c.Local
+	}
+	return c.ID.String()
+}
+
+func (c Caller) thumbprint() token.Thumbprint {
+	if c.Leaf == nil {
+		return token.Thumbprint{}
+	}
+	return token.ThumbprintOf(c.Leaf)
+}
+
+func (c Caller) certificate() [32]byte { return sha256.Sum256(c.Leaf.Raw) }
+
+// An Action is what policy is asked about.
+type Action string
+
+// The actions.
+const (
+	ActionIssue            Action = "issue"
+	ActionExchange         Action = "exchange"
+	ActionFollow           Action = "follow"
+	ActionRelay            Action = "relay"
+	ActionReport           Action = "report"
+	ActionRevoke           Action = "revoke"
+	ActionRevokeEverything Action = "revoke_everything"
+	ActionLift             Action = "lift"
+	ActionList             Action = "list"
+	ActionPlan             Action = "plan"
+)
+
+// A Question is put to policy at every request.
+type Question struct {
+	Action   Action
+	Caller   Caller
+	Time     time.Time
+	Audience string
+	Scopes   []string
+	TTL      time.Duration
+	Binding  token.Binding // "" leaves it to policy
+	// Parent is the presented token of an exchange.
+	Parent *token.Claims
+	// Selectors and Lock are those of a revocation.
+	Selectors []string
+	Lock      LockMode
+	// Verifier is who wants to follow.
+	Audiences    []string
+	MaxStaleness time.Duration
+	AcceptsStale bool
+}
+
+// A Decision is policy's answer. The zero value denies.
+type Decision struct {
+	Allow   bool
+	Scopes  []string
+	TTL     time.Duration
+	Binding token.Binding
+	// Reason, Message, Hint and Metadata say why not.
+	Reason   string
+	Message  string
+	Hint     string
+	Metadata map[string]string
+	// Rule and Data say what decided, for the audit.
+	Rule string
+	Data []string
+}
+
+// An Audience is what policy data declares of one.
+type Audience struct {
+	Name       string
+	Owner      string
+	VerifiedBy string // "feed", "introspection" or "external"
+	// MaxStaleness is the largest bound its verifiers may have; 0: no limit of its own.
+	MaxStaleness time.Duration
+	Fallback     Fallback
+}
+
+// A Fallback is what an owner documented for the time without credentials.
+type Fallback struct{ Owner, Text, Link string }
+
+// Policy is what the broker asks of policy: evaluated at every call, never cached.
+type Policy interface {
+	Decide(ctx context.Context, q Question) (Decision, error)
+	// AnswersTo reports whether data assigns the audience name to the identity.
+	AnswersTo(id spiffeid.ID, audience string) bool
+	Audience(name string) (Audience, bool)
+}
+
+// A Signer signs with a key that is published.
+type Signer struct {
+	Public token.PublicKey
+	Sign   func(token.Unsigned) (token.Secret, error)
+}
+
+// PrivateSigner makes a Signer of a private key.
+func PrivateSigner(pub token.PublicKey, key crypto.Signer) Signer {
+	return Signer{pub, func(u token.Unsigned) (token.Secret, error) { return u.Sign(key) }}
+}
+
+// An AuditEntry is one decision, denial or operator's call. It never holds a
+// credential.
+type AuditEntry struct {
+	Time     time.Time `json:"time"`
+	Action   Action    `json:"action"`
+	Actor    string    `json:"actor"`
+	Peer     string    `json:"peer,omitempty"`
+	Outcome  string    `json:"outcome"` // "allowed" or "refused"
+	Reason   string    `json:"reason,omitempty"`
+	Message  string    `json:"message,omitempty"`
+	Rule     string    `json:"rule,omitempty"`
+	Audience string    `json:"audience,omitempty"`
+	Scopes   []string  `json:"scopes,omitempty"`
+	Grant    string    `json:"grant,omitempty"`
+	Parent   string    `json:"parent,omitempty"`
+	Sequence uint64    `json:"sequence,omitempty"`
+	Selector []string  `json:"selectors,omitempty"`
+	Lock     LockMode  `json:"lock,omitempty"`
+	Why      string    `json:"why,omitempty"` // the operator's own words
+	Alert    bool      `json:"alert,omitempty"`
+}

@@ -1,0 +1,210 @@
+package broker
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/dayflyhq/dayfly/proto/feed"
+	"github.com/dayflyhq/dayfly/proto/revocation"
+	"github.com/dayflyhq/dayfly/proto/token"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// A Lock is a standing refusal to issue. Its number is that of its revocation.
+type Lock struct {
+	Number    uint64
+	Selectors []revocation.Selector // the lockable ones
+	Mode      LockMode
+	Ends      time.Time // zero: when lifted
+	Cut       time.Time
+	Reason    string
+	Actor     string
+	Time      time.Time
+
+	svidExpires map[string]time.Time
+}
+
+// standing reports whether the lock still stands at a moment.
+func (l *Lock) standing(now time.Time) bool {
+	return l.Ends.IsZero() || now.Before(l.Ends)
+}
+
+// admits reports whether the lock lets an identity with its SVID have credentials.
+func (l *Lock) admits(id spiffeid.ID, svid token.Thumbprint, notBefore time.Time, now time.Time) bool {
+	if !l.standing(now) {
+		return true
+	}
+	for _, sel := range l.Selectors {
+		if !sel.MatchesCaller(id, svid) {
+			continue
+		}
+		if sel.Kind() == revocation.KindSVID {
+			if exp, ok := l.svidExpires[sel.Value()]; ok && now.After(exp) {
+				continue
+			}
+			return false // a stolen SVID gets nothing, whatever the mode
+		}
+		if l.Mode == LockQuarantine || !notBefore.After(l.Cut) {
+			return false
+		}
+	}
+	return true
+}
+
+// state is the log as this process has applied it: everything that issuing reads,
+// under one lock, so that position, locks and parent come from one snapshot.
+type state struct {
+	mu      sync.RWMutex
+	log     feed.Log
+	set     *revocation.Set
+	keys    map[token.KeyID]feed.Key
+	keySeq  map[token.KeyID]uint64
+	records map[uint64]Record
+	known   map[uint64]feed.Instant // when this process first knew each record
+	locks   map[uint64]*Lock
+	lifts   map[uint64]Record // by the lock's number
+	retried map[string]uint64 // actor and idempotency key -> number
+
+	changed chan struct{} // closed and replaced when anything above changes
+}
+
+func newState() *state {
+	return &state{
+		keys:    map[token.KeyID]feed.Key{},
+		keySeq:  map[token.KeyID]uint64{},
+		records: map[uint64]Record{},
+		known:   map[uint64]feed.Instant{},
+		locks:   map[uint64]*Lock{},
+		lifts:   map[uint64]Record{},
+		retried: map[string]uint64{},
+		changed: make(chan struct{}),
+	}
+}
+
+func retryKey(actor, key string) string { return actor + "\n" + key }
+
+// apply takes the next record of the store.
+func (s *state) apply(rec Record, now feed.Instant, verified func(feed.Key, time.Time) error) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if rec.Seq <= s.log.Head().Seq {
+		return nil
+	}
+	if err := s.log.Load(rec.Event); err != nil {
+		return fmt.Errorf("applying record %d: %w", rec.Seq, err)
+	}
+	if rec.Era != nil {
+		s.set = revocation.NewSet(rec.Era.Era)
+		clear(s.keys) // private halves died with their era
+		clear(s.keySeq)
+	}
+	if s.set == nil {
+		s.set = revocation.NewSet(s.log.Head().Era)
+	}
+	s.set.Know(rec.Seq, rec.Sum.Short())
+	s.records[rec.Seq] = rec
+	s.known[rec.Seq] = now
+	if k := rec.Details.IdempotencyKey; k != "" {
+		s.retried[retryKey(rec.Details.Actor, k)] = rec.Seq
+	}
+	switch {
+	case rec.Revocation != nil:
+		s.set.Add(rec.Seq, rec.Revocation.Selectors...)
+		if l := lockOf(rec); l != nil {
+			s.locks[rec.Seq] = l
+		}
+	case rec.Lift != nil:
+		delete(s.locks, rec.Lift.Lock)
+		s.lifts[rec.Lift.Lock] = rec
+	case rec.Key != nil:
+		if err := verified(*rec.Key, rec.Details.Time); err == nil {
+			s.keys[rec.Key.Public.ID] = *rec.Key
+			s.keySeq[rec.Key.Public.ID] = rec.Seq
+		}
+	}
+	s.broadcast()
+	return nil
+}
+
+// broadcast wakes whoever waits for a change. The caller holds the lock.
+func (s *state) broadcast() {
+	close(s.changed)
+	s.changed = make(chan struct{})
+}
+
+func lockOf(rec Record) *Lock {
+	if rec.Details.Lock == "" || rec.Details.Lock == LockNone {
+		return nil
+	}
+	l := &Lock{
+		Number: rec.Seq, Mode: rec.Details.Lock, Ends: rec.Details.LockEnds, Cut: rec.Details.LockCut,
+		Reason: rec.Details.Reason, Actor: rec.Details.Actor, Time: rec.Details.Time,
+		svidExpires: rec.Details.SVIDExpires,
+	}
+	for _, sel := range rec.Revocation.Selectors {
+		if sel.Lockable() {
+			l.Selectors = append(l.Selectors, sel)
+		}
+	}
+	if len(l.Selectors) == 0 {
+		return nil
+	}
+	return l
+}
+
+// await returns once a record has been applied.
+func (s *state) await(ctx context.Context, seq uint64) error {
+	for {
+		s.mu.RLock()
+		done, changed := s.log.Head().Seq >= seq, s.changed
+		s.mu.RUnlock()
+		if done {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// key returns a published key for the signature check.
+func (s *state) key(id token.KeyID) (token.PublicKey, bool) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	k, ok := s.keys[id]
+	return k.Public, ok
+}
+
+// publicKeys returns the published keys that are not revoked, by number.
+func (s *state) publicKeys() []token.PublicKey {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	ids := slices.SortedFunc(maps.Keys(s.keys), func(a, b token.KeyID) int {
+		return int(int64(s.keySeq[a]) - int64(s.keySeq[b]))
+	})
+	var out []token.PublicKey
+	for _, id := range ids {
+		if !s.set.KeyRevoked(id) {
+			out = append(out, s.keys[id].Public)
+		}
+	}
+	return out
+}
+
+// locked returns the newest lock that refuses the caller. The caller holds the lock
+// of the state.
+func (s *state) locked(id spiffeid.ID, svid token.Thumbprint, notBefore, now time.Time) *Lock {
+	var refusing *Lock
+	for _, l := range s.locks {
+		if (refusing == nil || l.Number > refusing.Number) && !l.admits(id, svid, notBefore, now) {
+			refusing = l
+		}
+	}
+	return refusing
+}
