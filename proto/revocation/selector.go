@@ -32,19 +32,29 @@ type Selector struct {
 }
 
 // Grant selects one grant and everything derived from it.
-func Grant(id token.GrantID) Selector { return Selector{KindGrant, id.String()} }
+func Grant(id token.GrantID) Selector { return named(KindGrant, id.String(), id.IsZero()) }
 
 // Identity selects every token with the identity in its lineage.
-func Identity(id spiffeid.ID) Selector { return Selector{KindIdentity, id.String()} }
+func Identity(id spiffeid.ID) Selector { return named(KindIdentity, id.String(), id.IsZero()) }
 
 // TrustDomain selects every token with an identity of the trust domain.
-func TrustDomain(td spiffeid.TrustDomain) Selector { return Selector{KindTrustDomain, td.Name()} }
+func TrustDomain(td spiffeid.TrustDomain) Selector {
+	return named(KindTrustDomain, td.Name(), td.IsZero())
+}
 
-// SVID selects every token that was obtained with one certificate.
-func SVID(t token.Thumbprint) Selector { return Selector{KindSVID, t.String()} }
+// SVID selects every token with a member that one certificate proved.
+func SVID(t token.Thumbprint) Selector { return named(KindSVID, t.String(), t.IsZero()) }
 
 // Key selects every token with a member signed by the key.
-func Key(id token.KeyID) Selector { return Selector{KindKey, id.String()} }
+func Key(id token.KeyID) Selector { return named(KindKey, id.String(), id.IsZero()) }
+
+// named makes a selector; of nothing it makes the zero value.
+func named(kind Kind, value string, zero bool) Selector {
+	if zero {
+		return Selector{}
+	}
+	return Selector{kind, value}
+}
 
 // Everything selects every token.
 func Everything() Selector { return Selector{kind: KindEverything} }
@@ -124,6 +134,9 @@ func New(kind Kind, value string) (Selector, error) {
 		sel = Everything()
 	default:
 		return Selector{}, fmt.Errorf("unknown kind of selector %q", string(kind))
+	}
+	if err == nil && sel == (Selector{}) {
+		err = errors.New("names nothing")
 	}
 	if err != nil {
 		return Selector{}, fmt.Errorf("selector %s: %w", kind, err)

@@ -1,6 +1,8 @@
 package revocation
 
 import (
+	"maps"
+	"slices"
 	"strings"
 
 	"github.com/dayflyhq/dayfly/proto/token"
@@ -55,10 +57,14 @@ type Set struct {
 	horizon uint64
 	sums    map[uint64][8]byte
 
-	// The highest number that revokes each thing.
-	newest map[Selector]uint64
-	keys   map[token.KeyID]uint64
-	// What each number selects, to forget it.
+	// The highest number that revokes each thing, by the types of a token's own
+	// fields: a look-up makes no text. Named holds what is text anyway.
+	everything uint64
+	grants     map[token.GrantID]uint64
+	svids      map[token.Thumbprint]uint64
+	named      map[Selector]uint64
+	keys       map[token.KeyID]uint64
+	// What each number selects, keys excepted, to forget it.
 	selected map[uint64][]Selector
 }
 
@@ -67,7 +73,9 @@ func NewSet(era token.Era) *Set {
 	return &Set{
 		era:      era,
 		sums:     map[uint64][8]byte{0: {}},
-		newest:   map[Selector]uint64{},
+		grants:   map[token.GrantID]uint64{},
+		svids:    map[token.Thumbprint]uint64{},
+		named:    map[Selector]uint64{},
 		keys:     map[token.KeyID]uint64{},
 		selected: map[uint64][]Selector{},
 	}
@@ -82,8 +90,14 @@ func (s *Set) Head() uint64 { return s.head }
 // Horizon returns the number below which every token has expired.
 func (s *Set) Horizon() uint64 { return s.horizon }
 
-// Len returns how many selectors are held.
-func (s *Set) Len() int { return len(s.newest) + len(s.keys) }
+// Len returns how many different selectors are held.
+func (s *Set) Len() int {
+	n := len(s.grants) + len(s.svids) + len(s.named) + len(s.keys)
+	if s.everything > 0 {
+		n++
+	}
+	return n
+}
 
 // SumAt returns the running hash at a number, where it is known.
 func (s *Set) SumAt(seq uint64) ([8]byte, bool) {
@@ -99,17 +113,38 @@ func (s *Set) Know(seq uint64, sum [8]byte) {
 	s.head = max(s.head, seq)
 }
 
-// Add records that number seq revokes what the selectors match.
+// Add records that number seq revokes what the selectors match. Adding it again
+// changes nothing, nor does adding what the horizon has made needless.
 func (s *Set) Add(seq uint64, selectors ...Selector) {
 	for _, sel := range selectors {
-		if sel.kind == KindKey {
+		switch {
+		case sel.kind == KindKey:
 			if kid, err := token.ParseKeyID(sel.value); err == nil {
 				s.keys[kid] = max(s.keys[kid], seq)
 			}
-			continue
+		case sel.kind == "" || seq <= s.horizon || slices.Contains(s.selected[seq], sel):
+		default:
+			s.raise(sel, seq)
+			s.selected[seq] = append(s.selected[seq], sel)
 		}
-		s.newest[sel] = max(s.newest[sel], seq)
-		s.selected[seq] = append(s.selected[seq], sel)
+	}
+}
+
+// raise makes seq the newest number that revokes what sel names, if it is.
+func (s *Set) raise(sel Selector, seq uint64) {
+	switch sel.kind {
+	case KindEverything:
+		s.everything = max(s.everything, seq)
+	case KindGrant:
+		if id, err := token.ParseGrantID(sel.value); err == nil {
+			s.grants[id] = max(s.grants[id], seq)
+		}
+	case KindSVID:
+		if t, err := token.ParseThumbprint(sel.value); err == nil {
+			s.svids[t] = max(s.svids[t], seq)
+		}
+	default:
+		s.named[sel] = max(s.named[sel], seq)
 	}
 }
 
@@ -119,28 +154,52 @@ func (s *Set) SetHorizon(horizon uint64) {
 	if horizon <= s.horizon {
 		return
 	}
-	s.horizon = horizon
-	for seq := range s.selected {
-		if seq <= horizon {
-			s.Forget(seq)
+	passed := horizon - s.horizon
+	if passed > uint64(len(s.sums)+len(s.selected)) { // a leap: visit what is held
+		for seq := range s.selected {
+			if seq <= horizon {
+				s.Forget(seq)
+			}
 		}
-	}
-	for seq := range s.sums {
-		if seq < horizon {
+		maps.DeleteFunc(s.sums, func(seq uint64, _ [8]byte) bool { return seq < horizon })
+	} else { // the usual step costs what it passes, not what is held
+		for seq := s.horizon; seq < horizon; seq++ {
 			delete(s.sums, seq)
+			s.Forget(seq + 1)
 		}
 	}
+	s.horizon = horizon
 }
 
-// Forget drops what number seq selects. It is for a revocation of which every token
-// that it could match has expired.
+// Forget drops what number seq selects, keys excepted. It is for a revocation of
+// which every token that it could match has expired.
 func (s *Set) Forget(seq uint64) {
 	for _, sel := range s.selected[seq] {
-		if s.newest[sel] == seq {
-			delete(s.newest, sel)
-		}
+		s.drop(sel, seq)
 	}
 	delete(s.selected, seq)
+}
+
+// drop ends what raise began, unless a newer number revokes the same.
+func (s *Set) drop(sel Selector, seq uint64) {
+	switch sel.kind {
+	case KindEverything:
+		if s.everything == seq {
+			s.everything = 0
+		}
+	case KindGrant:
+		if id, err := token.ParseGrantID(sel.value); err == nil && s.grants[id] == seq {
+			delete(s.grants, id)
+		}
+	case KindSVID:
+		if t, err := token.ParseThumbprint(sel.value); err == nil && s.svids[t] == seq {
+			delete(s.svids, t)
+		}
+	default:
+		if s.named[sel] == seq {
+			delete(s.named, sel)
+		}
+	}
 }
 
 // KeyRevoked reports whether a signing key is revoked.
@@ -179,22 +238,22 @@ func (s *Set) Judge(sub Subject) Verdict {
 // newestMatch returns the highest number that matches, 0 for none. Every look-up is
 // by key: its cost depends on the lineage, not on the set.
 func (s *Set) newestMatch(sub Subject) uint64 {
-	newest := max(s.newest[Everything()], s.newest[Selector{KindAudience, sub.Audience}])
+	newest := max(s.everything, s.named[Selector{KindAudience, sub.Audience}])
 	for _, m := range sub.Lineage {
-		newest = max(newest, s.newest[Grant(m.Grant)], s.newestForIdentity(m.Identity))
+		newest = max(newest, s.grants[m.Grant], s.newestForIdentity(m.Identity))
 		if !m.SVID.IsZero() {
-			newest = max(newest, s.newest[SVID(m.SVID)])
+			newest = max(newest, s.svids[m.SVID])
 		}
 	}
 	return newest
 }
 
 func (s *Set) newestForIdentity(id spiffeid.ID) uint64 {
-	newest := max(s.newest[Identity(id)], s.newest[TrustDomain(id.TrustDomain())])
 	text := id.String()
+	newest := max(s.named[Selector{KindIdentity, text}], s.named[Selector{KindTrustDomain, id.TrustDomain().Name()}])
 	root := len(text) - len(id.Path())
 	for end := strings.LastIndexByte(text, '/'); end > root; end = strings.LastIndexByte(text[:end], '/') {
-		newest = max(newest, s.newest[Selector{KindSubtree, text[:end]}])
+		newest = max(newest, s.named[Selector{KindSubtree, text[:end]}])
 	}
 	return newest
 }
