@@ -69,8 +69,15 @@ func (p place) String() string { return p.file + ":" + strconv.Itoa(p.line) }
 // dataset is the data of one generation: as Rego sees it, as Go asks it, and
 // where each entry stands.
 type dataset struct {
-	value     ast.Object
-	audiences map[string]Audience
+	value ast.Object
+
+	audiences    map[string]Audience
+	entitlements table[entitlement]
+	exchange     map[string]table[entitlement]
+	operators    map[string][]string
+	verifiers    map[string]verifier
+	limits       map[string]Limits
+
 	// names maps a pattern to the audience names it answers to.
 	names map[string][]string
 	// places maps dataRef(path) to its file and line.

@@ -12,9 +12,14 @@ import (
 // a hundred thousand.
 func (p *parser) dataset() *dataset {
 	d := &dataset{
-		audiences: p.audiences,
-		names:     map[string][]string{},
-		places:    p.places,
+		audiences:    p.audiences,
+		entitlements: p.entitlements,
+		exchange:     p.exchange,
+		operators:    p.operators,
+		verifiers:    p.verifiers,
+		limits:       p.limits,
+		names:        map[string][]string{},
+		places:       p.places,
 	}
 	for name, a := range p.audiences {
 		for _, pattern := range a.Identities {
@@ -43,6 +48,41 @@ func (d *dataset) namesOf(patterns []string) []string {
 	return slices.Compact(out)
 }
 
+func (d *dataset) facts(in Input) facts {
+	patterns := Patterns(in.Caller.ID)
+	return facts{patterns: patterns, names: d.namesOf(patterns), match: d.match(in, patterns)}
+}
+
+// match finds the most specific of patterns that has an entry for the question.
+// It is a look-up a pattern, in Go because it costs a hundredth of what it would
+// in Rego. Empty if there is none.
+func (d *dataset) match(in Input, patterns []string) string {
+	var has func(string) bool
+	switch in.Action {
+	case ActionIssue:
+		has = func(p string) bool { _, ok := d.entitlements[p][in.Audience]; return ok }
+	case ActionExchange:
+		has = func(p string) bool { _, ok := d.exchange[p][in.ParentAudience][in.Audience]; return ok }
+	case ActionFollow, ActionRelay, ActionReport:
+		has = func(p string) bool { _, ok := d.verifiers[p]; return ok }
+	default:
+		has = func(p string) bool { _, ok := d.operators[p]; return ok }
+	}
+	return first(patterns, has)
+}
+
+// limitsOf returns the limits of the most specific of patterns that has some.
+func (d *dataset) limitsOf(patterns []string) Limits {
+	return d.limits[first(patterns, func(p string) bool { _, ok := d.limits[p]; return ok })]
+}
+
+func first(list []string, ok func(string) bool) string {
+	if i := slices.IndexFunc(list, ok); i >= 0 {
+		return list[i]
+	}
+	return ""
+}
+
 func object[M ~map[string]V, V any](m M, term func(V) *ast.Term) *ast.Term {
 	items := make([][2]*ast.Term, 0, len(m))
 	for k, v := range m {
@@ -60,7 +100,22 @@ func entitlementTerm(e entitlement) *ast.Term {
 		item("ttl_ns", int64Term(int64(e.ttl))),
 		item("max_ttl", ast.StringTerm(shortDuration(e.ttl))),
 		item("binding", ast.StringTerm(e.binding)),
+		item("bindings", bindingsTerm(e.binding)),
 	)
+}
+
+// bindingsTerm maps each binding that may be asked for to what is given: the
+// stricter of it and the entitlement's.
+func bindingsTerm(least string) *ast.Term {
+	var items [][2]*ast.Term
+	for _, asked := range []string{BindingNone, BindingSPIFFE, BindingX5T} {
+		given := asked
+		if strictness(least) > strictness(asked) {
+			given = least
+		}
+		items = append(items, item(asked, ast.StringTerm(given)))
+	}
+	return ast.ObjectTerm(items...)
 }
 
 func audienceTerm(a Audience) *ast.Term {

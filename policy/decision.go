@@ -4,7 +4,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"math"
 	"slices"
 	"strconv"
 	"strings"
@@ -26,7 +25,8 @@ type Decision struct {
 	TTL time.Duration `json:"ttl_ns,omitempty"`
 	// Binding is the stricter of what was asked for and what policy says.
 	Binding string `json:"binding,omitempty"`
-	// Limits of the caller; zero fields set none.
+	// Limits of the caller, for issue and exchange; zero fields set none. They come
+	// from the data, allowed or not, and no rule can raise them.
 	Limits Limits `json:"limits"`
 
 	// Names are the audience names that the caller answers to, sorted.
@@ -94,8 +94,6 @@ func decodeDecision(v ast.Value) (Decision, error) {
 			d.TTL = time.Duration(n)
 		case "binding":
 			d.Binding, err = text(v)
-		case "limits":
-			d.Limits, err = decodeLimits(v)
 		case "denials":
 			d.Denials, err = decodeDenials(v)
 		case "rule":
@@ -195,31 +193,6 @@ func decodeDenials(v ast.Value) ([]Denial, error) {
 		return nil
 	})
 	return out, err
-}
-
-func decodeLimits(v ast.Value) (Limits, error) {
-	var l Limits
-	obj, ok := v.(ast.Object)
-	if !ok {
-		return l, fmt.Errorf("a %s, not an object", ast.ValueName(v))
-	}
-	err := eachKey(obj, func(key string, v ast.Value) error {
-		n, err := integer(v)
-		switch {
-		case err != nil:
-			return err
-		case n < 0 || n > math.MaxInt32:
-			return fmt.Errorf("%d is out of range", n)
-		case key == "issue_per_second":
-			l.IssuePerSecond = int(n)
-		case key == "live_grants":
-			l.LiveGrants = int(n)
-		default:
-			return errors.New("unknown key")
-		}
-		return nil
-	})
-	return l, err
 }
 
 func decodePaths(v ast.Value) ([][]string, error) {

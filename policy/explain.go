@@ -52,8 +52,7 @@ func (p *Policy) Explain(ctx context.Context, in Input) (Explanation, error) {
 		return Explanation{}, err
 	}
 	e := Explanation{Decision: d, Rules: t.rules}
-	patterns := Patterns(in.Caller.ID)
-	if e.Input, err = ast.JSON(in.value(patterns, d.Names)); err != nil {
+	if e.Input, err = ast.JSON(in.value(g.data.facts(in))); err != nil {
 		return Explanation{}, fmt.Errorf("explaining the input: %w", err)
 	}
 	for _, path := range d.paths {

@@ -176,22 +176,36 @@ func Patterns(id spiffeid.ID) []string {
 	return out
 }
 
+// facts are what policy data says about a question before any rule is asked.
+type facts struct {
+	patterns []string // that match the caller, most specific first
+	names    []string // audience names that the caller answers to
+	match    string   // the pattern whose entry decides; empty if there is none
+}
+
 // value is the input document. It is built as AST values, because converting a Go
 // map costs more than the whole evaluation. docs/policy.md has its schema.
-func (in Input) value(patterns, names []string) ast.Value {
+func (in Input) value(f facts) ast.Value {
 	items := make([][2]*ast.Term, 0, 16)
 	add := func(key string, v *ast.Term) { items = append(items, item(key, v)) }
 
 	add("action", ast.StringTerm(string(in.Action)))
-	add("caller", in.Caller.term(patterns, names))
+	add("caller", in.Caller.term(f))
+	add("match", ast.StringTerm(f.match))
 	add("time_ns", int64Term(in.Time.UnixNano()))
 	add("peer_address", ast.StringTerm(in.PeerAddress))
 	switch in.Action {
 	case ActionIssue, ActionExchange:
 		add("audience", ast.StringTerm(in.Audience))
-		add("scopes", stringsTerm(in.Scopes))
-		add("ttl_ns", int64Term(int64(in.TTL)))
-		add("binding", ast.StringTerm(in.Binding))
+		if len(in.Scopes) > 0 {
+			add("scopes", stringsTerm(in.Scopes))
+		}
+		if in.TTL > 0 {
+			add("ttl_ns", int64Term(int64(in.TTL)))
+		}
+		if in.Binding != "" {
+			add("binding", ast.StringTerm(in.Binding))
+		}
 	}
 	if in.Action == ActionExchange {
 		add("parent", in.parentTerm())
@@ -206,7 +220,7 @@ func (in Input) value(patterns, names []string) ast.Value {
 	return ast.NewObject(items...)
 }
 
-func (c Caller) term(patterns, names []string) *ast.Term {
+func (c Caller) term(f facts) *ast.Term {
 	attestation := c.Attestation
 	if attestation == "" {
 		attestation = AttestationX509
@@ -215,8 +229,8 @@ func (c Caller) term(patterns, names []string) *ast.Term {
 		item("id", ast.StringTerm(c.ID.String())),
 		item("trust_domain", ast.StringTerm(c.ID.TrustDomain().Name())),
 		item("path", ast.StringTerm(c.ID.Path())),
-		item("patterns", stringsTerm(patterns)),
-		item("names", stringsTerm(names)),
+		item("patterns", stringsTerm(f.patterns)),
+		item("names", stringsTerm(f.names)),
 		item("attestation", ast.StringTerm(attestation)),
 		item("svid", ast.ObjectTerm(
 			item("serial", ast.StringTerm(c.SVIDSerial)),

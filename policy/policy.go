@@ -16,7 +16,9 @@ import (
 	"time"
 
 	"github.com/open-policy-agent/opa/v1/ast"
+	"github.com/open-policy-agent/opa/v1/metrics"
 	"github.com/open-policy-agent/opa/v1/rego"
+	"github.com/open-policy-agent/opa/v1/topdown"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
@@ -134,16 +136,19 @@ func (g *generation) decide(ctx context.Context, cfg Config, in Input, opts ...r
 	if err := in.validate(); err != nil {
 		return Decision{}, err
 	}
-	patterns := Patterns(in.Caller.ID)
-	names := g.data.namesOf(patterns)
+	f := g.data.facts(in)
 	if in.Time.IsZero() {
 		in.Time = cfg.Now()
 	}
-	ctx, cancel := context.WithTimeout(ctx, cfg.Timeout)
-	defer cancel()
+	// OPA would start a goroutine per evaluation to watch ctx; this costs less.
+	cancel := topdown.NewCancel()
+	defer context.AfterFunc(ctx, cancel.Cancel)()
+	defer time.AfterFunc(cfg.Timeout, cancel.Cancel).Stop()
 	rs, err := g.query.Eval(ctx, append(opts,
-		rego.EvalParsedInput(in.value(patterns, names)),
+		rego.EvalParsedInput(in.value(f)),
 		rego.EvalTime(in.Time),
+		rego.EvalExternalCancel(cancel),
+		rego.EvalMetrics(metrics.NoOp()),
 	)...)
 	if err != nil {
 		return Decision{}, fmt.Errorf("%w: %w", ErrEvaluation, err)
@@ -152,7 +157,10 @@ func (g *generation) decide(ctx context.Context, cfg Config, in Input, opts ...r
 	if err != nil {
 		return Decision{}, fmt.Errorf("%w: %w", ErrEvaluation, err)
 	}
-	d.Names = names
+	d.Names = f.names
+	if in.Action == ActionIssue || in.Action == ActionExchange {
+		d.Limits = g.data.limitsOf(f.patterns)
+	}
 	d.Generation = g.number
 	return d, nil
 }

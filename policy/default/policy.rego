@@ -26,89 +26,83 @@ decision := granted if {
 	count(denials) > 0
 }
 
+# The entry of the data that a denial is about.
 default consulted := []
 
-consulted := [target.path]
+consulted := [path] if {
+	entry
+	path := {
+		"issue": ["entitlements", input.match, input.audience],
+		"exchange": ["exchange", input.match, object.get(input, ["parent", "audience"], ""), input.audience],
+	}[input.action]
+}
 
-consulted := [verifier.path]
+consulted := [["verifiers", input.match]] if verifier
 
-consulted := [operator.path]
+consulted := [["operators", input.match]] if operator
 
 # --- issue and exchange: a credential for an audience
 
 granted := {
 	"allow": true,
-	"rule": input.action,
-	"data": [target.path],
+	"rule": "issue",
+	"data": [["entitlements", input.match, input.audience]],
 	"scopes": scopes,
 	"ttl_ns": ttl_ns,
 	"binding": binding,
-	"limits": limits,
 } if {
-	data.dayfly.audiences[input.audience]
-	every s in input.scopes {
-		target.entry.scopes[s]
-	}
-	input.ttl_ns <= target.entry.ttl_ns
-	bindable
-	not no_scope_left
-}
-
-# The entry that the request is decided on: the most specific pattern that has
-# one for this audience. Less specific ones aren't merged into it.
-target := {"entry": data.dayfly.entitlements[p][input.audience], "path": ["entitlements", p, input.audience]} if {
 	input.action == "issue"
-	p := [p | some p in input.caller.patterns; data.dayfly.entitlements[p][input.audience]][0]
+	e := data.dayfly.entitlements[input.match][input.audience]
+	scopes := object.get(input, "scopes", e.default_scopes)
+	not exceeds(scopes, e)
+	ttl_ns := object.get(input, "ttl_ns", e.ttl_ns)
+	ttl_ns <= e.ttl_ns
+	binding := e.bindings[object.get(input, "binding", e.binding)]
+	bindable(binding)
 }
 
-target := {
-	"entry": data.dayfly.exchange[p][input.parent.audience][input.audience],
-	"path": ["exchange", p, input.parent.audience, input.audience],
+granted := {
+	"allow": true,
+	"rule": "exchange",
+	"data": [["exchange", input.match, input.parent.audience, input.audience]],
+	"scopes": scopes,
+	"ttl_ns": ttl_ns,
+	"binding": binding,
 } if {
 	input.action == "exchange"
-	p := [p | some p in input.caller.patterns; data.dayfly.exchange[p][input.parent.audience][input.audience]][0]
+	e := data.dayfly.exchange[input.match][input.parent.audience][input.audience]
+	scopes := object.get(input, "scopes", passed_on(e))
+	not exceeds(scopes, e)
+	not nothing_left(scopes, e)
+	ttl_ns := object.get(input, "ttl_ns", e.ttl_ns)
+	ttl_ns <= e.ttl_ns
+	binding := e.bindings[object.get(input, "binding", e.binding)]
+	bindable(binding)
 }
 
-scopes := input.scopes if count(input.scopes) > 0
-
-scopes := target.entry.default_scopes if {
-	input.action == "issue"
-	count(input.scopes) == 0
+exceeds(scopes, e) if {
+	some s in scopes
+	not e.scopes[s]
 }
 
-# A derived credential has at most its parent's scopes, so the default set is
-# what both hold.
-scopes := [s | some s in target.entry.default_scopes; s in input.parent.scopes] if {
-	input.action == "exchange"
-	count(input.scopes) == 0
-}
+# A derived credential has at most its parent's scopes, so the default set of an
+# exchange is what both hold.
+passed_on(e) := [s | some s in e.default_scopes; s in input.parent.scopes]
 
-no_scope_left if {
+nothing_left(scopes, e) if {
 	count(scopes) == 0
-	count(target.entry.default_scopes) > 0
+	count(e.default_scopes) > 0
 }
-
-ttl_ns := input.ttl_ns if input.ttl_ns > 0
-
-ttl_ns := target.entry.ttl_ns if input.ttl_ns == 0
-
-# The stricter of what was asked for and what the entry says.
-strictness := {"": 0, "none": 1, "spiffe": 2, "x5t": 3}
-
-binding := input.binding if {
-	strictness[input.binding] > strictness[target.entry.binding]
-} else := target.entry.binding
 
 # x5t names a certificate, which a JWT-SVID doesn't have.
-bindable if binding != "x5t"
+bindable(binding) if binding != "x5t"
 
-bindable if input.caller.attestation == "x509"
+bindable("x5t") if input.caller.attestation == "x509"
 
-default limits := {}
+# The entry once more, for those who are told why not.
+entry := data.dayfly.entitlements[input.match][input.audience] if input.action == "issue"
 
-limits := data.dayfly.limits[p] if {
-	p := [p | some p in input.caller.patterns; data.dayfly.limits[p]][0]
-}
+entry := data.dayfly.exchange[input.match][input.parent.audience][input.audience] if input.action == "exchange"
 
 asks_credential if input.action in {"issue", "exchange"}
 
@@ -127,7 +121,7 @@ denials contains {
 	"hint": sprintf("ask %s, who owns the audience", [data.dayfly.audiences[input.audience].owner]),
 } if {
 	input.action == "issue"
-	not target
+	not entry
 }
 
 denials contains {
@@ -139,7 +133,7 @@ denials contains {
 	"hint": sprintf("ask %s, who owns the audience", [data.dayfly.audiences[input.audience].owner]),
 } if {
 	input.action == "exchange"
-	not target
+	not entry
 }
 
 denials contains {
@@ -148,8 +142,8 @@ denials contains {
 	"hint": "ask for fewer scopes, or for none to get the default set",
 	"metadata": {"scopes": missing},
 } if {
-	absent := [s | some s in input.scopes; not target.entry.scopes[s]]
-	target
+	entry
+	absent := [s | some s in input.scopes; not entry.scopes[s]]
 	count(absent) > 0
 	missing := concat(" ", absent)
 }
@@ -158,18 +152,20 @@ denials contains {
 	"reason": "no_scope_left",
 	"message": sprintf("the presented credential holds no scope that may be passed on to %q", [input.audience]),
 	"hint": "present a credential that holds one of the scopes",
-	"metadata": {"scopes": concat(" ", target.entry.default_scopes)},
+	"metadata": {"scopes": concat(" ", entry.default_scopes)},
 } if {
-	no_scope_left
+	input.action == "exchange"
+	not input.scopes
+	nothing_left(passed_on(entry), entry)
 }
 
 denials contains {
 	"reason": "ttl_not_entitled",
-	"message": sprintf("a credential for %q lives at most %s here", [input.audience, target.entry.max_ttl]),
+	"message": sprintf("a credential for %q lives at most %s here", [input.audience, entry.max_ttl]),
 	"hint": "ask for less, or for none to get the most",
-	"metadata": {"max_ttl": target.entry.max_ttl},
+	"metadata": {"max_ttl": entry.max_ttl},
 } if {
-	input.ttl_ns > target.entry.ttl_ns
+	input.ttl_ns > entry.ttl_ns
 }
 
 denials contains {
@@ -177,18 +173,14 @@ denials contains {
 	"message": "a credential bound to a certificate needs an X.509-SVID",
 	"hint": "authenticate with an X.509-SVID over mTLS",
 } if {
-	target
-	not bindable
+	not bindable(entry.bindings[object.get(input, "binding", entry.binding)])
 }
 
 # --- follow, relay, report: the feed
 
-verifier := {"entry": data.dayfly.verifiers[p], "path": ["verifiers", p]} if {
-	input.action in {"follow", "relay", "report"}
-	p := [p | some p in input.caller.patterns; data.dayfly.verifiers[p]][0]
-}
+verifier := data.dayfly.verifiers[input.match] if input.action in {"follow", "relay", "report"}
 
-granted := {"allow": true, "rule": "follow", "data": [verifier.path]} if {
+granted := {"allow": true, "rule": "follow", "data": [["verifiers", input.match]]} if {
 	input.action == "follow"
 	verifier
 	every a in input.verifier.audiences {
@@ -198,20 +190,20 @@ granted := {"allow": true, "rule": "follow", "data": [verifier.path]} if {
 	}
 }
 
-granted := {"allow": true, "rule": "relay", "data": [verifier.path]} if {
+granted := {"allow": true, "rule": "relay", "data": [["verifiers", input.match]]} if {
 	input.action == "relay"
-	verifier.entry.relay
+	verifier.relay
 }
 
-granted := {"allow": true, "rule": "report", "data": [verifier.path]} if {
+granted := {"allow": true, "rule": "report", "data": [["verifiers", input.match]]} if {
 	input.action == "report"
 	verifier
 }
 
-followable(a) if verifier.entry.follow[a]
+followable(a) if verifier.follow[a]
 
 followable(a) if {
-	verifier.entry.follow["*"]
+	verifier.follow["*"]
 	data.dayfly.audiences[a]
 }
 
@@ -235,7 +227,7 @@ denials contains {
 } if {
 	input.action == "relay"
 	verifier
-	not verifier.entry.relay
+	not verifier.relay
 }
 
 denials contains {
@@ -277,15 +269,13 @@ denials contains {
 
 # --- operators
 
-operator_actions := {"revoke", "revoke_everything", "lift", "lift_confirm", "list", "plan"}
+operates if input.action in {"revoke", "revoke_everything", "lift", "lift_confirm", "list", "plan"}
 
-operator := {"entry": data.dayfly.operators[p], "path": ["operators", p]} if {
-	input.action in operator_actions
-	p := [p | some p in input.caller.patterns; data.dayfly.operators[p]][0]
-}
+operator := data.dayfly.operators[input.match] if operates
 
-granted := {"allow": true, "rule": input.action, "data": [operator.path]} if {
-	operator.entry[input.action]
+granted := {"allow": true, "rule": input.action, "data": [["operators", input.match]]} if {
+	input.action in {"revoke", "revoke_everything", "lift", "lift_confirm", "list", "plan"}
+	data.dayfly.operators[input.match][input.action]
 }
 
 denials contains {
@@ -293,7 +283,7 @@ denials contains {
 	"message": sprintf("%s isn't an operator", [input.caller.id]),
 	"hint": "ask the policy's owner for an entry under operators",
 } if {
-	input.action in operator_actions
+	operates
 	not operator
 }
 
@@ -303,5 +293,5 @@ denials contains {
 	"hint": "ask the policy's owner to add the action",
 } if {
 	operator
-	not operator.entry[input.action]
+	not operator[input.action]
 }

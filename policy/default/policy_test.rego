@@ -1,0 +1,148 @@
+package policy_test
+
+import data.testing
+
+minute := 60000000000
+
+audiences := {
+	"orders": {
+		"owner": "shop", "verified_by": "feed", "identities": {"spiffe://td/shop/orders": true},
+		"max_staleness_ns": 30 * 1000000000, "on_stale": "refuse",
+	},
+	"ledger": {
+		"owner": "books", "verified_by": "feed", "identities": {"spiffe://td/books/*": true},
+		"max_staleness_ns": 5 * 1000000000, "on_stale": "accept",
+	},
+}
+
+spiffe_or_x5t := {"none": "spiffe", "spiffe": "spiffe", "x5t": "x5t"}
+
+entitlements := {
+	"spiffe://td/shop/*": {"orders": {
+		"scopes": {"r": true}, "default_scopes": ["r"],
+		"ttl_ns": 5 * minute, "max_ttl": "5m", "binding": "spiffe", "bindings": spiffe_or_x5t,
+	}},
+	"spiffe://td/shop/web": {"orders": {
+		"scopes": {"r": true, "w": true}, "default_scopes": ["r"],
+		"ttl_ns": minute, "max_ttl": "1m", "binding": "none",
+		"bindings": {"none": "none", "spiffe": "spiffe", "x5t": "x5t"},
+	}},
+}
+
+exchange := {"spiffe://td/shop/orders": {"orders": {"ledger": {
+	"scopes": {"l": true}, "default_scopes": ["l"],
+	"ttl_ns": minute, "max_ttl": "1m", "binding": "spiffe", "bindings": spiffe_or_x5t,
+}}}}
+
+ask(id, action, more) := decision if {
+	decision := testing.ask(id, action, more) with data.dayfly.audiences as audiences
+		with data.dayfly.entitlements as entitlements
+		with data.dayfly.exchange as exchange
+		with data.dayfly.verifiers as {
+			"spiffe://td/*": {"follow": {}, "relay": false},
+			"spiffe://td/shop/orders": {"follow": {"orders": true, "ledger": true}, "relay": true},
+			"spiffe://td/all": {"follow": {"*": true}, "relay": false},
+		}
+		with data.dayfly.operators as {
+			"spiffe://td/ops/*": {"revoke": true, "list": true},
+			"spiffe://td/ops/intern": {},
+		}
+}
+
+reasons(id, action, more) := {d.reason | some d in ask(id, action, more).denials}
+
+test_issue_defaults if {
+	d := ask("spiffe://td/shop/web", "issue", {"audience": "orders"})
+	d.allow
+	d.scopes == ["r"]
+	d.ttl_ns == minute
+	d.binding == "none"
+	d.data == [["entitlements", "spiffe://td/shop/web", "orders"]]
+}
+
+test_most_specific_pattern_decides_alone if {
+	d := ask("spiffe://td/shop/orders", "issue", {"audience": "orders"})
+	d.ttl_ns == 5 * minute
+	reasons("spiffe://td/shop/orders", "issue", {"audience": "orders", "scopes": ["w"]}) == {"scope_not_entitled"}
+	reasons("spiffe://td/shop/web", "issue", {"audience": "orders", "ttl_ns": 2 * minute}) == {"ttl_not_entitled"}
+}
+
+test_stricter_binding_wins if {
+	ask("spiffe://td/shop/orders", "issue", {"audience": "orders", "binding": "none"}).binding == "spiffe"
+	ask("spiffe://td/shop/web", "issue", {"audience": "orders", "binding": "spiffe"}).binding == "spiffe"
+	ask("spiffe://td/shop/web", "issue", {"audience": "orders", "binding": "x5t"}).binding == "x5t"
+}
+
+test_issue_denials if {
+	reasons("spiffe://td/shop/web", "issue", {"audience": "nowhere"}) == {"audience_unknown"}
+	reasons("spiffe://td/shop/web", "issue", {"audience": "ledger"}) == {"no_entitlement"}
+	reasons("spiffe://td/shopping", "issue", {"audience": "orders"}) == {"no_entitlement"}
+	reasons("spiffe://td/shop/web", "issue", {"audience": "orders", "scopes": ["r", "x"], "ttl_ns": 2 * minute}) == {
+		"scope_not_entitled",
+		"ttl_not_entitled",
+	}
+}
+
+test_every_missing_scope_is_named if {
+	d := ask("spiffe://td/shop/web", "issue", {"audience": "orders", "scopes": ["r", "x", "y"]})
+	not d.allow
+	some denial in d.denials
+	denial.metadata.scopes == "x y"
+}
+
+test_exchange if {
+	d := ask("spiffe://td/shop/orders", "exchange", {
+		"audience": "ledger",
+		"parent": {"audience": "orders", "scopes": ["r", "l"], "lineage": []},
+	})
+	d.allow
+	d.scopes == ["l"]
+}
+
+test_exchange_denials if {
+	parent := {"audience": "orders", "scopes": ["r"], "lineage": []}
+	reasons("spiffe://td/shop/web", "exchange", {"audience": "ledger", "parent": parent}) == {"exchange_not_allowed"}
+	reasons("spiffe://td/shop/orders", "exchange", {"audience": "orders", "parent": parent}) == {"exchange_not_allowed"}
+	reasons("spiffe://td/shop/orders", "exchange", {"audience": "ledger", "parent": parent}) == {"no_scope_left"}
+}
+
+promise(audiences, seconds, on_stale) := {"verifier": {
+	"audiences": audiences,
+	"max_staleness_ns": seconds * 1000000000,
+	"on_stale": on_stale,
+}}
+
+test_follow if {
+	ask("spiffe://td/shop/orders", "follow", promise(["orders"], 30, "refuse")).allow
+	ask("spiffe://td/shop/orders", "follow", promise(["ledger"], 5, "accept")).allow
+	ask("spiffe://td/agent", "follow", promise([], 30, "refuse")).allow
+	ask("spiffe://td/all", "follow", promise(["orders", "ledger"], 5, "refuse")).allow
+}
+
+test_follow_denials if {
+	reasons("spiffe://elsewhere/x", "follow", promise([], 5, "refuse")) == {"not_verifier"}
+	reasons("spiffe://td/agent", "follow", promise(["orders"], 5, "refuse")) == {"follow_not_allowed"}
+	reasons("spiffe://td/all", "follow", promise(["nowhere"], 5, "refuse")) == {"follow_not_allowed"}
+	reasons("spiffe://td/shop/orders", "follow", promise(["orders", "ledger"], 6, "accept")) == {
+		"staleness_not_allowed",
+		"on_stale_not_allowed",
+	}
+}
+
+test_relay_and_report if {
+	ask("spiffe://td/shop/orders", "relay", promise([], 5, "refuse")).allow
+	ask("spiffe://td/agent", "report", {}).allow
+	reasons("spiffe://td/agent", "relay", promise([], 5, "refuse")) == {"relay_not_allowed"}
+	reasons("spiffe://elsewhere/x", "report", {}) == {"not_verifier"}
+}
+
+test_operators if {
+	ask("spiffe://td/ops/alice", "revoke", {}).allow
+	reasons("spiffe://td/ops/alice", "lift", {}) == {"operator_not_allowed"}
+	reasons("spiffe://td/ops/intern", "revoke", {}) == {"operator_not_allowed"}
+	reasons("spiffe://td/shop/web", "list", {}) == {"not_operator"}
+}
+
+test_unknown_action_denies if {
+	reasons("spiffe://td/ops/alice", "mint", {}) == {"action_unknown"}
+}

@@ -1,0 +1,74 @@
+# METADATA
+# title: helpers for tests of policy
+# description: |
+#   ask(id, action, more) is the answer to a question on the folder's data, put
+#   together as dayfly does:
+#
+#     import data.testing
+#     test_web_reads_orders if {
+#       testing.ask("spiffe://td/web", "issue", {"audience": "orders"}).allow
+#     }
+#
+#   Data can be replaced with "with data.dayfly.entitlements as {...}", in the
+#   form that docs/policy.md shows.
+package testing
+
+import data.policy
+
+ask(id, action, more) := decision if {
+	asked := question(id, action, more)
+	decision := policy.decision with input as asked
+}
+
+# reasons are those of a denial.
+reasons(id, action, more) := {d.reason | some d in ask(id, action, more).denials}
+
+question(id, action, more) := object.union(more, {
+	"action": action,
+	"caller": caller(id),
+	"match": match(id, action, more),
+	"time_ns": 0,
+	"peer_address": "",
+})
+
+caller(id) := {
+	"id": id,
+	"trust_domain": segments(id)[0],
+	"path": concat("/", array.concat([""], array.slice(segments(id), 1, 1000))),
+	"patterns": patterns(id),
+	"names": sort([name |
+		some name, a in data.dayfly.audiences
+		some p in patterns(id)
+		a.identities[p]
+	]),
+	"attestation": "x509",
+	"svid": {"serial": "01", "age_ns": 0, "remaining_ns": 3600000000000},
+}
+
+segments(id) := split(trim_prefix(id, "spiffe://"), "/")
+
+# patterns that match an identity, the most specific first.
+patterns(id) := array.concat([id], [p |
+	n := count(segments(id))
+	some i in numbers.range(n - 1, 1)
+	i < n
+	p := sprintf("spiffe://%s/*", [concat("/", array.slice(segments(id), 0, i))])
+])
+
+# match is the most specific pattern that has an entry; empty if none has.
+default match(_, _, _) := ""
+
+match(id, "issue", more) := [p | some p in patterns(id); data.dayfly.entitlements[p][more.audience]][0]
+
+match(id, "exchange", more) := [p |
+	some p in patterns(id)
+	data.dayfly.exchange[p][more.parent.audience][more.audience]
+][0]
+
+match(id, action, _) := [p | some p in patterns(id); data.dayfly.verifiers[p]][0] if {
+	action in {"follow", "relay", "report"}
+}
+
+match(id, action, _) := [p | some p in patterns(id); data.dayfly.operators[p]][0] if {
+	action in {"revoke", "revoke_everything", "lift", "lift_confirm", "list", "plan"}
+}
