@@ -74,7 +74,6 @@ type Broker struct {
 	retries retries
 	flight  singleflight.Group
 	lifting sync.Mutex
-	proof   prover
 }
 
 // New checks the configuration. It starts nothing.

@@ -1,0 +1,31 @@
+// Package boltstore keeps a broker's records in one bbolt file: the event log, the
+// grants and what was observed. It is the default broker.Store.
+//
+//	first := broker.Record{Event: feed.Event{Era: &feed.Era{Era: era}}, Details: ...}
+//	err := boltstore.Create(path, first) // once, by "dayfly-broker init"
+//
+//	store, err := boltstore.Open(boltstore.Config{Path: path})
+//	defer store.Close()
+//	err = store.Issue(ctx, grant, admit) // nil: it is on the disk
+//
+// One goroutine writes. It takes everything that waits, appends before issues, into
+// one transaction and so one sync of the disk; what arrives meanwhile is the next
+// batch. There is no timer: an idle store commits a lone write at once.
+//
+// # The file
+//
+//	dayfly/               format, schema, head, horizon, commits
+//	log/<number>          a record, or the trace of a dropped one
+//	grants/<YYYYMMDD>/<grant ID>   by the day (UTC) on which the grant expires
+//	observed/<key>        an observation
+//
+// Numbers are 8 bytes, big-endian. A grant is one Put, and old ones go by the
+// bucket. A child never expires after its parent, so it is never in a later bucket.
+//
+// # A full disk
+//
+// The file is always a reserve larger than what issuing may use. When the disk has
+// no more room, an Issue returns broker.ErrStoreFull before anything is written, and
+// appends, proofs and pruning go on within the reserve. Each later Issue asks for
+// room again, so the store recovers by itself.
+package boltstore

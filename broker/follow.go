@@ -1,0 +1,461 @@
+package broker
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/dayflyhq/dayfly/proto/feed"
+	"github.com/dayflyhq/dayfly/proto/token"
+)
+
+// maxStreams bounds the streams of one identity: an autoscaled set shares one.
+const maxStreams = 1024
+
+// A Subscriber is what a verifier says of itself when it begins to follow.
+type Subscriber struct {
+	Instance     string
+	Audiences    []string
+	MaxStaleness time.Duration
+	AcceptsStale bool
+	Position     feed.Position // zero: knows nothing
+	Relay        bool
+}
+
+// roster is feed.Roster with a lock, a store behind it and a bell.
+type roster struct {
+	mu      sync.Mutex
+	feed    feed.Roster
+	streams map[string]int // by identity
+	changed chan struct{}
+}
+
+// ring wakes whoever watches containment. The caller holds the lock.
+func (r *roster) ring() {
+	close(r.changed)
+	r.changed = make(chan struct{})
+}
+
+const rosterPrefix = "verifier/"
+
+// storedVerifier is a roster entry as the store keeps it. When it was last answered
+// is not kept: after a restart, now is the safe assumption.
+type storedVerifier struct {
+	Identity     string        `json:"identity"`
+	Instance     string        `json:"instance"`
+	Via          string        `json:"via,omitempty"`
+	Audiences    []string      `json:"audiences,omitempty"`
+	Bound        time.Duration `json:"bound"`
+	AcceptsStale bool          `json:"accepts_stale,omitempty"`
+	Era          token.Era     `json:"era,omitempty"`
+	Seq          uint64        `json:"seq,omitempty"`
+	Sum          []byte        `json:"sum,omitempty"`
+}
+
+func observe(v feed.Verifier) Observation {
+	b, err := json.Marshal(storedVerifier{
+		v.ID.Identity, v.ID.Instance, v.ID.Via, v.Audiences, v.Bound, v.AcceptsStale,
+		v.Acked.Era, v.Acked.Seq, v.Acked.Sum[:],
+	})
+	if err != nil {
+		panic("internal error: marshalling a roster entry: " + err.Error())
+	}
+	return Observation{Key: rosterKey(v.ID), Value: b}
+}
+
+func rosterKey(id feed.VerifierID) string {
+	return rosterPrefix + strings.Join([]string{id.Identity, id.Via, id.Instance}, "|")
+}
+
+// loadRoster reads the roster: each verifier in it may have been fresh until now.
+func (b *Broker) loadRoster(ctx context.Context) error {
+	now := b.cfg.Boot()
+	for o, err := range b.cfg.Store.Observed(ctx, rosterPrefix) {
+		if err != nil {
+			return fmt.Errorf("reading the roster: %w", err)
+		}
+		var s storedVerifier
+		if err := json.Unmarshal(o.Value, &s); err != nil {
+			return fmt.Errorf("reading the roster: entry %q: %w", o.Key, err)
+		}
+		v := feed.Verifier{
+			ID:        feed.VerifierID{Identity: s.Identity, Instance: s.Instance, Via: s.Via},
+			Audiences: s.Audiences, Bound: s.Bound, AcceptsStale: s.AcceptsStale, AckedAt: now,
+			Acked: feed.Position{Era: s.Era, Seq: s.Seq},
+		}
+		copy(v.Acked.Sum[:], s.Sum)
+		b.roster.feed.Join(v, now)
+	}
+	return nil
+}
+
+// A Follower is one stream of the feed. Next may be called beside the other methods.
+type Follower struct {
+	b      *Broker
+	caller Caller
+	id     feed.VerifierID
+	bound  time.Duration
+	relay  bool
+
+	mu     sync.Mutex // guards cursor
+	cursor *feed.Cursor
+	close  sync.Once
+}
+
+// Subscribe admits a verifier and records it, durably, before it gets anything.
+func (b *Broker) Subscribe(ctx context.Context, c Caller, s Subscriber) (*Follower, error) {
+	e := b.entry(ActionFollow, c)
+	f, err := b.subscribe(ctx, c, s, &e)
+	if err != nil {
+		return nil, b.refuse(e, err)
+	}
+	e.Outcome = "allowed"
+	if err := b.cfg.Audit(e); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("writing the audit: %w", err)
+	}
+	return f, nil
+}
+
+func (b *Broker) subscribe(ctx context.Context, c Caller, s Subscriber, e *AuditEntry) (*Follower, error) {
+	if err := checkSubscriber(s); err != nil {
+		return nil, err
+	}
+	if err := b.checkSVID(c); err != nil {
+		return nil, err
+	}
+	actions := []Action{ActionFollow}
+	if s.Relay {
+		actions = append(actions, ActionRelay)
+	}
+	for _, action := range actions {
+		d, err := b.decide(ctx, Question{
+			Action: action, Caller: c, Time: b.cfg.Now(),
+			Audiences: s.Audiences, MaxStaleness: s.MaxStaleness, AcceptsStale: s.AcceptsStale,
+		})
+		e.Rule = d.Rule
+		if err != nil {
+			return nil, err
+		}
+	}
+	v := feed.Verifier{
+		ID:        feed.VerifierID{Identity: c.ID.String(), Instance: s.Instance},
+		Audiences: s.Audiences, Bound: s.MaxStaleness, AcceptsStale: s.AcceptsStale,
+	}
+	b.state.mu.RLock()
+	head := b.state.log.Head()
+	if at, ok := b.state.log.At(s.Position.Seq); ok && at == s.Position {
+		v.Acked, v.AckedAt = at, b.cfg.Boot()
+	}
+	b.state.mu.RUnlock()
+	if s.Position.Compare(head) > 0 {
+		b.cfg.Log.ErrorContext(ctx, "a verifier claims a position that this log lacks", "verifier", c.Actor(), "claimed", s.Position.String(), "head", head.String())
+	}
+	if err := b.join(ctx, v); err != nil {
+		return nil, err
+	}
+	return &Follower{b: b, caller: c, id: v.ID, bound: s.MaxStaleness, relay: s.Relay, cursor: feed.NewCursor(s.Position)}, nil
+}
+
+func checkSubscriber(s Subscriber) error {
+	switch {
+	case len(s.Instance) < 8 || len(s.Instance) > 64 || strings.ContainsAny(s.Instance, "|/ \n"):
+		return ErrFeedRejected.because("instance: 8 to 64 characters").with("field", "instance")
+	case len(s.Audiences) == 0 || len(s.Audiences) > 64:
+		return ErrFeedRejected.because("audiences: 1 to 64").with("field", "audiences")
+	case s.MaxStaleness < MinStaleness || s.MaxStaleness > MaxStaleness:
+		return ErrBoundTooLarge.with("field", "max_staleness")
+	}
+	for _, a := range s.Audiences {
+		if err := token.ValidateAudience(a); err != nil {
+			return ErrFeedRejected.because("audiences: %v", err).with("field", "audiences")
+		}
+	}
+	return nil
+}
+
+// join puts a verifier on the roster: in the store first, so that it can't be
+// forgotten by a crash once it was let in.
+func (b *Broker) join(ctx context.Context, v feed.Verifier) error {
+	r := &b.roster
+	r.mu.Lock()
+	if r.streams == nil {
+		r.streams = map[string]int{}
+	}
+	if r.streams[v.ID.Identity] >= maxStreams {
+		r.mu.Unlock()
+		return ErrTooManyStreams
+	}
+	r.streams[v.ID.Identity]++
+	r.mu.Unlock()
+	if err := b.cfg.Store.Observe(ctx, observe(v)); err != nil {
+		b.leave(v.ID.Identity)
+		return storeRefusal(err)
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.feed.Join(v, b.cfg.Boot())
+	r.ring()
+	return nil
+}
+
+func (b *Broker) leave(identity string) {
+	r := &b.roster
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.streams[identity]--; r.streams[identity] <= 0 {
+		delete(r.streams, identity)
+	}
+}
+
+// Close ends the stream. The verifier stays on the roster: it may still accept tokens.
+func (f *Follower) Close() { f.close.Do(func() { f.b.leave(f.id.Identity) }) }
+
+// Bound returns the staleness bound that is recorded for the verifier.
+func (f *Follower) Bound() time.Duration { return f.bound }
+
+// Check refuses to go on once the SVID of the stream has expired.
+func (f *Follower) Check() error { return f.b.checkSVID(f.caller) }
+
+// Next returns what to send next, if anything, and a channel that is closed when
+// there may be more.
+func (f *Follower) Next(limit int) (feed.Delivery, bool, <-chan struct{}) {
+	s := f.b.state
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	d, ok := f.cursor.Next(&s.log, limit)
+	return d, ok, s.changed
+}
+
+// A Proof is what a ping is answered with.
+type Proof struct {
+	Head, Horizon feed.Position
+	Age           time.Duration
+}
+
+// Prove shows that this broker still owns its store, by a durable write that began
+// after the call and is shared by all that wait. The head is read after it, so
+// everything committed before the ping is at or below it.
+func (f *Follower) Prove(ctx context.Context) (Proof, error) {
+	b := f.b
+	if err := f.Check(); err != nil {
+		return Proof{}, err
+	}
+	if err := b.cfg.Store.Observe(ctx); err != nil {
+		return Proof{}, storeRefusal(err)
+	}
+	st, err := b.cfg.Store.State(ctx)
+	if err != nil {
+		return Proof{}, storeRefusal(err)
+	}
+	b.state.mu.RLock()
+	horizon := b.state.log.Horizon()
+	b.state.mu.RUnlock()
+	b.roster.mu.Lock()
+	b.roster.feed.Answered(f.id, b.cfg.Boot())
+	b.roster.mu.Unlock()
+	return Proof{Head: st.Head, Horizon: horizon}, nil
+}
+
+// Acknowledge takes a receipt: for the verifier that sent it, and for nothing that it
+// wasn't given.
+func (f *Follower) Acknowledge(ctx context.Context, p feed.Position) error {
+	if err := f.Check(); err != nil {
+		return err
+	}
+	f.mu.Lock()
+	delivered := f.cursor.Position()
+	f.mu.Unlock()
+	f.b.state.mu.RLock()
+	at, known := f.b.state.log.At(p.Seq)
+	f.b.state.mu.RUnlock()
+	if p.Compare(delivered) > 0 || known && at != p {
+		return ErrFeedRejected.because("a receipt for %s, which was not delivered on this stream", p)
+	}
+	return f.b.acknowledge(ctx, f.id, p)
+}
+
+func (b *Broker) acknowledge(ctx context.Context, id feed.VerifierID, p feed.Position) error {
+	r := &b.roster
+	r.mu.Lock()
+	news := r.feed.Acknowledged(id, p, b.cfg.Boot())
+	v, _ := r.feed.Get(id)
+	if news {
+		r.ring()
+	}
+	r.mu.Unlock()
+	if !news {
+		return nil
+	}
+	return storeRefusal(b.cfg.Store.Observe(ctx, observe(v)))
+}
+
+// A RelayedVerifier is what a relay repeats of one below it.
+type RelayedVerifier struct {
+	Path          []string // instances, the relays' first, its own last
+	Audiences     []string
+	MaxStaleness  time.Duration
+	AcceptsStale  bool
+	Acknowledged  feed.Position
+	LastAnswerAge time.Duration
+}
+
+// maxRelayed bounds the verifiers that one relay may report in one message.
+const maxRelayed = 1024
+
+// Relayed takes a relay's report of those below it. Their receipts count as that
+// relay's word.
+func (f *Follower) Relayed(ctx context.Context, verifiers []RelayedVerifier) error {
+	if err := f.Check(); err != nil {
+		return err
+	}
+	if !f.relay || len(verifiers) > maxRelayed {
+		return ErrFeedRejected.because("a relay report from one that is no relay, or too large")
+	}
+	f.mu.Lock()
+	delivered := f.cursor.Position()
+	f.mu.Unlock()
+	observations := make([]Observation, 0, len(verifiers))
+	for _, rv := range verifiers {
+		v, err := f.relayed(rv, delivered)
+		if err != nil {
+			return err
+		}
+		observations = append(observations, observe(v))
+	}
+	if err := f.b.cfg.Store.Observe(ctx, observations...); err != nil {
+		return storeRefusal(err)
+	}
+	r := &f.b.roster
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	now := f.b.cfg.Boot()
+	for _, rv := range verifiers {
+		v, _ := f.relayed(rv, delivered)
+		v.AckedAt = now
+		r.feed.Join(v, now)
+	}
+	r.ring()
+	return nil
+}
+
+func (f *Follower) relayed(rv RelayedVerifier, delivered feed.Position) (feed.Verifier, error) {
+	if len(rv.Path) == 0 || len(rv.Path) > 8 || rv.Acknowledged.Compare(delivered) > 0 ||
+		rv.MaxStaleness < MinStaleness || rv.MaxStaleness > MaxStaleness {
+		return feed.Verifier{}, ErrFeedRejected.because("a relay report with an impossible entry")
+	}
+	last := len(rv.Path) - 1
+	return feed.Verifier{
+		ID: feed.VerifierID{
+			Identity: f.id.Identity, Instance: rv.Path[last],
+			Via: strings.Join(append([]string{f.id.Instance}, rv.Path[:last]...), "/"),
+		},
+		Audiences: rv.Audiences, Bound: rv.MaxStaleness, AcceptsStale: rv.AcceptsStale, Acked: rv.Acknowledged,
+	}, nil
+}
+
+// A Use is a verifier's aggregate of one grant, one peer and one outcome.
+type Use struct {
+	Grant    string    `json:"grant"`
+	Peer     string    `json:"peer,omitempty"`
+	Address  string    `json:"address,omitempty"`
+	Accepted bool      `json:"accepted"`
+	Reason   string    `json:"reason,omitempty"`
+	Count    uint64    `json:"count"`
+	First    time.Time `json:"first"`
+	Last     time.Time `json:"last"`
+	Head     uint64    `json:"head"`
+}
+
+// storedUses is one use report as the store keeps it.
+type storedUses struct {
+	Verifier  string   `json:"verifier"`
+	Instance  string   `json:"instance"`
+	Dropped   uint64   `json:"dropped,omitempty"`
+	Uses      []Use    `json:"uses"`
+	Audiences []string `json:"audiences,omitempty"`
+}
+
+const (
+	usesPrefix = "uses/"
+	maxUses    = 256 // in one report
+)
+
+// Report keeps a use report: the evidence of an incident.
+func (f *Follower) Report(ctx context.Context, uses []Use, dropped uint64) error {
+	if err := f.Check(); err != nil {
+		return err
+	}
+	if len(uses) > maxUses {
+		return ErrFeedRejected.because("a use report of more than %d entries", maxUses)
+	}
+	value, err := json.Marshal(storedUses{Verifier: f.id.Identity, Instance: f.id.Instance, Dropped: dropped, Uses: uses})
+	if err != nil {
+		return errors.New("encoding a use report")
+	}
+	now := f.b.cfg.Now().UTC()
+	key := fmt.Sprintf("%s%s/%d/%s", usesPrefix, now.Format("20060102"), now.UnixNano(), f.id.Instance)
+	return storeRefusal(f.b.cfg.Store.Observe(ctx, Observation{Key: key, Value: value}))
+}
+
+// A Containment is feed.Containment with wall-clock times and what the feed can't
+// reach.
+type Containment struct {
+	feed.Containment
+	// Now is the instant and the time it was made at, to tell its instants as times.
+	NowInstant feed.Instant
+	Now        time.Time
+	// External are the audiences outside the feed that it reaches.
+	External []PlannedAudience
+}
+
+// Time tells an instant of the containment as a time.
+func (c *Containment) Time(i feed.Instant) time.Time { return c.Now.Add(i.Sub(c.NowInstant)) }
+
+// Containment adds up the receipts of one revocation, and returns a channel that is
+// closed at the next receipt.
+func (b *Broker) Containment(rec RevocationRecord) (*Containment, <-chan struct{}) {
+	b.state.mu.RLock()
+	committed := b.state.known[rec.Seq]
+	b.state.mu.RUnlock()
+	r := &b.roster
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	now := b.cfg.Boot()
+	return &Containment{
+		Containment: r.feed.Containment(rec.Position, committed, now),
+		NowInstant:  now, Now: b.cfg.Now(),
+	}, r.changed
+}
+
+// External finds the audiences outside the feed that a revocation reaches: a scan of
+// the live grants, so never part of Revoke.
+func (b *Broker) External(ctx context.Context, rec RevocationRecord) ([]PlannedAudience, error) {
+	reach, err := b.reach(ctx, func(g *Grant) bool {
+		if g.Position.Era == rec.Position.Era && g.Position.Seq >= rec.Seq {
+			return false
+		}
+		for _, s := range rec.Record.Revocation.Selectors {
+			if s.Matches(g.Subject()) {
+				return true
+			}
+		}
+		return false
+	})
+	if err != nil {
+		return nil, err
+	}
+	var out []PlannedAudience
+	for _, a := range reach.Audiences {
+		if a.Audience.VerifiedBy != "feed" {
+			out = append(out, a)
+		}
+	}
+	return out, nil
+}

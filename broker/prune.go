@@ -1,0 +1,146 @@
+package broker
+
+import (
+	"context"
+	"time"
+
+	"github.com/dayflyhq/dayfly/proto/feed"
+	"github.com/dayflyhq/dayfly/proto/revocation"
+)
+
+func (b *Broker) pruneLoop(ctx context.Context) {
+	tick := time.NewTicker(pruneEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			if err := b.Prune(ctx); err != nil && ctx.Err() == nil {
+				b.cfg.Log.ErrorContext(ctx, "pruning failed", "err", err)
+			}
+		}
+	}
+}
+
+// Prune forgets what can match no live token, in order, by elapsed time: a record
+// that this process has known for the hard cap and the leeway. After a restart that
+// time begins anew; late is always safe.
+func (b *Broker) Prune(ctx context.Context) error {
+	now := b.cfg.Boot()
+	horizon, moved := b.nextHorizon(now)
+	keep := b.keeper(now)
+	p := Pruning{Keep: keep, GrantsExpiredBefore: b.cfg.Now().Add(-grantsKept)}
+	if moved {
+		p.Horizon = horizon.Seq
+	}
+	if _, err := b.cfg.Store.Prune(ctx, p); err != nil {
+		return err
+	}
+	if moved {
+		b.forget(horizon, keep)
+	}
+	b.roster.mu.Lock()
+	gone := b.roster.feed.Expire(now, forgetAfter)
+	if len(gone) > 0 {
+		b.roster.ring()
+	}
+	b.roster.mu.Unlock()
+	if len(gone) == 0 {
+		return nil
+	}
+	deletions := make([]Observation, len(gone))
+	for i, id := range gone {
+		deletions[i] = Observation{Key: rosterKey(id)}
+	}
+	return b.cfg.Store.Observe(ctx, deletions...)
+}
+
+// nextHorizon is the highest position such that all up to it are past their age.
+func (b *Broker) nextHorizon(now feed.Instant) (feed.Position, bool) {
+	s := b.state
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	at := s.log.Horizon()
+	for _, e := range s.log.Events() {
+		if e.Seq <= at.Seq {
+			continue
+		}
+		if now.Sub(s.known[e.Seq]) <= forgetAfter {
+			break
+		}
+		at = feed.Position{Era: s.log.Head().Era, Seq: e.Seq, Sum: e.Sum}
+	}
+	return at, at.Seq > s.log.Horizon().Seq
+}
+
+// keeper says which records stay below the horizon: the head, the era, standing locks,
+// keys that may have signed a live token, and revoked keys.
+func (b *Broker) keeper(now feed.Instant) func(Record) bool {
+	s := b.state
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	keep := map[uint64]bool{s.log.Head().Seq: true}
+	for n, l := range s.locks {
+		if l.standing(b.cfg.Now()) {
+			keep[n] = true
+		}
+	}
+	for _, seq := range s.keySeq {
+		if !s.retired(seq, now) {
+			keep[seq] = true
+		}
+	}
+	return func(rec Record) bool {
+		return keep[rec.Seq] || rec.Era != nil || revokesKey(rec)
+	}
+}
+
+// retired reports whether a key was followed by another so long ago that every token
+// it signed has expired. The caller holds the lock.
+func (s *state) retired(seq uint64, now feed.Instant) bool {
+	for _, later := range s.keySeq {
+		if later > seq && now.Sub(s.known[later]) > forgetAfter {
+			return true
+		}
+	}
+	return false
+}
+
+func revokesKey(rec Record) bool {
+	if rec.Revocation == nil {
+		return false
+	}
+	for _, sel := range rec.Revocation.Selectors {
+		if sel.Kind() == revocation.KindKey {
+			return true
+		}
+	}
+	return false
+}
+
+// forget drops from memory what the store dropped.
+func (b *Broker) forget(horizon feed.Position, keep func(Record) bool) {
+	s := b.state
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.log.SetHorizon(horizon)
+	s.set.SetHorizon(horizon.Seq)
+	s.log.Drop(func(e feed.Event) bool { return e.Seq <= horizon.Seq && !keep(s.records[e.Seq]) })
+	for seq, rec := range s.records {
+		if seq > horizon.Seq || keep(rec) {
+			continue
+		}
+		delete(s.records, seq)
+		delete(s.known, seq)
+		if rec.Key != nil {
+			delete(s.keys, rec.Key.Public.ID)
+			delete(s.keySeq, rec.Key.Public.ID)
+		}
+		if rec.Revocation != nil {
+			delete(s.lifts, seq)
+		}
+		delete(s.retried, retryKey(rec.Details.Actor, rec.Details.IdempotencyKey))
+	}
+	s.broadcast()
+}

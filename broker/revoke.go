@@ -1,0 +1,318 @@
+package broker
+
+import (
+	"context"
+	"slices"
+	"strings"
+	"time"
+	"unicode/utf8"
+
+	"github.com/dayflyhq/dayfly/proto/feed"
+	"github.com/dayflyhq/dayfly/proto/revocation"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// A Revoke is what an operator asks for: one atomic record, whatever it kills.
+type Revoke struct {
+	Selectors      []revocation.Selector
+	Lock           LockMode  // "": the default of the selectors
+	LockEnds       time.Time // zero: until lifted
+	Reason         string
+	IdempotencyKey string
+	// AllowEverything must be set for the selector "everything".
+	AllowEverything bool
+}
+
+// Revoke records a revocation with its lock. It is durable, applied here and on its
+// way to every verifier when it returns.
+func (b *Broker) Revoke(ctx context.Context, c Caller, req Revoke) (Record, error) {
+	e := b.entry(ActionRevoke, c)
+	e.Selector, e.Lock, e.Why = texts(req.Selectors), req.Lock, req.Reason
+	rec, err := b.revoke(ctx, c, req, &e)
+	if err != nil {
+		return Record{}, b.refuse(e, err)
+	}
+	e.Outcome, e.Sequence, e.Lock = "allowed", rec.Seq, rec.Details.Lock
+	if err := b.cfg.Audit(e); err != nil {
+		// It is done and must stay done: say so where operators look.
+		b.cfg.Log.ErrorContext(ctx, "writing the audit of a revocation failed", "sequence", rec.Seq, "err", err)
+	}
+	return rec, nil
+}
+
+func (b *Broker) revoke(ctx context.Context, c Caller, req Revoke, e *AuditEntry) (Record, error) {
+	if err := checkRevoke(&req, b.cfg.Now()); err != nil {
+		return Record{}, err
+	}
+	e.Lock = req.Lock
+	if err := b.checkSVID(c); err != nil {
+		return Record{}, err
+	}
+	action := ActionRevoke
+	if slices.Contains(req.Selectors, revocation.Everything()) {
+		action = ActionRevokeEverything
+	}
+	e.Action = action
+	d, err := b.decide(ctx, Question{Action: action, Caller: c, Time: b.cfg.Now(), Selectors: texts(req.Selectors), Lock: req.Lock})
+	e.Rule = d.Rule
+	if err != nil {
+		return Record{}, err
+	}
+	return b.recordOnce(ctx, c, req.IdempotencyKey, func(rec Record) bool {
+		return rec.Revocation != nil && slices.Equal(rec.Revocation.Selectors, req.Selectors)
+	}, b.revocationRecord(c, req))
+}
+
+// revocationRecord returns the function that makes the record at the moment of commit.
+func (b *Broker) revocationRecord(c Caller, req Revoke) func(feed.Position) (Record, error) {
+	return func(feed.Position) (Record, error) {
+		now := b.cfg.Now().UTC()
+		rec := Record{
+			Event: feed.Event{Revocation: &feed.Revocation{Selectors: req.Selectors}},
+			Details: Details{
+				Time: now, Actor: c.Actor(), Reason: req.Reason, IdempotencyKey: req.IdempotencyKey,
+				Lock: req.Lock, LockEnds: req.LockEnds.UTC(),
+			},
+		}
+		if req.Lock == LockReissue {
+			rec.Details.LockCut = b.cut(req.Selectors, now)
+		}
+		return rec, nil
+	}
+}
+
+// cut is the moment after which an SVID must have been issued to pass a reissue lock:
+// the latest of our clock, the newest NotBefore seen of whom it matches and the last
+// record's time, plus the skew that issuers' clocks are allowed. When in doubt it
+// refuses, and the next rotation passes.
+func (b *Broker) cut(selectors []revocation.Selector, now time.Time) time.Time {
+	latest := now
+	seen := b.seen.newest(func(id spiffeid.ID) bool {
+		return slices.ContainsFunc(selectors, func(s revocation.Selector) bool { return s.MatchesCaller(id, [16]byte{}) })
+	})
+	if seen.After(latest) {
+		latest = seen
+	}
+	b.state.mu.RLock()
+	if last := b.state.records[b.state.log.Head().Seq]; last.Details.Time.After(latest) {
+		latest = last.Details.Time
+	}
+	b.state.mu.RUnlock()
+	return latest.Add(ClockSkew).UTC()
+}
+
+func checkRevoke(req *Revoke, now time.Time) error {
+	if err := CheckSelectors(req.Selectors); err != nil {
+		return err
+	}
+	if err := checkReason(req.Reason); err != nil {
+		return err
+	}
+	if slices.Contains(req.Selectors, revocation.Everything()) && !req.AllowEverything {
+		return ErrEverythingUnflagged
+	}
+	if len(req.IdempotencyKey) > MaxKeyLength {
+		return ErrInvalidRequest.because("idempotency_key: at most %d characters", MaxKeyLength).with("field", "idempotency_key")
+	}
+	lockable := slices.ContainsFunc(req.Selectors, revocation.Selector.Lockable)
+	switch req.Lock {
+	case "":
+		req.Lock = LockNone
+		if lockable {
+			req.Lock = LockQuarantine
+		}
+	case LockNone:
+	case LockQuarantine, LockReissue:
+		if !lockable {
+			return ErrInvalidRequest.because("lock_mode: none of the selectors can be locked; they name no identity").with("field", "lock_mode")
+		}
+	default:
+		return ErrInvalidRequest.because("lock_mode: unknown").with("field", "lock_mode")
+	}
+	if !req.LockEnds.IsZero() && (req.Lock == LockNone || !req.LockEnds.After(now)) {
+		return ErrInvalidRequest.because("lock_ends_at: must be in the future, and belongs to a lock").with("field", "lock_ends_at")
+	}
+	return nil
+}
+
+// CheckSelectors checks the number of selectors and that none is the zero value.
+func CheckSelectors(selectors []revocation.Selector) error {
+	if len(selectors) == 0 || len(selectors) > MaxSelectors {
+		return ErrInvalidRequest.because("selectors: 1 to %d, not %d", MaxSelectors, len(selectors)).with("field", "selectors")
+	}
+	if slices.Contains(selectors, revocation.Selector{}) {
+		return ErrInvalidRequest.because("selectors: one of them is empty").with("field", "selectors")
+	}
+	return nil
+}
+
+func checkReason(reason string) error {
+	if strings.TrimSpace(reason) == "" {
+		return ErrReasonRequired
+	}
+	if !utf8.ValidString(reason) || utf8.RuneCountInString(reason) > MaxReason {
+		return ErrReasonRequired.because("a reason has at most %d characters", MaxReason)
+	}
+	return nil
+}
+
+// recordOnce appends a record, unless the same actor's key made one before: then that
+// one is the answer, if it is the same kind of thing.
+func (b *Broker) recordOnce(ctx context.Context, c Caller, key string, same func(Record) bool, next func(feed.Position) (Record, error)) (Record, error) {
+	if key == "" {
+		return b.append(ctx, next)
+	}
+	v, err, _ := b.flight.Do(retryKey(c.Actor(), key), func() (any, error) {
+		b.state.mu.RLock()
+		seq, ok := b.state.retried[retryKey(c.Actor(), key)]
+		rec := b.state.records[seq]
+		b.state.mu.RUnlock()
+		if ok {
+			return rec, nil
+		}
+		// The work outlives a caller that gives up: others may wait for it.
+		return b.append(context.WithoutCancel(ctx), next)
+	})
+	if err != nil {
+		return Record{}, err
+	}
+	rec := v.(Record)
+	if !same(rec) {
+		return Record{}, ErrIdempotencyReused
+	}
+	return rec, nil
+}
+
+// Lift ends one standing lock. The revocation stays, and nothing issued before revives.
+func (b *Broker) Lift(ctx context.Context, c Caller, number uint64, reason, idempotencyKey string) (Record, error) {
+	e := b.entry(ActionLift, c)
+	e.Sequence, e.Why = number, reason
+	rec, err := b.lift(ctx, c, number, reason, idempotencyKey, &e)
+	if err != nil {
+		return Record{}, b.refuse(e, err)
+	}
+	e.Outcome = "allowed"
+	if err := b.cfg.Audit(e); err != nil {
+		b.cfg.Log.ErrorContext(ctx, "writing the audit of a lift failed", "lock", number, "err", err)
+	}
+	return rec, nil
+}
+
+func (b *Broker) lift(ctx context.Context, c Caller, number uint64, reason, key string, e *AuditEntry) (Record, error) {
+	if err := checkReason(reason); err != nil {
+		return Record{}, err
+	}
+	if len(key) > MaxKeyLength {
+		return Record{}, ErrInvalidRequest.because("idempotency_key: at most %d characters", MaxKeyLength).with("field", "idempotency_key")
+	}
+	if err := b.checkSVID(c); err != nil {
+		return Record{}, err
+	}
+	d, err := b.decide(ctx, Question{Action: ActionLift, Caller: c, Time: b.cfg.Now()})
+	e.Rule = d.Rule
+	if err != nil {
+		return Record{}, err
+	}
+	b.lifting.Lock() // two lifts of one lock must not both find it standing
+	defer b.lifting.Unlock()
+	return b.recordOnce(ctx, c, key, func(rec Record) bool { return rec.Lift != nil && rec.Lift.Lock == number },
+		func(feed.Position) (Record, error) {
+			if _, ok := b.lock(number); !ok {
+				return Record{}, ErrNotStanding.because("lock %d does not stand", number)
+			}
+			return Record{
+				Event:   feed.Event{Lift: &feed.Lift{Lock: number}},
+				Details: Details{Time: b.cfg.Now().UTC(), Actor: c.Actor(), Reason: reason, IdempotencyKey: key},
+			}, nil
+		})
+}
+
+func (b *Broker) lock(number uint64) (Lock, bool) {
+	b.state.mu.RLock()
+	defer b.state.mu.RUnlock()
+	l, ok := b.state.locks[number]
+	if !ok || !l.standing(b.cfg.Now()) {
+		return Lock{}, false
+	}
+	return *l, true
+}
+
+func texts(selectors []revocation.Selector) []string {
+	out := make([]string, len(selectors))
+	for i, s := range selectors {
+		out[i] = s.String()
+	}
+	return out
+}
+
+// May asks policy whether an operator may read, and audits a refusal.
+func (b *Broker) May(ctx context.Context, c Caller, action Action) error {
+	e := b.entry(action, c)
+	err := b.checkSVID(c)
+	if err == nil {
+		_, err = b.decide(ctx, Question{Action: action, Caller: c, Time: b.cfg.Now()})
+	}
+	if err != nil {
+		return b.refuse(e, err)
+	}
+	return nil
+}
+
+// Locks returns the standing locks, newest first.
+func (b *Broker) Locks() []Lock {
+	b.state.mu.RLock()
+	defer b.state.mu.RUnlock()
+	var out []Lock
+	for _, l := range b.state.locks {
+		if l.standing(b.cfg.Now()) {
+			out = append(out, *l)
+		}
+	}
+	slices.SortFunc(out, func(x, y Lock) int { return int(int64(y.Number) - int64(x.Number)) })
+	return out
+}
+
+// A RevocationRecord is a revocation and, once its lock was lifted, the lift.
+type RevocationRecord struct {
+	Record
+	Position feed.Position
+	Lift     *Record
+}
+
+// Revocation returns one revocation by its number.
+func (b *Broker) Revocation(seq uint64) (RevocationRecord, error) {
+	b.state.mu.RLock()
+	defer b.state.mu.RUnlock()
+	rec, ok := b.state.records[seq]
+	if !ok || rec.Revocation == nil {
+		return RevocationRecord{}, ErrNoSuchRevocation.because("there is no revocation %d", seq)
+	}
+	return b.state.withLift(rec), nil
+}
+
+// Revocations returns up to limit revocations below a number (0: the newest), newest first.
+func (b *Broker) Revocations(below uint64, limit int) []RevocationRecord {
+	b.state.mu.RLock()
+	defer b.state.mu.RUnlock()
+	var numbers []uint64
+	for seq, rec := range b.state.records {
+		if rec.Revocation != nil && (below == 0 || seq < below) {
+			numbers = append(numbers, seq)
+		}
+	}
+	slices.Sort(numbers)
+	slices.Reverse(numbers)
+	var out []RevocationRecord
+	for _, seq := range numbers[:min(limit, len(numbers))] {
+		out = append(out, b.state.withLift(b.state.records[seq]))
+	}
+	return out
+}
+
+func (s *state) withLift(rec Record) RevocationRecord {
+	out := RevocationRecord{Record: rec, Position: feed.Position{Era: s.log.Head().Era, Seq: rec.Seq, Sum: rec.Sum}}
+	if lift, ok := s.lifts[rec.Seq]; ok {
+		out.Lift = &lift
+	}
+	return out
+}
