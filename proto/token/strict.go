@@ -24,6 +24,9 @@ func jsonError(err error) error {
 	if errors.As(err, &semantic) {
 		first, _, _ := strings.Cut(strings.TrimPrefix(string(semantic.JSONPointer), "/"), "/")
 		if slices.Contains(claimNames[:], first) {
+			if errors.Is(err, json.ErrUnknownName) {
+				return malformed(first, "has an unknown field")
+			}
 			return malformed(first, "has a value of the wrong type")
 		}
 	}
