@@ -1,0 +1,125 @@
+package sdk
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"strings"
+
+	"golang.org/x/oauth2"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/status"
+)
+
+// PerRPC returns the source as gRPC credentials: every call carries the current token.
+// They demand transport security. Over a unix socket dial with
+// google.golang.org/grpc/credentials/local, which counts as secure there.
+func (s *TokenSource) PerRPC() credentials.PerRPCCredentials { return perRPC{s} }
+
+type perRPC struct{ source *TokenSource }
+
+func (p perRPC) GetRequestMetadata(ctx context.Context, _ ...string) (map[string]string, error) {
+	if info, ok := credentials.RequestInfoFromContext(ctx); ok {
+		if err := credentials.CheckSecurityLevel(info.AuthInfo, credentials.PrivacyAndIntegrity); err != nil {
+			return nil, status.Error(codes.Unauthenticated, "the connection is not secure enough for a credential")
+		}
+	}
+	cred, err := p.source.Token(ctx)
+	if err != nil {
+		var refused *Error
+		if errors.As(err, &refused) && !refused.Temporary() {
+			return nil, status.Error(codes.Unauthenticated, err.Error())
+		}
+		return nil, status.Error(codes.Unavailable, err.Error())
+	}
+	return map[string]string{"authorization": "Bearer " + cred.Token.Reveal()}, nil
+}
+
+func (perRPC) RequireTransportSecurity() bool { return true }
+
+// ErrPlaintext: a request would have carried a token over plain http to another machine.
+var ErrPlaintext = errors.New("a token is sent over https, or over http to this machine, only")
+
+// A Transport is an http.RoundTripper that adds the current token to every request. A
+// request that a redirect leads to another scheme, host or port goes there without it.
+type Transport struct {
+	// Source gives the tokens. Required.
+	Source *TokenSource
+	// Base makes the requests. Nil means http.DefaultTransport.
+	Base http.RoundTripper
+	// AllowPlaintext sends tokens over http to other machines too.
+	AllowPlaintext bool
+}
+
+// RoundTrip makes one request. It returns ErrPlaintext, or the error of the source,
+// without having sent anything.
+func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
+	base := t.Base
+	if base == nil {
+		base = http.DefaultTransport
+	}
+	if !sameOrigin(req) {
+		return base.RoundTrip(req)
+	}
+	if req.URL.Scheme != "https" && !t.AllowPlaintext && !loopback(req.URL.Hostname()) {
+		return nil, refuse(req, ErrPlaintext)
+	}
+	cred, err := t.Source.Token(req.Context())
+	if err != nil {
+		return nil, refuse(req, err)
+	}
+	// The caller's request must stay as it is: a redirect copies its headers.
+	out := req.Clone(req.Context())
+	out.Header.Set("Authorization", "Bearer "+cred.Token.Reveal())
+	return base.RoundTrip(out)
+}
+
+// refuse closes the body, as a RoundTripper must.
+func refuse(req *http.Request, err error) error {
+	if req.Body != nil {
+		_ = req.Body.Close()
+	}
+	return fmt.Errorf("authorizing request to %s: %w", req.URL.Host, err)
+}
+
+// sameOrigin reports whether every redirect that led to the request stayed where the
+// first request went.
+func sameOrigin(req *http.Request) bool {
+	for r := req; r.Response != nil && r.Response.Request != nil; r = r.Response.Request {
+		from := r.Response.Request.URL
+		if from.Scheme != req.URL.Scheme || !strings.EqualFold(from.Host, req.URL.Host) {
+			return false
+		}
+	}
+	return true
+}
+
+func loopback(host string) bool {
+	if host == "localhost" {
+		return true
+	}
+	addr, err := netip.ParseAddr(host)
+	return err == nil && net.IP(addr.AsSlice()).IsLoopback()
+}
+
+// OAuth2 returns the source for libraries that take an oauth2.TokenSource. ctx bounds
+// every fetch that they wait for. Give it to them as it is: a wrapper that keeps tokens
+// (oauth2.ReuseTokenSource, oauth2.NewClient) doesn't hear of a revocation.
+func (s *TokenSource) OAuth2(ctx context.Context) oauth2.TokenSource { return oauth{ctx, s} }
+
+type oauth struct {
+	ctx    context.Context
+	source *TokenSource
+}
+
+func (o oauth) Token() (*oauth2.Token, error) {
+	cred, err := o.source.Token(o.ctx)
+	if err != nil {
+		return nil, err
+	}
+	return &oauth2.Token{AccessToken: cred.Token.Reveal(), TokenType: "Bearer", Expiry: cred.asked.Add(cred.left)}, nil
+}

@@ -1,0 +1,419 @@
+package sdk
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
+	"github.com/dayflyhq/dayfly/proto/token"
+	"github.com/dayflyhq/dayfly/proto/wire"
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/protobuf/types/known/durationpb"
+)
+
+// Limits of a client's calls.
+const (
+	// DefaultTimeout is for a call whose context has no deadline.
+	DefaultTimeout = 10 * time.Second
+	// MaxReceiveBytes bounds one message from the broker; a snapshot of the feed
+	// comes in several.
+	MaxReceiveBytes = 4 << 20
+	// MaxSendBytes bounds one message to the broker: the design's request size.
+	MaxSendBytes = 64 << 10
+
+	keepaliveTime    = 30 * time.Second
+	keepaliveTimeout = 10 * time.Second
+	// maxRedial keeps a client from sleeping on after its broker is back.
+	maxRedial = 2 * time.Second
+)
+
+// unixScheme begins the address of an agent's socket.
+const unixScheme = "unix://"
+
+// A Source gives this workload's current SVID and the bundles that verify its peers:
+// a *workloadapi.X509Source.
+type Source interface {
+	x509svid.Source
+	x509bundle.Source
+}
+
+// Config says where credentials come from.
+type Config struct {
+	// Address is "host:port" of a broker, or "unix:///path" of an agent's socket.
+	// Required.
+	Address string
+
+	// Source is this workload's identity. Required for a broker; unused over a unix
+	// socket, where the kernel says who calls.
+	Source Source
+
+	// BrokerID is the SPIFFE ID that the broker must prove. Required for a broker:
+	// any other identity of the trust domain could collect tokens in its place.
+	BrokerID spiffeid.ID
+
+	// Timeout is for a call whose context has no deadline. Zero means
+	// DefaultTimeout.
+	Timeout time.Duration
+
+	// Now is the clock that credentials are aged with. Nil means time.Now.
+	Now func() time.Time
+}
+
+func (c *Config) unix() bool { return strings.HasPrefix(c.Address, unixScheme) }
+
+func (c *Config) validate() error {
+	var errs []error
+	if c.unix() {
+		if !strings.HasPrefix(c.Address, unixScheme+"/") {
+			errs = append(errs, fmt.Errorf("address %q: a socket is unix:// and an absolute path", c.Address))
+		}
+		return errors.Join(errs...)
+	}
+	if _, _, err := net.SplitHostPort(c.Address); err != nil {
+		errs = append(errs, fmt.Errorf("address %q: want host:port, or unix:///path", c.Address))
+	}
+	if c.Source == nil {
+		errs = append(errs, errors.New("source: a broker is called with an SVID"))
+	}
+	if c.BrokerID.IsZero() {
+		errs = append(errs, errors.New("broker ID: the SPIFFE ID of the broker must be pinned"))
+	}
+	if c.Timeout < 0 {
+		errs = append(errs, errors.New("timeout: is negative"))
+	}
+	return errors.Join(errs...)
+}
+
+// A Client calls a broker or an agent. Its methods may be called from any goroutine.
+type Client struct {
+	cfg    Config
+	tokens dayflyv1.TokenServiceClient
+
+	mu      sync.Mutex
+	current *connection
+	retired map[*connection]bool // those whose last call has not ended
+	closed  bool
+}
+
+// New returns a client. It connects at the first call, so the broker need not be there
+// yet.
+func New(cfg Config) (*Client, error) {
+	if err := cfg.validate(); err != nil {
+		return nil, fmt.Errorf("configuring client: %w", err)
+	}
+	if cfg.Timeout == 0 {
+		cfg.Timeout = DefaultTimeout
+	}
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	c := &Client{cfg: cfg, retired: map[*connection]bool{}}
+	conn, err := c.dial()
+	if err != nil {
+		return nil, fmt.Errorf("configuring client: %w", err)
+	}
+	c.current = conn
+	c.tokens = dayflyv1.NewTokenServiceClient(c.Conn())
+	return c, nil
+}
+
+// Close ends the client's connections and every stream on them. A second call does
+// nothing.
+func (c *Client) Close() error {
+	c.mu.Lock()
+	open := []*connection{c.current}
+	for conn := range c.retired {
+		open = append(open, conn)
+	}
+	closed := c.closed
+	c.closed = true
+	c.mu.Unlock()
+	if closed {
+		return nil
+	}
+	var errs []error
+	for _, conn := range open {
+		errs = append(errs, conn.cc.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// A Request is what a caller asks for. Only Audience must be set.
+type Request struct {
+	// Audience is whom the token is for: a SPIFFE ID or a name of policy data.
+	Audience string
+	// Scopes are at most 32; none means what policy gives by default.
+	Scopes []string
+	// TTL is the wanted life, zero for the policy's choice.
+	TTL time.Duration
+	// Binding is who may present the token, "" for the policy's choice. The broker
+	// takes the stricter of this and of what policy says.
+	Binding token.Binding
+	// IdempotencyKey makes a retried call return the credential of the first. Empty
+	// means a random one: no call is the retry of another.
+	IdempotencyKey string
+}
+
+func (r *Request) ttl() *durationpb.Duration {
+	if r.TTL == 0 {
+		return nil
+	}
+	return durationpb.New(r.TTL)
+}
+
+func (r *Request) key() string {
+	if r.IdempotencyKey == "" {
+		return rand.Text()
+	}
+	return r.IdempotencyKey
+}
+
+// A Credential is what a caller got. All of it but the token may be logged, and the
+// token redacts itself.
+type Credential struct {
+	Token    token.Secret
+	Grant    string
+	Audience string
+	Scopes   []string
+	Binding  token.Binding
+	IssuedAt time.Time // by the broker's clock
+	Expires  time.Time // by the broker's clock
+
+	// By the local clock: when the call that fetched it began, and what was left of
+	// its life then at the least.
+	asked time.Time
+	left  time.Duration
+}
+
+// Issue gets a credential for one audience. Errors are *Error.
+func (c *Client) Issue(ctx context.Context, r Request) (*Credential, error) {
+	ctx, cancel := c.deadline(ctx)
+	defer cancel()
+	asked := c.cfg.Now()
+	resp, err := c.tokens.Issue(ctx, &dayflyv1.IssueRequest{
+		Audience: r.Audience, Scopes: r.Scopes, Ttl: r.ttl(), Binding: wire.Binding(r.Binding), IdempotencyKey: r.key(),
+	})
+	if err != nil {
+		return nil, err
+	}
+	return c.credential(resp.GetCredential(), asked)
+}
+
+// Exchange makes a derived credential out of a presented one, which must be addressed
+// to this workload (RFC 8693, delegation). Errors are *Error.
+func (c *Client) Exchange(ctx context.Context, subject token.Secret, r Request) (*Credential, error) {
+	ctx, cancel := c.deadline(ctx)
+	defer cancel()
+	asked := c.cfg.Now()
+	resp, err := c.tokens.Exchange(ctx, &dayflyv1.ExchangeRequest{
+		SubjectToken: subject.Reveal(), Audience: r.Audience, Scopes: r.Scopes, Ttl: r.ttl(), Binding: wire.Binding(r.Binding), IdempotencyKey: r.key(),
+	})
+	if err != nil {
+		return nil, err
+	}
+	return c.credential(resp.GetCredential(), asked)
+}
+
+func (c *Client) deadline(ctx context.Context) (context.Context, context.CancelFunc) {
+	if _, ok := ctx.Deadline(); ok {
+		return context.WithCancel(ctx)
+	}
+	return context.WithTimeout(ctx, c.cfg.Timeout)
+}
+
+func (c *Client) credential(m *dayflyv1.Credential, asked time.Time) (*Credential, error) {
+	binding, err := wire.ToBinding(m.GetBinding())
+	if err != nil {
+		return nil, fmt.Errorf("reading credential: %w", err)
+	}
+	out := &Credential{
+		Token:    token.NewSecret(m.GetToken()),
+		Grant:    m.GetGrant(),
+		Audience: m.GetAudience(),
+		Scopes:   m.GetScopes(),
+		Binding:  binding,
+		IssuedAt: m.GetIssuedAt().AsTime(),
+		Expires:  m.GetExpiresAt().AsTime(),
+		asked:    asked,
+	}
+	if out.Token.IsZero() || !m.GetIssuedAt().IsValid() || !m.GetExpiresAt().IsValid() {
+		return nil, errors.New("reading credential: it is incomplete")
+	}
+	// A broker's answer is new, so its life begins no earlier than the call: our own
+	// clock may be off by any amount. An agent's answer may come from its memory, but
+	// its clock is ours.
+	out.left = out.Expires.Sub(out.IssuedAt)
+	if c.cfg.unix() {
+		out.left = min(out.left, out.Expires.Sub(asked))
+	}
+	return out, nil
+}
+
+// Conn returns the client's connection for any other service of the broker. It follows
+// the rotation of the SVID: a call that begins after it goes over a new connection, and
+// the old one is closed when its last call has ended. Errors are *Error.
+func (c *Client) Conn() grpc.ClientConnInterface { return (*rotating)(c) }
+
+// A connection counts the calls on it, so that it can be closed after the last.
+type connection struct {
+	cc *grpc.ClientConn
+	// presented is the leaf of the last handshake, nil before the first.
+	presented atomic.Pointer[[]byte]
+	calls     int // guarded by Client.mu
+}
+
+func (c *Client) dial() (*connection, error) {
+	conn := &connection{}
+	target, creds := c.cfg.Address, insecure.NewCredentials()
+	if !c.cfg.unix() {
+		target, creds = "dns:///"+c.cfg.Address, credentials.NewTLS(c.tls(conn))
+	}
+	cc, err := grpc.NewClient(target,
+		grpc.WithTransportCredentials(creds),
+		grpc.WithDisableServiceConfig(), // from DNS, which proves nothing
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(MaxReceiveBytes), grpc.MaxCallSendMsgSize(MaxSendBytes)),
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: keepaliveTime, Timeout: keepaliveTimeout}),
+		grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.3, MaxDelay: maxRedial},
+			MinConnectTimeout: 5 * time.Second,
+		}),
+	)
+	if err != nil {
+		return nil, err
+	}
+	conn.cc = cc
+	return conn, nil
+}
+
+// tls authorises the broker in VerifyConnection as well, because crypto/tls skips
+// VerifyPeerCertificate on a resumed session; there is no session cache either.
+func (c *Client) tls(conn *connection) *tls.Config {
+	authorize := tlsconfig.AuthorizeID(c.cfg.BrokerID)
+	cfg := tlsconfig.MTLSClientConfig(c.cfg.Source, c.cfg.Source, authorize)
+	cfg.MinVersion = tls.VersionTLS13
+	cfg.ClientSessionCache = nil
+	cfg.VerifyConnection = func(state tls.ConnectionState) error {
+		id, chains, err := x509svid.Verify(state.PeerCertificates, c.cfg.Source)
+		if err != nil {
+			return err
+		}
+		return authorize(id, chains)
+	}
+	present := cfg.GetClientCertificate
+	cfg.GetClientCertificate = func(info *tls.CertificateRequestInfo) (*tls.Certificate, error) {
+		cert, err := present(info)
+		if err == nil && len(cert.Certificate) > 0 {
+			conn.presented.Store(&cert.Certificate[0])
+		}
+		return cert, err
+	}
+	return cfg
+}
+
+// outdated reports whether the connection was made with an SVID that is no longer the
+// current one. Where there is no telling, it was not.
+func (c *Client) outdated(conn *connection) bool {
+	leaf := conn.presented.Load()
+	if leaf == nil {
+		return false
+	}
+	svid, err := c.cfg.Source.GetX509SVID()
+	if err != nil || len(svid.Certificates) == 0 {
+		return false
+	}
+	return !bytes.Equal(*leaf, svid.Certificates[0].Raw)
+}
+
+// acquire returns the connection for a new call.
+func (c *Client) acquire() (*connection, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed {
+		return nil, errClosed
+	}
+	if c.outdated(c.current) {
+		next, err := c.dial()
+		if err != nil {
+			return nil, err
+		}
+		old := c.current
+		c.current = next
+		c.retired[old] = true
+		c.drained(old)
+	}
+	c.current.calls++
+	return c.current, nil
+}
+
+func (c *Client) release(conn *connection) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	conn.calls--
+	c.drained(conn)
+}
+
+// drained closes a retired connection after its last call. Not here and now: gRPC
+// reports the end of a stream while it holds locks of its own.
+func (c *Client) drained(conn *connection) {
+	if conn.calls > 0 || !c.retired[conn] || c.closed {
+		return
+	}
+	delete(c.retired, conn)
+	go func() { _ = conn.cc.Close() }()
+}
+
+var errClosed = errors.New("the client is closed")
+
+// rotating is the Client as a grpc.ClientConnInterface.
+type rotating Client
+
+var _ grpc.ClientConnInterface = (*rotating)(nil)
+
+// Invoke makes one call.
+func (r *rotating) Invoke(ctx context.Context, method string, args, reply any, opts ...grpc.CallOption) error {
+	conn, err := (*Client)(r).acquire()
+	if err != nil {
+		return wrapf(err, "calling %s", method)
+	}
+	defer (*Client)(r).release(conn)
+	return FromRPC(conn.cc.Invoke(ctx, method, args, reply, opts...))
+}
+
+// NewStream begins a stream; the connection is held until it ends. As gRPC demands, the
+// caller cancels ctx or reads until an error.
+func (r *rotating) NewStream(ctx context.Context, desc *grpc.StreamDesc, method string, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+	conn, err := (*Client)(r).acquire()
+	if err != nil {
+		return nil, wrapf(err, "calling %s", method)
+	}
+	release := sync.OnceFunc(func() { (*Client)(r).release(conn) })
+	stream, err := conn.cc.NewStream(ctx, desc, method, append(opts, grpc.OnFinish(func(error) { release() }))...)
+	if err != nil {
+		release()
+		return nil, FromRPC(err)
+	}
+	return &translated{stream}, nil
+}
+
+// translated translates the errors of a stream.
+type translated struct{ grpc.ClientStream }
+
+func (s *translated) RecvMsg(m any) error { return FromRPC(s.ClientStream.RecvMsg(m)) }
+func (s *translated) SendMsg(m any) error { return FromRPC(s.ClientStream.SendMsg(m)) }
