@@ -17,9 +17,9 @@ import (
 )
 
 type listen struct {
-	GRPC   string      `yaml:"grpc,required"`
-	Admin  string      `yaml:"admin"`
-	Mode   config.Mode `yaml:"mode"`
+	GRPC  string      `yaml:"grpc,required"`
+	Admin string      `yaml:"admin"`
+	Mode  config.Mode `yaml:"mode"`
 }
 
 type sample struct {
@@ -220,9 +220,7 @@ func TestNotOneMapping(t *testing.T) {
 		"two documents":    {"id: spiffe://td/x\n---\nid: spiffe://td/y\n", "b.yaml:2: a second YAML document begins"},
 		"a syntax error":   {"id: a\n  b: [\n", "b.yaml:2: "},
 		"a tab":            {"listen:\n\tgrpc: x\n", "b.yaml:2: found character that cannot start any token"},
-		"a merge key": {"id: spiffe://td/x
-<<: {bound: 1s}
-", "b.yaml:2: a key must be a plain word"},
+		"a merge key":      {"id: spiffe://td/x\n<<: {bound: 1s}\n", "b.yaml:2: a key must be a plain word"},
 		"a tag":            {"id: !!binary aGk=\n", "b.yaml:1: id: tags are refused"},
 		"a key of its own": {"id: spiffe://td/x\n? [a, b]\n: c\n", "a key must be a plain word"},
 		"not UTF-8":        {"id: \xff\xfe\n", "b.yaml"},
