@@ -108,11 +108,11 @@ func (c *Client) TokenSource(r Request) *TokenSource {
 
 // Close ends a fetch that is under way and waits for it. What is in memory is dropped.
 func (s *TokenSource) Close() {
-	s.cancel()
-	s.wg.Wait()
 	s.mu.Lock()
-	defer s.mu.Unlock()
+	s.cancel() // under mu: no flight begins after it
 	s.current = nil
+	s.mu.Unlock()
+	s.wg.Wait()
 }
 
 // Token returns a credential that is valid now, from memory where there is one. Else it
@@ -204,7 +204,7 @@ func (s *TokenSource) land(f *flight, cred *Credential, err error, asked time.Ti
 		}
 	}
 	switch {
-	case f.discard:
+	case f.discard, s.ctx.Err() != nil:
 	case err != nil:
 		s.failure(now, err)
 	default:
