@@ -254,10 +254,10 @@ func (w *wireClaims) claims() (*Claims, error) {
 
 func (w *wireDfy) position() (p Position, err error) {
 	if p.Era, err = ParseEra(w.Era); err != nil {
-		return p, malformed("dfy.era", err.Error())
+		return p, malformed("dfy.era", "is not 8 lower-case hexadecimal digits")
 	}
 	if decodeExact(p.Sum[:], w.Sum) != nil {
-		return p, malformed("dfy.sum", "is 11 characters of base64url")
+		return p, malformed("dfy.sum", "is not 11 characters of base64url")
 	}
 	if w.Rev == nil {
 		return p, malformed("dfy.rev", "is missing")
@@ -298,10 +298,10 @@ func parseMember(identity string, entry []string) (m Member, err error) {
 		return m, malformed("dfy.lin", "has an entry that is not [grant, key] or [grant, key, SVID]")
 	}
 	if m.Grant, err = ParseGrantID(entry[0]); err != nil {
-		return m, malformed("dfy.lin", err.Error())
+		return m, malformed("dfy.lin", "has a malformed grant ID")
 	}
 	if m.Key, err = ParseKeyID(entry[1]); err != nil {
-		return m, malformed("dfy.lin", err.Error())
+		return m, malformed("dfy.lin", "has a malformed key ID")
 	}
 	if len(entry) == 3 && (decodeExact(m.SVID[:], entry[2]) != nil || m.SVID.IsZero()) {
 		return m, malformed("dfy.lin", "has a malformed SVID thumbprint")

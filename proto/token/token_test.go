@@ -65,7 +65,7 @@ func (k testKey) signature(t testing.TB, input string) []byte {
 		return ed25519.Sign(key, []byte(input))
 	case *ecdsa.PrivateKey:
 		sum := sha256.Sum256([]byte(input))
-		der, err := ecdsa.SignASN1(nil, key, sum[:]) // nil: deterministic (RFC 6979)
+		der, err := key.Sign(nil, sum[:], crypto.SHA256) // nil: deterministic (RFC 6979)
 		if err != nil {
 			t.Fatal(err)
 		}
