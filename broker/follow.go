@@ -165,8 +165,8 @@ func checkSubscriber(s Subscriber) error {
 	switch {
 	case len(s.Instance) < 8 || len(s.Instance) > 64 || strings.ContainsAny(s.Instance, "|/ \n"):
 		return ErrFeedRejected.because("instance: 8 to 64 characters").with("field", "instance")
-	case len(s.Audiences) == 0 || len(s.Audiences) > 64:
-		return ErrFeedRejected.because("audiences: 1 to 64").with("field", "audiences")
+	case len(s.Audiences) == 0 && !s.Relay || len(s.Audiences) > 64:
+		return ErrFeedRejected.because("audiences: 1 to 64; only a relay may name none").with("field", "audiences")
 	case s.MaxStaleness < MinStaleness || s.MaxStaleness > MaxStaleness:
 		return ErrBoundTooLarge.with("field", "max_staleness")
 	}

@@ -1,0 +1,211 @@
+package rpc
+
+import (
+	"context"
+	"time"
+
+	"github.com/dayflyhq/dayfly/broker"
+	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
+	"github.com/dayflyhq/dayfly/proto/token"
+	"github.com/dayflyhq/dayfly/proto/wire"
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/types/known/durationpb"
+)
+
+const (
+	// eventsPerMessage keeps a message well below what receivers accept.
+	eventsPerMessage = 256
+	// pongsWaiting bounds the answers that wait for a slow reader; beyond it, its own
+	// pings wait.
+	pongsWaiting = 8
+)
+
+type feedService struct {
+	dayflyv1.UnimplementedFeedServiceServer
+	*handlers
+}
+
+type followStream = grpc.BidiStreamingServer[dayflyv1.FollowRequest, dayflyv1.FollowResponse]
+
+func (s *feedService) Follow(stream followStream) error {
+	ctx, cancel := context.WithCancel(stream.Context())
+	defer cancel()
+	c, err := s.caller(ctx)
+	if err != nil {
+		return err
+	}
+	first, err := stream.Recv()
+	if err != nil {
+		return err
+	}
+	sub, err := toSubscriber(first.GetSubscribe())
+	if err != nil {
+		return err
+	}
+	f, err := s.broker.Subscribe(ctx, c, sub)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	err = stream.Send(&dayflyv1.FollowResponse{Message: &dayflyv1.FollowResponse_Welcome{Welcome: &dayflyv1.Welcome{
+		MaxStaleness: durationpb.New(f.Bound()), MaxTokenTtl: durationpb.New(token.MaxTTL), Issuer: s.broker.Issuer(),
+	}}})
+	if err != nil {
+		return err
+	}
+	up := &upstream{handlers: s.handlers, stream: stream, follower: f, pongs: make(chan *dayflyv1.FollowResponse, pongsWaiting)}
+	// The reader ends when the handler returns, because Recv then does.
+	ended := make(chan error, 1)
+	go func() { ended <- up.read(ctx) }()
+	return s.send(ctx, stream, f, up, ended, c.Leaf.NotAfter)
+}
+
+// send is the only sender: events as they commit, and the answers to pings.
+func (s *feedService) send(ctx context.Context, stream followStream, f *broker.Follower, up *upstream, ended <-chan error, notAfter time.Time) error {
+	expiry := time.NewTimer(notAfter.Sub(s.now()))
+	defer expiry.Stop()
+	for {
+		d, ok, changed := f.Next(eventsPerMessage)
+		if ok {
+			if err := stream.Send(wire.Delivery(d)); err != nil {
+				return err
+			}
+			continue
+		}
+		select {
+		case <-changed:
+		case pong := <-up.pongs:
+			if err := stream.Send(pong); err != nil {
+				return err
+			}
+		case err := <-ended:
+			return err
+		case <-expiry.C:
+			return broker.ErrSVIDExpired
+		case <-s.stopping:
+			return broker.ErrStoreLost
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// upstream reads what one verifier sends.
+type upstream struct {
+	*handlers
+	stream   followStream
+	follower *broker.Follower
+	pongs    chan *dayflyv1.FollowResponse
+}
+
+func (u *upstream) read(ctx context.Context) error {
+	for {
+		m, err := u.stream.Recv()
+		if err != nil {
+			return err
+		}
+		if _, err := u.caller(ctx); err != nil {
+			return err
+		}
+		if err := u.take(ctx, m); err != nil {
+			return err
+		}
+	}
+}
+
+func (u *upstream) take(ctx context.Context, m *dayflyv1.FollowRequest) error {
+	switch {
+	case m.GetPing() != nil:
+		return u.ping(ctx, m.GetPing())
+	case m.GetAcknowledge() != nil:
+		p, err := wire.ToPosition(m.GetAcknowledge().GetPosition())
+		if err != nil {
+			return feedInvalid(err)
+		}
+		return u.follower.Acknowledge(ctx, p)
+	case m.GetUseReport() != nil:
+		return u.follower.Report(ctx, toUses(m.GetUseReport().GetUses()), m.GetUseReport().GetDropped())
+	case m.GetRelayReport() != nil:
+		relayed, err := toRelayed(m.GetRelayReport().GetVerifiers())
+		if err != nil {
+			return feedInvalid(err)
+		}
+		return u.follower.Relayed(ctx, relayed)
+	}
+	return broker.ErrFeedRejected
+}
+
+func (u *upstream) ping(ctx context.Context, m *dayflyv1.Ping) error {
+	nonce, err := wire.ToNonce(m.GetNonce())
+	if err != nil {
+		return feedInvalid(err)
+	}
+	proof, err := u.follower.Prove(ctx)
+	if err != nil {
+		return err
+	}
+	pong := wire.PongMessage(wire.Pong{Nonce: nonce, Head: proof.Head, Age: proof.Age, Horizon: proof.Horizon})
+	select {
+	case u.pongs <- pong:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func feedInvalid(err error) error {
+	r := *broker.ErrFeedRejected
+	r.Message = err.Error()
+	return &r
+}
+
+func toSubscriber(m *dayflyv1.Subscribe) (broker.Subscriber, error) {
+	if m == nil {
+		r := *broker.ErrFeedRejected
+		r.Message = "the first message must be a Subscribe"
+		return broker.Subscriber{}, &r
+	}
+	sub, err := wire.ToSubscription(m)
+	if err != nil {
+		return broker.Subscriber{}, feedInvalid(err)
+	}
+	return broker.Subscriber{
+		Instance: sub.Instance, Audiences: sub.Audiences, MaxStaleness: sub.Bound,
+		AcceptsStale: sub.AcceptsStale, Position: sub.Position, Relay: sub.Relay,
+	}, nil
+}
+
+func toUses(ms []*dayflyv1.Use) []broker.Use {
+	uses := make([]broker.Use, len(ms))
+	for i, m := range ms {
+		uses[i] = broker.Use{
+			Grant: m.GetGrant(), Peer: m.GetPeerIdentity(), Address: m.GetPeerAddress(), Accepted: m.GetAccepted(),
+			Reason: m.GetRefusalReason(), Count: m.GetCount(), First: m.GetFirstSeen().AsTime(), Last: m.GetLastSeen().AsTime(),
+			Head: m.GetHead(),
+		}
+	}
+	return uses
+}
+
+func toRelayed(ms []*dayflyv1.RelayedVerifier) ([]broker.RelayedVerifier, error) {
+	out := make([]broker.RelayedVerifier, len(ms))
+	for i, m := range ms {
+		bound, err := wire.ToDuration(m.GetMaxStaleness())
+		if err != nil {
+			return nil, err
+		}
+		acked, err := wire.ToPosition(m.GetAcknowledged())
+		if err != nil {
+			return nil, err
+		}
+		accepts, err := wire.ToOnStale(m.GetOnStale())
+		if err != nil {
+			return nil, err
+		}
+		out[i] = broker.RelayedVerifier{
+			Path: m.GetPath(), Audiences: m.GetAudiences(), MaxStaleness: bound, AcceptsStale: accepts,
+			Acknowledged: acked, LastAnswerAge: m.GetLastAnswerAge().AsDuration(),
+		}
+	}
+	return out, nil
+}

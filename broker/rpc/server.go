@@ -1,0 +1,151 @@
+package rpc
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/dayflyhq/dayfly/broker"
+	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/reflection"
+)
+
+// Limits of the transport.
+const (
+	// MaxRequestBytes is the largest message that a caller may send.
+	MaxRequestBytes = 64 << 10
+	// maxStreamsPerConnection bounds the calls under way on one connection.
+	maxStreamsPerConnection = 1024
+	handshakeTimeout        = 10 * time.Second
+	// callTimeout is what a call gets when the caller sets no deadline or a later one.
+	callTimeout = 15 * time.Second
+)
+
+// Config says what to serve and to whom.
+type Config struct {
+	Broker *broker.Broker
+	SVIDs  x509svid.Source   // the broker's own identity
+	Bundle x509bundle.Source // of all trust domains served
+	// TrustDomains whose identities may connect: the broker's own and those federated
+	// by configuration. At least one.
+	TrustDomains []spiffeid.TrustDomain
+	Log          *slog.Logger
+	Now          func() time.Time
+	// Options are added to the gRPC server: a stats handler for metrics and traces.
+	Options []grpc.ServerOption
+}
+
+// A Server serves one broker.
+type Server struct {
+	*grpc.Server
+	Health *health.Server
+
+	stopping chan struct{}
+}
+
+// NewServer makes the server for workloads, verifiers and operators: mTLS only.
+func NewServer(cfg Config) (*Server, error) {
+	if cfg.Broker == nil || cfg.SVIDs == nil || cfg.Bundle == nil || len(cfg.TrustDomains) == 0 {
+		return nil, errors.New("rpc: Broker, SVIDs, Bundle and TrustDomains are required")
+	}
+	cfg.setDefaults()
+	auth := &authenticator{cfg.Bundle, cfg.TrustDomains, cfg.Now}
+	h := &handlers{broker: cfg.Broker, log: cfg.Log, now: cfg.Now, caller: auth.caller, stopping: make(chan struct{})}
+	srv := h.server(append(cfg.Options, grpc.Creds(auth.transport(cfg.SVIDs))))
+	dayflyv1.RegisterTokenServiceServer(srv.Server, &tokenService{handlers: h})
+	dayflyv1.RegisterFeedServiceServer(srv.Server, &feedService{handlers: h})
+	dayflyv1.RegisterRevocationServiceServer(srv.Server, &revocationService{handlers: h})
+	dayflyv1.RegisterGrantServiceServer(srv.Server, &grantService{handlers: h})
+	reflection.Register(srv.Server)
+	return srv, nil
+}
+
+func (cfg *Config) setDefaults() {
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+}
+
+// handlers is what all services share.
+type handlers struct {
+	broker   *broker.Broker
+	log      *slog.Logger
+	now      func() time.Time
+	caller   func(context.Context) (broker.Caller, error)
+	stopping chan struct{}
+}
+
+func (h *handlers) server(options []grpc.ServerOption) *Server {
+	options = append(options,
+		grpc.MaxRecvMsgSize(MaxRequestBytes),
+		grpc.MaxConcurrentStreams(maxStreamsPerConnection),
+		grpc.ConnectionTimeout(handshakeTimeout),
+		grpc.WaitForHandlers(true),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: time.Minute, Timeout: 20 * time.Second}),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
+		grpc.ChainUnaryInterceptor(h.unary),
+		grpc.ChainStreamInterceptor(h.stream),
+	)
+	srv := &Server{grpc.NewServer(options...), health.NewServer(), h.stopping}
+	healthpb.RegisterHealthServer(srv.Server, srv.Health)
+	return srv
+}
+
+// Shutdown finishes what was promised: it says NOT_SERVING, ends the feed's streams,
+// lets calls under way return until ctx ends, and then cuts what is left.
+func (s *Server) Shutdown(ctx context.Context) {
+	s.Health.Shutdown()
+	close(s.stopping)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		s.GracefulStop()
+	}()
+	select {
+	case <-done:
+	case <-ctx.Done():
+		s.Stop()
+		<-done
+	}
+}
+
+func (h *handlers) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (resp any, err error) {
+	defer func() { err = h.finish(ctx, info.FullMethod, recover(), err) }()
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	return next(ctx, req)
+}
+
+func (h *handlers) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) (err error) {
+	defer func() { err = h.finish(ss.Context(), info.FullMethod, recover(), err) }()
+	return next(srv, ss)
+}
+
+// finish translates an error, or a panic, which ends one call and not the process.
+func (h *handlers) finish(ctx context.Context, method string, panicked any, err error) error {
+	if panicked != nil {
+		err = fmt.Errorf("panic: %T", panicked) // its value might hold a request
+	}
+	return toStatus(ctx, h.log, method, err)
+}
+
+// operator proves an operator who wants to read.
+func (h *handlers) operator(ctx context.Context, action broker.Action) (broker.Caller, error) {
+	c, err := h.caller(ctx)
+	if err != nil {
+		return c, err
+	}
+	return c, h.broker.May(ctx, c, action)
+}
