@@ -1,0 +1,200 @@
+package web
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"go.opentelemetry.io/otel/trace"
+
+	"github.com/dayflyhq/dayfly/broker/keys"
+	"github.com/dayflyhq/dayfly/proto/token"
+)
+
+const (
+	// DefaultJWKSMaxAge is how long a reader may keep keys when
+	// PublicConfig.JWKSMaxAge is zero: as long as a revoked key may go unnoticed by
+	// those who only read the JWK set.
+	DefaultJWKSMaxAge = 60 * time.Second
+	// MaxJWKSMaxAge is the longest that may be configured.
+	MaxJWKSMaxAge = 5 * time.Minute
+)
+
+// PublicConfig describes the public handler. Issuer and Keys must be set.
+type PublicConfig struct {
+	// Issuer is the iss of every token: an https URL (http on loopback) without
+	// query, fragment or slash at the end. Its path, if it has one, is where the
+	// documents are.
+	Issuer string
+	// Keys returns the keys that live tokens may be signed with, never a revoked one.
+	// It is called for every request, perhaps at once.
+	Keys func() []token.PublicKey
+	// Algorithm of the keys to come, announced besides those of Keys. Empty: ES256.
+	Algorithm token.Algorithm
+	// JWKSMaxAge is the max-age of the documents, in whole seconds. Zero means
+	// DefaultJWKSMaxAge; at most MaxJWKSMaxAge.
+	JWKSMaxAge time.Duration
+	// TracerProvider makes a span of every request. Nil: none.
+	TracerProvider trace.TracerProvider
+	// Log receives what goes wrong inside. Nil: nothing does.
+	Log *slog.Logger
+}
+
+type public struct {
+	cfg          PublicConfig
+	cacheControl string
+}
+
+// Public returns the handler of the public documents.
+//
+//	GET <issuer>/.well-known/openid-configuration    OpenID Connect Discovery 1.0 section 3
+//	GET /.well-known/oauth-authorization-server<path of the issuer>    RFC 8414 section 3
+//	GET <issuer>/jwks.json    RFC 7517 section 5
+//
+// All have an ETag and a short max-age. Refusals are JSON with code, reason, message
+// and hint.
+func Public(cfg PublicConfig) (http.Handler, error) {
+	if cfg.Algorithm == "" {
+		cfg.Algorithm = token.ES256
+	}
+	if cfg.JWKSMaxAge == 0 {
+		cfg.JWKSMaxAge = DefaultJWKSMaxAge
+	}
+	cfg.Log = orDiscard(cfg.Log)
+	path, err := cfg.validate()
+	if err != nil {
+		return nil, fmt.Errorf("configuring the public HTTP handler: %w", err)
+	}
+	p := &public{cfg, "public, max-age=" + strconv.Itoa(int(cfg.JWKSMaxAge/time.Second)) + ", must-revalidate"}
+	return traced(routes{
+		path + "/.well-known/openid-configuration":       p.document(p.openID),
+		"/.well-known/oauth-authorization-server" + path: p.document(p.authorizationServer),
+		path + "/jwks.json":                              p.document(p.jwks),
+	}, "public", cfg.TracerProvider), nil
+}
+
+// validate returns the issuer's path.
+func (c *PublicConfig) validate() (string, error) {
+	var errs []error
+	path, err := issuerPath(c.Issuer)
+	if err != nil {
+		errs = append(errs, fmt.Errorf("issuer %q: %w", c.Issuer, err))
+	}
+	if c.Keys == nil {
+		errs = append(errs, errors.New("no source of keys"))
+	}
+	if c.Algorithm != token.ES256 && c.Algorithm != token.EdDSA {
+		errs = append(errs, fmt.Errorf("algorithm %q is neither %s nor %s", c.Algorithm, token.ES256, token.EdDSA))
+	}
+	if c.JWKSMaxAge < time.Second || c.JWKSMaxAge > MaxJWKSMaxAge {
+		errs = append(errs, fmt.Errorf("max-age %v: at least 1s, at most %v", c.JWKSMaxAge, MaxJWKSMaxAge))
+	}
+	return path, errors.Join(errs...)
+}
+
+func issuerPath(issuer string) (string, error) {
+	u, err := url.Parse(issuer)
+	switch {
+	case err != nil:
+		return "", errors.New("not a URL")
+	case u.Host == "" || u.Opaque != "":
+		return "", errors.New("not an absolute URL")
+	case u.Scheme != "https" && (u.Scheme != "http" || !loopbackHost(u.Host)):
+		return "", errors.New("must begin with https:// (http:// only on loopback)")
+	case u.User != nil || u.RawQuery != "" || u.ForceQuery || u.Fragment != "" || strings.HasSuffix(issuer, "#"):
+		return "", errors.New("must have no user, query or fragment")
+	case strings.HasSuffix(u.Path, "/"):
+		return "", errors.New("must not end with a slash")
+	}
+	return u.Path, nil
+}
+
+// loopbackHost reports whether the host, perhaps with a port, is this machine by name
+// or address.
+func loopbackHost(hostport string) bool {
+	host := hostport
+	if h, _, err := net.SplitHostPort(hostport); err == nil {
+		host = h
+	}
+	host = strings.TrimSuffix(strings.TrimPrefix(host, "["), "]")
+	ip := net.ParseIP(host)
+	return strings.EqualFold(host, "localhost") || ip != nil && ip.IsLoopback()
+}
+
+// document serves the bytes that render makes, under an ETag of their own.
+func (p *public) document(render func() ([]byte, error)) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		body, err := render()
+		if err != nil {
+			p.cfg.Log.ErrorContext(r.Context(), "making a public document failed", "path", r.URL.Path, "error", err)
+			writeProblem(w, http.StatusInternalServerError, Problem{
+				Reason: "INTERNAL", Message: "the document could not be made", Hint: "try again; if it lasts, the broker's log says why"})
+			return
+		}
+		sum := sha256.Sum256(body)
+		w.Header().Set("Content-Type", "application/json")
+		w.Header().Set("Cache-Control", p.cacheControl)
+		w.Header().Set("ETag", `"`+hex.EncodeToString(sum[:16])+`"`)
+		http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(body))
+	}
+}
+
+func (p *public) jwks() ([]byte, error) { return keys.JWKS(p.cfg.Keys()) }
+
+// metadata is what both discovery documents say. Lists that the standards require or
+// give another default to are there though empty: nobody logs in here, and there is
+// no grant over HTTP.
+type metadata struct {
+	Issuer        string   `json:"issuer"`
+	JWKSURI       string   `json:"jwks_uri"`
+	ResponseTypes []string `json:"response_types_supported"`
+	GrantTypes    []string `json:"grant_types_supported"`
+}
+
+func (p *public) metadata() metadata {
+	return metadata{
+		Issuer: p.cfg.Issuer, JWKSURI: p.cfg.Issuer + "/jwks.json",
+		ResponseTypes: []string{}, GrantTypes: []string{},
+	}
+}
+
+// openID is what a cloud's token service reads before it federates.
+func (p *public) openID() ([]byte, error) {
+	return json.Marshal(struct {
+		metadata
+		SubjectTypes      []string          `json:"subject_types_supported"`
+		SigningAlgorithms []token.Algorithm `json:"id_token_signing_alg_values_supported"`
+		Claims            []string          `json:"claims_supported"`
+	}{
+		p.metadata(), []string{"public"}, p.algorithms(),
+		[]string{"iss", "sub", "aud", "exp", "nbf", "iat", "jti", "client_id", "scope", "act", "cnf", "txn"},
+	})
+}
+
+func (p *public) authorizationServer() ([]byte, error) {
+	return json.Marshal(struct {
+		metadata
+		// CertificateBound is that of RFC 8705 section 3.3: the x5t binding.
+		CertificateBound bool `json:"tls_client_certificate_bound_access_tokens"`
+	}{p.metadata(), true})
+}
+
+func (p *public) algorithms() []token.Algorithm {
+	algs := []token.Algorithm{p.cfg.Algorithm}
+	for _, k := range p.cfg.Keys() {
+		algs = append(algs, k.Algorithm)
+	}
+	slices.Sort(algs)
+	return slices.Compact(algs)
+}
