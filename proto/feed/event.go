@@ -3,10 +3,13 @@ package feed
 import (
 	"cmp"
 	"crypto/sha256"
+	"crypto/x509"
+	"encoding/base64"
 	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/dayflyhq/dayfly/proto/revocation"
@@ -92,7 +95,8 @@ type Key struct {
 // record of its era.
 type Era struct{ Era token.Era }
 
-// ErrMalformed is wrapped by every complaint about an event's form.
+// ErrMalformed is wrapped by every complaint about an event or a delivery that
+// contradicts itself: the fault of who sent or stored it, and no proof of a fork.
 var ErrMalformed = errors.New("malformed event")
 
 // Validate checks the event's form, not its place in the log.
@@ -110,14 +114,41 @@ func (e *Event) Validate() error {
 		return fmt.Errorf("%w: number 0", ErrMalformed)
 	case e.Revocation != nil && len(e.Revocation.Selectors) == 0:
 		return fmt.Errorf("%w: no selector", ErrMalformed)
+	case e.Revocation != nil && slices.Contains(e.Revocation.Selectors, revocation.Selector{}):
+		return fmt.Errorf("%w: a selector of nothing", ErrMalformed)
 	case e.Lift != nil && (e.Lift.Lock == 0 || e.Lift.Lock >= e.Seq):
 		return fmt.Errorf("%w: lift of no earlier lock", ErrMalformed)
-	case e.Key != nil && e.Key.Public.ID.IsZero():
-		return fmt.Errorf("%w: key without ID", ErrMalformed)
+	case e.Key != nil && e.Key.Public.ID.String() != keyID(e.Key.DER):
+		// The running hash covers the bytes of the key, so its ID must follow from them.
+		return fmt.Errorf("%w: the ID of key %q is not that of its bytes", ErrMalformed, e.Key.Public.ID)
 	case e.Era != nil && e.Era.Era == 0:
 		return fmt.Errorf("%w: era 0", ErrMalformed)
 	}
 	return nil
+}
+
+// keyID returns the text of the ID that token.KeyIDOf gives the key in der.
+func keyID(der []byte) string {
+	sum := sha256.Sum256(der)
+	return base64.RawURLEncoding.EncodeToString(sum[:6])
+}
+
+// ParseKey makes the body of a key event from its wire form: the key itself and its
+// ID follow from the bytes, so nothing can be said of them twice. Whether the
+// signature vouches for it is for the caller to check. Errors wrap ErrMalformed.
+func ParseKey(alg token.Algorithm, der []byte, certificates [][]byte, signature []byte) (*Key, error) {
+	parsed, err := x509.ParsePKIXPublicKey(der)
+	if err != nil {
+		return nil, fmt.Errorf("%w: reading a signing key: %w", ErrMalformed, err)
+	}
+	public, err := token.NewPublicKey(alg, parsed)
+	if err != nil {
+		return nil, fmt.Errorf("%w: reading a signing key: %w", ErrMalformed, err)
+	}
+	if public.ID.String() != keyID(der) {
+		return nil, fmt.Errorf("%w: a signing key in a second spelling", ErrMalformed)
+	}
+	return &Key{Public: public, DER: der, Certificates: certificates, Signature: signature}, nil
 }
 
 // Chain returns the running hash after e, given the one before: SHA-256 over

@@ -2,6 +2,8 @@ package feed
 
 import (
 	"errors"
+	"fmt"
+	"slices"
 	"time"
 )
 
@@ -11,14 +13,19 @@ const PingsPerBound = 6
 // maxPings bounds the pings that may wait for an answer: the oldest are forgotten.
 const maxPings = 64
 
+// maxAge bounds the age of an answer, far beyond any use, so that sums can't overflow.
+const maxAge = 100 * 365 * 24 * time.Hour
+
 // ErrUnknownPing: an answer to a ping that was never sent, or answered already.
 var ErrUnknownPing = errors.New("answer to no ping that waits")
 
 // Freshness says how old a view's knowledge is, by local elapsed time alone. A ping
 // sent at t0 and answered with an age proves: everything committed before t0 - age
 // is at or below the answer's head. Once the view has applied up to that head, it is
-// fresh as of t0 - age, and of no other moment. The zero value is not fresh. Not safe
-// for concurrent use.
+// fresh as of t0 - age, and of no other moment. The zero value is not fresh, and is
+// where a verifier begins again when its bound is raised: what was proven while brokers
+// counted on the smaller bound must not count under the larger one. Not safe for
+// concurrent use.
 type Freshness struct {
 	sent    []ping
 	waiting []proof // answers whose head isn't applied yet
@@ -39,7 +46,7 @@ type proof struct {
 // Sent notes a ping.
 func (f *Freshness) Sent(nonce string, now Instant) {
 	if len(f.sent) == maxPings {
-		f.sent = append(f.sent[:0], f.sent[1:]...)
+		f.sent = slices.Delete(f.sent, 0, 1)
 	}
 	f.sent = append(f.sent, ping{nonce, now})
 }
@@ -47,44 +54,39 @@ func (f *Freshness) Sent(nonce string, now Instant) {
 // Reconnected forgets the pings of the stream that ended.
 func (f *Freshness) Reconnected() { f.sent = f.sent[:0] }
 
-// Answered notes the answer to a ping and returns as of when the answer speaks. A
-// negative age is an error of the answerer's and counts as no answer.
+// Answered notes the answer to a ping and returns as of when the answer speaks, for
+// View.CheckHead. A negative age is an error of the answerer's and counts as no answer.
 func (f *Freshness) Answered(nonce string, head Position, age time.Duration, applied Position) (Instant, error) {
-	for i, p := range f.sent {
-		if p.nonce != nonce {
-			continue
-		}
-		f.sent = append(f.sent[:i], f.sent[i+1:]...)
-		if age < 0 {
-			return 0, errors.New("answer with a negative age")
-		}
-		asOf := p.at.Add(-age)
-		if age > time.Duration(1<<62) {
-			return 0, errors.New("answer with an absurd age")
-		}
-		if len(f.waiting) == maxPings {
-			f.waiting = append(f.waiting[:0], f.waiting[1:]...)
-		}
-		f.waiting = append(f.waiting, proof{head, asOf})
-		f.Applied(applied)
-		return asOf, nil
+	i := slices.IndexFunc(f.sent, func(p ping) bool { return p.nonce == nonce })
+	if i < 0 {
+		return 0, ErrUnknownPing
 	}
-	return 0, ErrUnknownPing
+	sent := f.sent[i].at
+	f.sent = slices.Delete(f.sent, i, i+1)
+	if age < 0 || age > maxAge {
+		return 0, fmt.Errorf("answer with an age of %s", age)
+	}
+	if len(f.waiting) == maxPings {
+		f.waiting = slices.Delete(f.waiting, 0, 1)
+	}
+	asOf := sent.Add(-age)
+	f.waiting = append(f.waiting, proof{head, asOf})
+	f.Applied(applied)
+	return asOf, nil
 }
 
-// Applied notes that the view has applied everything up to a position.
+// Applied notes that the view has applied everything up to a position. An answer from
+// an earlier era proves nothing: who gave it may know nothing of this one.
 func (f *Freshness) Applied(applied Position) {
-	kept := f.waiting[:0]
-	for _, p := range f.waiting {
+	f.waiting = slices.DeleteFunc(f.waiting, func(p proof) bool {
 		if p.head.Compare(applied) > 0 {
-			kept = append(kept, p)
-			continue
+			return false
 		}
-		if !f.known || p.asOf > f.asOf {
+		if p.head.Era == applied.Era && (!f.known || p.asOf > f.asOf) {
 			f.asOf, f.known = p.asOf, true
 		}
-	}
-	f.waiting = kept
+		return true
+	})
 }
 
 // AsOf returns as of when the view is complete, and false before the first proof.

@@ -40,8 +40,8 @@ func (l *Log) Append(e Event) error {
 	if err := l.admit(e); err != nil {
 		return err
 	}
-	if e.Seq != l.head.Seq+1 {
-		return fmt.Errorf("%w: number %d after %d", ErrGap, e.Seq, l.head.Seq)
+	if e.Seq != l.head.Seq+1 || e.Era == nil && l.head.Era == 0 {
+		return fmt.Errorf("%w: number %d after %s", ErrGap, e.Seq, l.head)
 	}
 	if e.Chain(l.head.Sum) != e.Sum {
 		return fmt.Errorf("%w: the chain breaks at number %d", ErrFork, e.Seq)
@@ -50,29 +50,43 @@ func (l *Log) Append(e Event) error {
 	return nil
 }
 
-// Load adds an event that a store kept, across holes that pruning left.
+// Load adds an event that a store kept, oldest first, across holes that pruning left.
+// The record of the era may be in such a hole. LoadPositions ends the loading.
 func (l *Log) Load(e Event) error {
 	if err := l.admit(e); err != nil {
 		return err
 	}
-	if e.Seq == l.head.Seq+1 {
-		return l.Append(e)
-	}
 	if e.Seq <= l.head.Seq {
-		return fmt.Errorf("%w: number %d after %d", ErrGap, e.Seq, l.head.Seq)
+		return fmt.Errorf("%w: number %d after %d", ErrMalformed, e.Seq, l.head.Seq)
+	}
+	if e.Seq == l.head.Seq+1 && e.Chain(l.head.Sum) != e.Sum {
+		return fmt.Errorf("%w: the chain breaks at number %d", ErrMalformed, e.Seq)
 	}
 	l.push(e)
 	return nil
 }
 
 // LoadPositions sets head and horizon as a store keeps them, once all events are
-// loaded: pruning may have dropped the newest event itself.
+// loaded: pruning may have dropped the newest event itself, and that of the era.
+// A horizon of an earlier era, or before the first pruning, says nothing.
 func (l *Log) LoadPositions(head, horizon Position) error {
-	if head.Compare(l.head) < 0 || head.ForkOf(l.head) {
-		return fmt.Errorf("%w: head %s, last event %s", ErrFork, head, l.head)
+	last := l.head
+	if last.Era == 0 {
+		last.Era = head.Era
+	}
+	if head.Era != last.Era || head.Seq < last.Seq || head.ForkOf(last) {
+		return fmt.Errorf("%w: head %s, last event %s", ErrMalformed, head, last)
 	}
 	l.head = head
-	l.SetHorizon(horizon)
+	if horizon.Era == head.Era && horizon.Seq > l.horizon.Seq {
+		if at, known := l.At(horizon.Seq); horizon.Seq > head.Seq || known && at != horizon {
+			return fmt.Errorf("%w: horizon %s, head %s", ErrMalformed, horizon, head)
+		}
+		l.SetHorizon(horizon)
+	}
+	if l.horizon.Era != head.Era {
+		return fmt.Errorf("%w: no horizon explains what is missing before %s", ErrMalformed, head)
+	}
 	return nil
 }
 
@@ -80,8 +94,8 @@ func (l *Log) admit(e Event) error {
 	if err := e.Validate(); err != nil {
 		return err
 	}
-	if e.Era == nil && l.head.Era == 0 {
-		return fmt.Errorf("%w: the log does not begin with an era", ErrGap)
+	if e.Era == nil && e.Seq == 1 {
+		return fmt.Errorf("%w: the log does not begin with an era", ErrMalformed)
 	}
 	if e.Era != nil && e.Era.Era <= l.head.Era {
 		return fmt.Errorf("%w: era %s after %s", ErrMalformed, e.Era.Era, l.head.Era)
@@ -103,13 +117,15 @@ func (l *Log) push(e Event) {
 
 // SetHorizon moves the horizon up to a position of the log; never down.
 func (l *Log) SetHorizon(p Position) {
-	if p.Era == l.head.Era && p.Seq > l.horizon.Seq && p.Seq <= l.head.Seq {
+	if p.Era == l.head.Era && p.Compare(l.horizon) > 0 && p.Seq <= l.head.Seq {
 		l.horizon = p
 	}
 }
 
 // Drop removes the events for which gone returns true. They must be at or below the
-// horizon, or match no live token.
+// horizon, or match no live token; set the horizon first, so that no cursor meets a
+// hole before the horizon that explains it. The revocation of a key must stay for as
+// long as the key's own event, or a new subscriber would trust the key.
 func (l *Log) Drop(gone func(Event) bool) {
 	l.events = slices.DeleteFunc(slices.Clone(l.events), gone)
 }
@@ -152,7 +168,11 @@ type Delivery struct {
 	// consecutive and continue what it has.
 	Snapshot bool
 	Events   []Event
-	Horizon  Position
+	// Horizon is never above what the subscriber has with this delivery. Its era
+	// is that of the events.
+	Horizon Position
+	// Position after this delivery, or after the whole snapshot. A View reads it of
+	// snapshots only.
 	Position Position
 	// Complete: the last delivery of a snapshot.
 	Complete bool
@@ -176,9 +196,11 @@ func NewCursor(known Position) *Cursor {
 // Position returns what was delivered last.
 func (c *Cursor) Position() Position { return c.at }
 
-// Next returns what to deliver next, at most limit events of it, and whether there is
-// anything. The first delivery is there even if nothing is new: it tells the horizon.
+// Next returns what to deliver next, at most limit (at least 1) events of it, and
+// whether there is anything. The first delivery is there even if nothing is new: it
+// tells the horizon.
 func (c *Cursor) Next(l *Log, limit int) (Delivery, bool) {
+	limit = max(limit, 1)
 	if c.snapshot != nil {
 		return c.nextOfSnapshot(limit), true
 	}
@@ -193,9 +215,12 @@ func (c *Cursor) Next(l *Log, limit int) (Delivery, bool) {
 	if len(news) > limit {
 		news = news[:limit]
 	}
-	c.started, c.horizon = true, l.horizon
 	if n := len(news); n > 0 {
 		c.at = Position{l.head.Era, news[n-1].Seq, news[n-1].Sum}
+	}
+	c.started, c.horizon = true, l.horizon
+	if c.horizon.Seq > c.at.Seq {
+		c.horizon = c.at // the rest of it comes with the rest of the events
 	}
 	return Delivery{Events: news, Horizon: c.horizon, Position: c.at}, true
 }
@@ -231,5 +256,3 @@ func (c *Cursor) nextOfSnapshot(limit int) Delivery {
 	c.snapshot, c.started, c.at, c.horizon = nil, true, d.Position, d.Horizon
 	return d
 }
-
-func isFork(err error) bool { return errors.Is(err, ErrFork) }

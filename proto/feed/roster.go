@@ -3,6 +3,7 @@ package feed
 import (
 	"cmp"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -34,32 +35,47 @@ type Verifier struct {
 	Answered Instant
 }
 
-// closes returns from when the verifier refuses everything if it stays silent.
-func (v *Verifier) closes() Instant { return v.Answered.Add(v.Bound) }
-
 // A Roster knows every verifier that may accept tokens. Not safe for concurrent use.
 // The zero value is empty.
+//
+// "All have confirmed" is true of verifiers behind a relay because the relay reports
+// each of them before it answers its first ping, and acknowledges a position only
+// after that on the same stream. So what a relay subscribes with is no receipt; an
+// Acknowledge is.
 type Roster struct {
 	verifiers map[VerifierID]*Verifier
 }
 
 // Join adds a verifier or takes over its new data; what it acknowledged before under
-// the same ID stands. Now counts as an answer: from here on it may become fresh.
+// the same ID stands, and so does the larger of two bounds, which it may still live
+// by. Now counts as an answer: from here on it may become fresh.
 func (r *Roster) Join(v Verifier, now Instant) {
 	if r.verifiers == nil {
 		r.verifiers = map[VerifierID]*Verifier{}
 	}
+	v.AckedAt = now
 	if old, ok := r.verifiers[v.ID]; ok {
-		if old.Acked.Compare(v.Acked) > 0 {
+		if old.Acked.Compare(v.Acked) >= 0 {
 			v.Acked, v.AckedAt = old.Acked, old.AckedAt
 		}
-		// It may still live by an answer under its old, larger bound.
-		if closes := old.closes(); closes > now.Add(v.Bound) {
-			v.Answered = closes.Add(-v.Bound)
-		}
+		v.Bound = max(v.Bound, old.Bound)
+		v.Answered = max(v.Answered, old.Answered)
 	}
 	v.Answered = max(v.Answered, now)
 	r.verifiers[v.ID] = &v
+}
+
+// closes returns from when a verifier refuses everything if it stays silent. One
+// behind a relay may have been answered without the broker having heard of it yet, but
+// never with younger knowledge than the relay's own last answer.
+func (r *Roster) closes(v *Verifier) Instant {
+	answered := v.Answered
+	if nearest, _, _ := strings.Cut(v.ID.Via, "/"); nearest != "" {
+		if relay, ok := r.verifiers[VerifierID{Identity: v.ID.Identity, Instance: nearest}]; ok {
+			answered = max(answered, relay.Answered)
+		}
+	}
+	return answered.Add(v.Bound)
 }
 
 // Answered notes that a ping of the verifier is being answered.
@@ -96,10 +112,12 @@ func (r *Roster) Len() int { return len(r.verifiers) }
 func (r *Roster) Expire(now Instant, keep time.Duration) []VerifierID {
 	var gone []VerifierID
 	for id, v := range r.verifiers {
-		if now.Sub(v.closes()) > keep {
+		if now.Sub(r.closes(v)) > keep {
 			gone = append(gone, id)
-			delete(r.verifiers, id)
 		}
+	}
+	for _, id := range gone {
+		delete(r.verifiers, id)
 	}
 	return gone
 }
@@ -149,7 +167,7 @@ func (r *Roster) Containment(at Position, committed, now Instant) Containment {
 	var largest time.Duration
 	last := committed
 	for _, v := range r.verifiers {
-		rec := v.receipt(at, now)
+		rec := r.receipt(v, at, now)
 		c.Receipts = append(c.Receipts, rec)
 		c.Counts[rec.State]++
 		largest = max(largest, v.Bound)
@@ -169,14 +187,14 @@ func (r *Roster) Containment(at Position, committed, now Instant) Containment {
 	return c
 }
 
-func (v *Verifier) receipt(at Position, now Instant) Receipt {
-	switch {
-	case v.Acked.Compare(at) >= 0:
+func (r *Roster) receipt(v *Verifier, at Position, now Instant) Receipt {
+	switch closes := r.closes(v); {
+	case v.Acked.Compare(at) >= 0 && !v.Acked.ForkOf(at):
 		return Receipt{*v, Confirmed, v.AckedAt}
 	case v.AcceptsStale:
 		return Receipt{Verifier: *v, State: Unbounded}
-	case now > v.closes():
-		return Receipt{*v, Closed, v.closes()}
+	case now > closes:
+		return Receipt{*v, Closed, closes}
 	}
-	return Receipt{*v, Pending, v.closes()}
+	return Receipt{*v, Pending, r.closes(v)}
 }
