@@ -84,13 +84,13 @@ func Subtree(pattern string) (Selector, error) {
 	return Selector{KindSubtree, id.String()}, nil
 }
 
-// Parse reads the text form of String.
+// Parse reads the text form of String. Its errors never quote s.
 func Parse(s string) (Selector, error) {
 	if s == string(KindEverything) {
 		return Everything(), nil
 	}
 	kind, value, ok := strings.Cut(s, ":")
-	if !ok {
+	if !ok || kind == string(KindEverything) {
 		return Selector{}, errors.New(`a selector is KIND:VALUE, or "everything"`)
 	}
 	return New(Kind(kind), value)
@@ -133,7 +133,8 @@ func New(kind Kind, value string) (Selector, error) {
 		}
 		sel = Everything()
 	default:
-		return Selector{}, fmt.Errorf("unknown kind of selector %q", string(kind))
+		// Not quoted: it may be half of a token, pasted in the wrong place.
+		return Selector{}, errors.New("unknown kind of selector: it is grant, identity, subtree, trust_domain, audience, svid, key or everything")
 	}
 	if err == nil && sel == (Selector{}) {
 		err = errors.New("names nothing")
