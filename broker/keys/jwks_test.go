@@ -87,9 +87,8 @@ func TestJWKSRefusesOtherKeys(t *testing.T) {
 	}
 }
 
-// A coordinate with leading zeros keeps its full 32 bytes (RFC 7518 section 6.2.1.2);
-// d = 0x43 is the first small multiple of the base point whose x begins with a zero
-// byte is found here rather than written down.
+// A coordinate with leading zeros keeps its full 32 bytes (RFC 7518 section 6.2.1.2).
+// About one key in 256 has one: the first whose private half is a small number will do.
 func TestJWKSKeepsLeadingZeros(t *testing.T) {
 	curve := elliptic.P256()
 	for d := int64(1); d < 10_000; d++ {

@@ -82,7 +82,10 @@ func TestVerifyKey(t *testing.T) {
 		ok     bool
 	}{
 		{name: "good", ok: true},
-		{name: "good, read after its SVID expired", at: now, ok: true},
+		{name: "good at its time, though the SVID has expired since", at: now.Add(-2 * time.Hour), ok: true, key: func() feed.Key {
+			return record(t, issuer, mustIssue(t, td, brokerID, spiffetest.SVIDOptions{
+				NotBefore: now.Add(-3 * time.Hour), NotAfter: now.Add(-time.Hour)}))
+		}},
 		{name: "another issuer", issuer: "https://other.example.org"},
 		{name: "a workload's SVID", key: func() feed.Key {
 			return record(t, issuer, mustIssue(t, td, workload, spiffetest.SVIDOptions{}))

@@ -55,7 +55,7 @@ func Admin(cfg AdminConfig) (http.Handler, error) {
 		MaxRequestsInFlight: maxScrapes,
 		Timeout:             scrapeTimeout,
 	})
-	return traced(onlyLoopbackHost(routes{
+	return traced(hardened(onlyLoopbackHost(routes{
 		"/healthz": func(w http.ResponseWriter, _ *http.Request) {
 			writeJSON(w, http.StatusOK, map[string]string{"status": "ok"})
 		},
@@ -64,7 +64,7 @@ func Admin(cfg AdminConfig) (http.Handler, error) {
 			w.Header().Set("Cache-Control", "no-store")
 			metrics.ServeHTTP(w, r)
 		},
-	}), "admin", cfg.TracerProvider), nil
+	})), "admin", cfg.TracerProvider), nil
 }
 
 func writeReadiness(w http.ResponseWriter, problems []Problem) {

@@ -13,22 +13,29 @@ import (
 type routes map[string]http.HandlerFunc
 
 func (rs routes) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	h := w.Header()
-	h.Set("X-Content-Type-Options", "nosniff")
-	h.Set("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
-	h.Set("Referrer-Policy", "no-referrer")
 	handle, ok := rs[r.URL.Path]
 	switch {
 	case !ok:
 		writeProblem(w, http.StatusNotFound, Problem{
 			Reason: "NOT_FOUND", Message: "there is nothing at this path", Hint: "paths are exact; a slash at the end is another path"})
 	case r.Method != http.MethodGet && r.Method != http.MethodHead:
-		h.Set("Allow", "GET, HEAD")
+		w.Header().Set("Allow", "GET, HEAD")
 		writeProblem(w, http.StatusMethodNotAllowed, Problem{
 			Reason: "METHOD_NOT_ALLOWED", Message: "this path is only for reading", Hint: "use GET or HEAD"})
 	default:
 		handle(w, r)
 	}
+}
+
+// hardened sets on every answer what keeps browsers from making more of it than data.
+func hardened(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		h := w.Header()
+		h.Set("X-Content-Type-Options", "nosniff")
+		h.Set("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
+		h.Set("Referrer-Policy", "no-referrer")
+		next.ServeHTTP(w, r)
+	})
 }
 
 // A Problem is one thing that is wrong, and what to do about it. None of it is secret.
