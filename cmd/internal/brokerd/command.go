@@ -1,0 +1,114 @@
+package brokerd
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"github.com/dayflyhq/dayfly/broker/boltstore"
+	"github.com/dayflyhq/dayfly/cmd/internal/config"
+	"github.com/spf13/cobra"
+)
+
+// Command is the broker's command line, under the name it was called by.
+func Command(name string) *cobra.Command {
+	root := &cobra.Command{
+		Use:   name,
+		Short: "issue short-lived credentials, and revoke them everywhere at once",
+		Long: "The dayfly broker: it issues short-lived credentials to workloads that prove their SPIFFE identity,\n" +
+			"as far as policy allows, and revokes them everywhere at once.\n\n" +
+			"Exit codes: 0 it did what was asked, 1 it failed, 2 the command line or the configuration is wrong.",
+		SilenceErrors: true,
+		SilenceUsage:  true,
+	}
+	root.AddCommand(initCommand(name), serveCommand(name), checkCommand(name))
+	return root
+}
+
+// A UsageError is a wrong command line or configuration: exit code 2.
+type UsageError struct{ error }
+
+func (e UsageError) Unwrap() error { return e.error }
+
+// ExitCode says how a process that failed with err should exit.
+func ExitCode(err error) int {
+	var usage UsageError
+	var problems config.Problems
+	switch {
+	case err == nil:
+		return 0
+	case errors.As(err, &usage), errors.As(err, &problems), strings.HasPrefix(err.Error(), "unknown "):
+		return 2
+	}
+	return 1
+}
+
+func initCommand(name string) *cobra.Command {
+	return &cobra.Command{
+		Use:     "init STORE",
+		Short:   "make a new, empty store",
+		Long:    "Make a new, empty store. Serving never makes one: an empty store at a wrong path\nwould have forgotten every revocation.",
+		Example: "  " + name + " init /var/lib/dayfly/dayfly.db",
+		Args:    cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := Init(args[0], time.Now()); err != nil {
+				return err
+			}
+			fmt.Fprintf(cmd.OutOrStdout(), "made %s\n", args[0])
+			return nil
+		},
+	}
+}
+
+func serveCommand(name string) *cobra.Command {
+	var path string
+	var announce bool
+	cmd := &cobra.Command{
+		Use:   "serve",
+		Short: "serve until told to stop",
+		Long: "Serve until SIGINT or SIGTERM, then finish what was promised and stop.\n" +
+			"Logs are JSON on standard error. deploy/broker.yaml explains every key of the configuration.",
+		Example: "  " + name + " serve --config /etc/dayfly/broker.yaml",
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg := Defaults()
+			if err := config.Load(path, &cfg); err != nil {
+				return UsageError{err}
+			}
+			out := io.Discard
+			if announce {
+				out = cmd.OutOrStdout()
+			}
+			return Serve(cmd.Context(), cfg, out, cmd.ErrOrStderr())
+		},
+	}
+	cmd.Flags().StringVarP(&path, "config", "c", "/etc/dayfly/broker.yaml", "configuration file (YAML)")
+	cmd.Flags().BoolVar(&announce, "announce", false, "print the addresses as one line of JSON on standard output once serving")
+	return cmd
+}
+
+func checkCommand(name string) *cobra.Command {
+	var output string
+	cmd := &cobra.Command{
+		Use:   "check STORE",
+		Short: "check that a store keeps its promises",
+		Long: "Check a store that no broker has open: every parent is there, no child outlives it, the log has no gap\n" +
+			"above the horizon, and its running hash holds.",
+		Example: "  " + name + " check /var/lib/dayfly/dayfly.db\n  " + name + " check --output json /var/lib/dayfly/dayfly.db",
+		Args:    cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if output != "text" && output != "json" {
+				return UsageError{fmt.Errorf("--output is text or json, not %q", output)}
+			}
+			report, err := boltstore.Check(args[0])
+			if printErr := printReport(cmd.OutOrStdout(), output, report); printErr != nil {
+				return printErr
+			}
+			return err
+		},
+	}
+	cmd.Flags().StringVarP(&output, "output", "o", "text", "text or json")
+	return cmd
+}
