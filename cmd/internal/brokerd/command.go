@@ -1,6 +1,7 @@
 package brokerd
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -102,7 +103,7 @@ func checkCommand(name string) *cobra.Command {
 			if output != "text" && output != "json" {
 				return UsageError{fmt.Errorf("--output is text or json, not %q", output)}
 			}
-			report, err := boltstore.Check(args[0])
+			report, err := boltstore.Check(cmd.Context(), args[0])
 			if printErr := printReport(cmd.OutOrStdout(), output, report); printErr != nil {
 				return printErr
 			}
@@ -111,4 +112,15 @@ func checkCommand(name string) *cobra.Command {
 	}
 	cmd.Flags().StringVarP(&output, "output", "o", "text", "text or json")
 	return cmd
+}
+
+// printReport shows what a check found; nothing for one that read nothing.
+func printReport(w io.Writer, output string, r boltstore.Report) error {
+	if output == "json" {
+		enc := json.NewEncoder(w)
+		enc.SetIndent("", "  ")
+		return enc.Encode(r)
+	}
+	_, err := fmt.Fprintf(w, "%+v\n", r)
+	return err
 }
