@@ -13,5 +13,6 @@
 //		// refused
 //	}
 //
-// Everything here is pure: no clock, no I/O, no lock.
+// Everything here is pure: no clock, no I/O, no lock. TestCausalRevocation holds the
+// rule against its plain meaning, over random histories.
 package revocation

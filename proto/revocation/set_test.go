@@ -301,6 +301,25 @@ func TestHorizon(t *testing.T) {
 	}
 }
 
+// TestLeap: a verifier that holds little of a long log meets its horizon.
+func TestLeap(t *testing.T) {
+	s := revocation.NewSet(era)
+	for _, seq := range []uint64{999, 1000, 1001} {
+		s.Know(seq, sumAt(seq))
+		s.Add(seq, revocation.Everything(), must(revocation.Audience(fmt.Sprint("a", seq))))
+	}
+	s.SetHorizon(1000)
+	judge(t, s, chain(t, 999), revocation.Verdict{Reason: revocation.BelowHorizon})
+	judge(t, s, chain(t, 1000), revocation.Verdict{Reason: revocation.Revoked, By: 1001})
+	judge(t, s, chain(t, 1001), revocation.Verdict{Reason: revocation.Alive})
+	if s.Len() != 2 {
+		t.Errorf("%d selectors are left, want the 2 of record 1001", s.Len())
+	}
+	if _, ok := s.SumAt(1000); !ok {
+		t.Error("the running hash at the horizon is gone")
+	}
+}
+
 // TestAddTwice: snapshots overlap with events and with each other.
 func TestAddTwice(t *testing.T) {
 	s := logOf(3)
@@ -311,6 +330,14 @@ func TestAddTwice(t *testing.T) {
 	}
 	if got, want := s.Len(), len(matching(t))+1; got != want {
 		t.Errorf("%d selectors, want %d", got, want)
+	}
+	sel := revocation.Everything()
+	if n := testing.AllocsPerRun(1, func() {
+		for range 1000 {
+			s.Add(2, sel)
+		}
+	}); n != 0 {
+		t.Errorf("adding it again allocated %v times: the set grows", n)
 	}
 	s.Forget(2)
 	if s.Len() != 1 {

@@ -13,8 +13,14 @@
 //     client_id. A token that disagrees with itself is malformed.
 //   - Nothing unknown is skipped where it could change the meaning: an unknown
 //     header field, an unknown field of dfy, act or cnf is malformed, and so is a
-//     field given twice.
-//   - The algorithm belongs to the key, never to the token.
+//     field given twice, a null, a case variant of our claims, a second spelling of
+//     the same bytes. Other top-level claims are read past.
+//   - The algorithm belongs to the key, never to the token, and the signature is
+//     checked before the claims are read.
+//   - No error quotes a token, and no Secret prints one.
+//
+// TestHostileTokens, TestVectors and TestSecretShowsNothing hold them; testdata has
+// vectors for readers in other languages.
 //
 // Issuing and reading:
 //
