@@ -53,7 +53,10 @@ func (b *Broker) exchange(ctx context.Context, c Caller, req Request) (*Credenti
 	if err != nil {
 		return nil, e, err
 	}
-	want := b.narrow(req, d)
+	want, err := b.narrow(req, d)
+	if err != nil {
+		return nil, e, err
+	}
 	if want.scopes, err = narrowScopes(req.Scopes, want.scopes, parent.Scopes); err != nil {
 		return nil, e, err
 	}

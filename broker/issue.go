@@ -60,7 +60,10 @@ func (b *Broker) issue(ctx context.Context, c Caller, req Request) (*Credential,
 	if err != nil {
 		return nil, e, err
 	}
-	want := b.narrow(req, d)
+	want, err := b.narrow(req, d)
+	if err != nil {
+		return nil, e, err
+	}
 	return b.grant(ctx, c, want, nil, e)
 }
 
@@ -99,8 +102,12 @@ type terms struct {
 }
 
 // narrow applies the caps to policy's answer: Go code holds them, not Rego.
-func (b *Broker) narrow(req Request, d Decision) terms {
-	t := terms{audience: req.Audience, scopes: d.Scopes, ttl: d.TTL, binding: d.Binding}
+func (b *Broker) narrow(req Request, d Decision) (terms, error) {
+	scopes, err := token.NormalizeScopes(d.Scopes)
+	if err != nil {
+		return terms{}, ErrPolicyFailed.because("policy grants scopes that no token can have: %v", err)
+	}
+	t := terms{audience: req.Audience, scopes: scopes, ttl: d.TTL, binding: d.Binding}
 	if t.ttl <= 0 {
 		t.ttl = DefaultTTL
 	}
@@ -114,7 +121,7 @@ func (b *Broker) narrow(req Request, d Decision) terms {
 	if req.Binding != "" {
 		t.binding = t.binding.Stricter(req.Binding)
 	}
-	return t
+	return t, nil
 }
 
 // issueAttempts bounds how often a grant is made anew because a record that concerns

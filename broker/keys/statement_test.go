@@ -8,6 +8,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/rsa"
+	"crypto/sha256"
 	"crypto/x509"
 	"errors"
 	"math/big"
@@ -193,6 +194,43 @@ func TestVerifyKey(t *testing.T) {
 				t.Error(err)
 			case !test.ok && !errors.Is(err, keys.ErrUntrustedKey):
 				t.Errorf("got %v, want %v", err, keys.ErrUntrustedKey)
+			}
+		})
+	}
+}
+
+// A broker's SVID vouches for the record as it is, and the record is odd: each rule
+// about the public key alone.
+func TestVerifyKeyRefusesOddKeysThatWereSigned(t *testing.T) {
+	td := spiffetest.ForTest(t, spiffetest.Config{TrustDomain: domain})
+	svid := mustIssue(t, td, brokerID, spiffetest.SVIDOptions{})
+	good, other := record(t, issuer, svid), record(t, issuer, svid)
+	for name, change := range map[string]func(*feed.Key){
+		"nothing":                  func(*feed.Key) {},
+		"an ID that isn't derived": func(k *feed.Key) { k.Public.ID = other.Public.ID },
+		"DER of another key":       func(k *feed.Key) { k.DER = other.DER },
+		"another algorithm":        func(k *feed.Key) { k.Public.Algorithm = token.EdDSA },
+		"DER with a tail":          func(k *feed.Key) { k.DER = append(k.DER, 0) },
+		// The point's first byte is 4. Without its five leading zero bits the bit string is
+		// another one of the same length, which Go's parser reads as the same point.
+		"DER spelt otherwise": func(k *feed.Key) {
+			point := k.DER[len(k.DER)-65:]
+			k.DER[len(k.DER)-66] = 5
+			copy(point, new(big.Int).Lsh(new(big.Int).SetBytes(point), 5).Bytes())
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			key := clone(good)
+			change(&key)
+			digest := sha256.Sum256(feed.KeyStatement(issuer, key.Public, key.DER))
+			signature, err := svid.PrivateKey.Sign(rand.Reader, digest[:], crypto.SHA256)
+			if err != nil {
+				t.Fatal(err)
+			}
+			key.Signature = signature
+			err = keys.VerifyKey(issuer, key, td, spiffeid.MatchID(brokerID), time.Now())
+			if good := name == "nothing"; good != (err == nil) {
+				t.Errorf("got %v", err)
 			}
 		})
 	}

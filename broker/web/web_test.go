@@ -148,8 +148,8 @@ func TestDiscovery(t *testing.T) {
 }
 
 func TestDiscoveryNamesEveryAlgorithmInUse(t *testing.T) {
-	published := []token.PublicKey{edKey(t), edKey(t)}
-	h := mustPublic(t, web.PublicConfig{Keys: func() []token.PublicKey { return published }})
+	published := []token.PublicKey{ecKey(t), edKey(t), ecKey(t)}
+	h := mustPublic(t, web.PublicConfig{Algorithm: token.EdDSA, Keys: func() []token.PublicKey { return published }})
 	got := decode(t, do(h, http.MethodGet, "/.well-known/openid-configuration"))["id_token_signing_alg_values_supported"]
 	if want := []any{"ES256", "EdDSA"}; !reflect.DeepEqual(got, want) {
 		t.Errorf("got %v, want %v", got, want)
@@ -163,10 +163,10 @@ func TestIssuerWithPath(t *testing.T) {
 	for path, want := range map[string]int{
 		"/a/b/.well-known/openid-configuration":       200,
 		"/.well-known/oauth-authorization-server/a/b": 200,
-		"/a/b/jwks.json":                              200,
-		"/.well-known/openid-configuration":           404,
-		"/.well-known/oauth-authorization-server":     404,
-		"/jwks.json":                                  404,
+		"/a/b/jwks.json":                          200,
+		"/.well-known/openid-configuration":       404,
+		"/.well-known/oauth-authorization-server": 404,
+		"/jwks.json":                              404,
 	} {
 		if r := do(h, http.MethodGet, path); r.StatusCode != want {
 			t.Errorf("%s: %d, want %d", path, r.StatusCode, want)
@@ -554,16 +554,18 @@ type elsewhere struct {
 func (l elsewhere) Addr() net.Addr { return l.addr }
 
 func TestServeAdminRefusesOtherListeners(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel() // one that isn't refused ends at once
 	for _, addr := range []net.Addr{
 		&net.TCPAddr{IP: net.IPv4zero, Port: 9090}, &net.TCPAddr{IP: net.IPv6zero, Port: 9090}, &net.TCPAddr{Port: 9090},
 		&net.TCPAddr{IP: net.IPv4(10, 0, 0, 1), Port: 9090}, &net.IPAddr{IP: net.IPv4(127, 0, 0, 1)},
 	} {
 		ln := listen(t, "tcp", "127.0.0.1:0")
-		err := web.ServeAdmin(t.Context(), elsewhere{ln, addr}, mustAdmin(t), nil)
+		err := web.ServeAdmin(ctx, elsewhere{ln, addr}, mustAdmin(t), nil)
 		if !errors.Is(err, web.ErrNotLoopback) {
 			t.Errorf("%v: got %v, want %v", addr, err, web.ErrNotLoopback)
 		}
-		if _, err := ln.Accept(); !errors.Is(err, net.ErrClosed) {
+		if err := ln.Close(); !errors.Is(err, net.ErrClosed) {
 			t.Errorf("%v: the listener was left open (%v)", addr, err)
 		}
 	}

@@ -1,0 +1,55 @@
+package e2e_test
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+
+	"github.com/dayflyhq/dayfly/e2e/sandbox"
+)
+
+// bin is where the built commands are.
+var bin string
+
+func TestMain(m *testing.M) { os.Exit(testMain(m)) }
+
+func testMain(m *testing.M) int {
+	dir, err := os.MkdirTemp("", "dayfly-bin")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(dir)
+	bin = dir
+	build := exec.Command("go", "build", "-o", dir, "../cmd/dayfly-broker")
+	build.Stdout, build.Stderr = os.Stderr, os.Stderr
+	if err := build.Run(); err != nil {
+		fmt.Fprintln(os.Stderr, "building the commands:", err)
+		return 1
+	}
+	return m.Run()
+}
+
+// newBox returns a dayfly made of the built commands, with its broker started.
+func newBox(t *testing.T) *sandbox.Sandbox {
+	t.Helper()
+	box, err := sandbox.New(sandbox.Config{
+		Broker: []string{filepath.Join(bin, "dayfly-broker")},
+		Agent:  []string{filepath.Join(bin, "dayfly-agent")},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Log(box.Log("broker"))
+		}
+		box.Close()
+	})
+	if err := box.StartBroker(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	return box
+}

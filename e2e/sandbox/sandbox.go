@@ -1,0 +1,331 @@
+// Package sandbox is a whole dayfly on one machine, for "dayfly dev", "dayfly demo" and
+// the end-to-end tests: a throwaway trust domain with a real Workload API, a broker and
+// agents as processes of their own, and services, all talking over real sockets with
+// real mTLS. It needs no root, uses no fixed port and leaves nothing behind.
+package sandbox
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"syscall"
+
+	"github.com/dayflyhq/dayfly/policy"
+	"github.com/dayflyhq/dayfly/sdk"
+	"github.com/dayflyhq/dayfly/sdk/spiffetest"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/workloadapi"
+)
+
+// The identities of the demo's policy data.
+var (
+	TrustDomain = spiffeid.RequireTrustDomainFromString("dayfly.test")
+	Broker      = identity("/dayfly/broker")
+	Payments    = identity("/ns/shop/payments")
+	Orders      = identity("/ns/shop/orders")
+	Ledger      = identity("/ns/shop/ledger")
+	Web         = identity("/ns/shop/web")
+	Reports     = identity("/ns/other/reports")
+	Alice       = identity("/ops/alice")
+)
+
+func identity(path string) spiffeid.ID { return spiffeid.RequireFromPath(TrustDomain, path) }
+
+// Config says how to run the processes.
+type Config struct {
+	// Broker and Agent are the commands that take "serve --config FILE --announce".
+	// Required.
+	Broker, Agent []string
+	// Dir is where everything is kept; empty: a temporary folder, removed at the end.
+	Dir string
+	// Log gets what the processes write to standard error; nil: kept in Dir only.
+	Log io.Writer
+}
+
+// An Announcement is what a broker prints once it serves.
+type Announcement struct {
+	ID         string `json:"id"`
+	GRPC       string `json:"grpc"`
+	Public     string `json:"public"`
+	Admin      string `json:"admin"`
+	BreakGlass string `json:"break_glass"`
+}
+
+// A Sandbox is one such dayfly. Close ends it.
+type Sandbox struct {
+	Dir  string
+	TD   *spiffetest.TrustDomain
+	Info Announcement // of the broker, once it was started
+
+	cfg     Config
+	broker  *process
+	agents  map[spiffeid.ID]*process
+	sources map[spiffeid.ID]*workloadapi.X509Source
+	closers []func()
+	once    sync.Once
+}
+
+// New makes the trust domain, the policy folder, the store and the configuration. It
+// starts no process.
+func New(cfg Config) (_ *Sandbox, err error) {
+	s := &Sandbox{cfg: cfg, Dir: cfg.Dir, agents: map[spiffeid.ID]*process{}, sources: map[spiffeid.ID]*workloadapi.X509Source{}}
+	defer func() {
+		if err != nil {
+			s.Close()
+		}
+	}()
+	if s.Dir == "" {
+		if s.Dir, err = os.MkdirTemp("", "dayfly"); err != nil {
+			return nil, fmt.Errorf("making a temporary folder: %w", err)
+		}
+		dir := s.Dir
+		s.closers = append(s.closers, func() { os.RemoveAll(dir) })
+	}
+	if s.TD, err = spiffetest.New(spiffetest.Config{TrustDomain: TrustDomain, Dir: filepath.Join(s.Dir, "spiffe")}); err != nil {
+		return nil, err
+	}
+	s.closers = append(s.closers, func() { s.TD.Close() })
+	if err := policy.WriteDemo(s.PolicyDir()); err != nil {
+		return nil, fmt.Errorf("writing the demo's policy: %w", err)
+	}
+	init := exec.Command(cfg.Broker[0], append(append([]string{}, cfg.Broker[1:]...), "init", s.StorePath())...)
+	// Without a lifeline it would take the end of its input for ours.
+	lifeline, err := init.StdinPipe()
+	if err != nil {
+		return nil, err
+	}
+	defer lifeline.Close()
+	if out, err := init.CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("making a store: %w: %s", err, out)
+	}
+	return s, s.writeBrokerConfig("127.0.0.1:0", "127.0.0.1:0", "127.0.0.1:0")
+}
+
+// PolicyDir is the folder that the broker's policy is read from.
+func (s *Sandbox) PolicyDir() string { return filepath.Join(s.Dir, "policy") }
+
+// StorePath is the broker's store.
+func (s *Sandbox) StorePath() string { return filepath.Join(s.Dir, "dayfly.db") }
+
+// AuditPath is the broker's audit file.
+func (s *Sandbox) AuditPath() string { return filepath.Join(s.Dir, "audit.log") }
+
+func (s *Sandbox) brokerConfig() string { return filepath.Join(s.Dir, "broker.yaml") }
+
+func (s *Sandbox) writeBrokerConfig(grpc, public, admin string) error {
+	socket, err := s.TD.Workload(Broker)
+	if err != nil {
+		return err
+	}
+	yaml := fmt.Sprintf(`issuer: http://127.0.0.1
+store: %q
+policy: %q
+audit: %q
+workload_api: %q
+listen:
+  grpc: %s
+  public: %s
+  admin: %s
+  break_glass: %q
+shutdown_grace: 5s
+`, s.StorePath(), s.PolicyDir(), s.AuditPath(), socket, grpc, public, admin, filepath.Join(s.Dir, "break-glass.sock"))
+	return os.WriteFile(s.brokerConfig(), []byte(yaml), 0o600)
+}
+
+// Log returns the end of what a process wrote to standard error: "broker", or "agent-"
+// and the last segment of its identity.
+func (s *Sandbox) Log(name string) string { return tail(filepath.Join(s.Dir, name+".log")) }
+
+// StartBroker starts the broker's process and returns once it serves. After the first
+// start it keeps its addresses.
+func (s *Sandbox) StartBroker(ctx context.Context) error {
+	p, line, err := s.start(ctx, "broker", s.cfg.Broker, s.brokerConfig())
+	if err != nil {
+		return err
+	}
+	s.broker = p
+	if err := json.Unmarshal(line, &s.Info); err != nil {
+		return fmt.Errorf("reading the broker's announcement: %w", err)
+	}
+	return s.writeBrokerConfig(s.Info.GRPC, s.Info.Public, s.Info.Admin)
+}
+
+// KillBroker ends the broker with SIGKILL.
+func (s *Sandbox) KillBroker() { s.broker.kill() }
+
+// StopBroker ends the broker with SIGTERM and returns its exit error.
+func (s *Sandbox) StopBroker() error { return s.broker.stop() }
+
+// Source returns the identity's own SVID source, from its Workload API socket.
+func (s *Sandbox) Source(ctx context.Context, id spiffeid.ID) (*workloadapi.X509Source, error) {
+	if src, ok := s.sources[id]; ok {
+		return src, nil
+	}
+	addr, err := s.TD.Workload(id)
+	if err != nil {
+		return nil, err
+	}
+	src, err := workloadapi.NewX509Source(ctx, workloadapi.WithClientOptions(workloadapi.WithAddr(addr)))
+	if err != nil {
+		return nil, fmt.Errorf("getting an SVID for %s: %w", id, err)
+	}
+	s.sources[id] = src
+	s.closers = append(s.closers, func() { src.Close() })
+	return src, nil
+}
+
+// Client returns a client of the broker with an identity, at an address: the broker's
+// own, or that of a link to it.
+func (s *Sandbox) Client(ctx context.Context, id spiffeid.ID, address string) (*sdk.Client, error) {
+	src, err := s.Source(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	c, err := sdk.New(sdk.Config{Address: address, Source: src, BrokerID: Broker})
+	if err != nil {
+		return nil, err
+	}
+	s.closers = append(s.closers, func() { c.Close() })
+	return c, nil
+}
+
+// StartAgent starts the agent of an identity and returns the address of its socket.
+func (s *Sandbox) StartAgent(ctx context.Context, id spiffeid.ID) (string, error) {
+	workloadAPI, err := s.TD.Workload(id)
+	if err != nil {
+		return "", err
+	}
+	name := filepath.Base(id.Path())
+	socket := filepath.Join(s.Dir, name+".sock")
+	config := filepath.Join(s.Dir, "agent-"+name+".yaml")
+	yaml := fmt.Sprintf(`broker:
+  address: %s
+  id: %s
+workload_api: %q
+listen:
+  grpc: %q
+  http: %q
+max_staleness: 2s
+`, s.Info.GRPC, Broker, workloadAPI, socket, filepath.Join(s.Dir, name+"-http.sock"))
+	if err := os.WriteFile(config, []byte(yaml), 0o600); err != nil {
+		return "", err
+	}
+	p, _, err := s.start(ctx, "agent-"+name, s.cfg.Agent, config)
+	if err != nil {
+		return "", err
+	}
+	s.agents[id] = p
+	return "unix://" + socket, nil
+}
+
+// Close ends everything and removes what was made.
+func (s *Sandbox) Close() {
+	s.once.Do(func() {
+		for _, p := range s.agents {
+			p.kill()
+		}
+		s.broker.kill()
+		for i := len(s.closers) - 1; i >= 0; i-- {
+			s.closers[i]()
+		}
+	})
+}
+
+// process is a child that dies with us: its standard input is a pipe that only we
+// hold, and it ends when that closes, however we end.
+type process struct {
+	cmd      *exec.Cmd
+	lifeline io.Closer
+	done     chan struct{}
+	err      error
+}
+
+func (s *Sandbox) start(ctx context.Context, name string, command []string, config string) (*process, []byte, error) {
+	logPath := filepath.Join(s.Dir, name+".log")
+	logFile, err := os.OpenFile(logPath, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer logFile.Close() // the child has its own copy
+	args := append(append([]string{}, command[1:]...), "serve", "--config", config, "--announce")
+	cmd := exec.Command(command[0], args...)
+	cmd.Stderr = logFile
+	if s.cfg.Log != nil {
+		cmd.Stderr = io.MultiWriter(logFile, s.cfg.Log)
+	}
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		return nil, nil, err
+	}
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		return nil, nil, err
+	}
+	if err := cmd.Start(); err != nil {
+		return nil, nil, fmt.Errorf("starting the %s: %w", name, err)
+	}
+	p := &process{cmd: cmd, lifeline: stdin, done: make(chan struct{})}
+	lines := make(chan []byte, 1)
+	go func() {
+		defer close(p.done)
+		line, err := bufio.NewReader(stdout).ReadBytes('\n')
+		if err == nil {
+			lines <- line
+		}
+		p.err = cmd.Wait()
+	}()
+	select {
+	case line := <-lines:
+		return p, line, nil
+	case <-p.done:
+		return nil, nil, fmt.Errorf("the %s ended instead of serving (%v): %s", name, p.err, tail(logPath))
+	case <-ctx.Done():
+		p.kill()
+		return nil, nil, fmt.Errorf("waiting for the %s: %w: %s", name, ctx.Err(), tail(logPath))
+	}
+}
+
+// tail returns the end of a log, for an error.
+func tail(path string) string {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return err.Error()
+	}
+	return string(b[max(0, len(b)-2000):])
+}
+
+func (p *process) kill() {
+	if p == nil {
+		return
+	}
+	p.cmd.Process.Kill()
+	<-p.done
+	p.lifeline.Close()
+}
+
+func (p *process) stop() error {
+	if err := p.cmd.Process.Signal(syscall.SIGTERM); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return err
+	}
+	<-p.done
+	p.lifeline.Close()
+	return p.err
+}
+
+// Lifeline returns a context that ends when standard input does: with the process that
+// started this one.
+func Lifeline(ctx context.Context, stdin io.Reader) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(ctx)
+	go func() {
+		io.Copy(io.Discard, stdin)
+		cancel()
+	}()
+	return ctx, cancel
+}
