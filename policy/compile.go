@@ -59,6 +59,12 @@ func parse(f *folder, tests bool) *source {
 	var dataFiles []string
 	rules := false
 	for _, name := range f.names {
+		// It has been truncated and not yet written, or was lost on a full disk.
+		// Read as "nothing is allowed" it would take the place of what is.
+		if len(f.files[name]) == 0 {
+			s.problems.addf(name, 0, "the file is empty: remove it, or leave a comment in it")
+			continue
+		}
 		switch {
 		case isData(name):
 			dataFiles = append(dataFiles, name)

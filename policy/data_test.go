@@ -126,11 +126,12 @@ func TestCheckRulesThatNeedTheirTests(t *testing.T) {
 
 func TestLoadRefusesAFolderWithoutPolicy(t *testing.T) {
 	for name, fsys := range map[string]fs.FS{
-		"empty":       fstest.MapFS{},
-		"data only":   fstest.MapFS{"data.yaml": {Data: []byte("audiences:\n")}},
-		"tests only":  fstest.MapFS{"policy_test.rego": {Data: []byte("package policy\ndecision := {}")}},
-		"no decision": fstest.MapFS{"policy.rego": {Data: []byte("package policy\nx := 1")}},
-		"old Rego":    fstest.MapFS{"policy.rego": {Data: []byte("package policy\ndecision[x] { x := 1 }")}},
+		"empty":          fstest.MapFS{},
+		"data only":      fstest.MapFS{"data.yaml": {Data: []byte("audiences:\n")}},
+		"tests only":     fstest.MapFS{"policy_test.rego": {Data: []byte("package policy\ndecision := {}")}},
+		"truncated data": fstest.MapFS{"policy.rego": {Data: []byte("package policy\ndecision := {}")}, "data.yaml": {}},
+		"no decision":    fstest.MapFS{"policy.rego": {Data: []byte("package policy\nx := 1")}},
+		"old Rego":       fstest.MapFS{"policy.rego": {Data: []byte("package policy\ndecision[x] { x := 1 }")}},
 		"rules over data": fstest.MapFS{"policy.rego": {Data: []byte("package policy\ndecision := {}")},
 			"x.rego": {Data: []byte("package dayfly\nentitlements := {}")}},
 	} {

@@ -29,7 +29,8 @@ func (p *Policy) Run(ctx context.Context) error {
 	}
 	w := p.watch(ctx)
 	defer w.close()
-	// What changed between Load and now told nobody.
+	// What changed between Load and now told nobody, and may be changing still.
+	w.settle(ctx)
 	p.Reload(ctx)
 	rescan := time.NewTicker(p.cfg.Rescan)
 	defer rescan.Stop()
