@@ -1,0 +1,204 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/dayflyhq/dayfly/policy"
+	"github.com/spf13/cobra"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+func (a *app) policyCmd() *cobra.Command {
+	return group("policy", "Write, check and try out policy", `Policy is a folder of Rego rules and of data that anyone can edit. These verbs work on
+the folder alone and call no broker. docs/policy.md describes its format.`, `  dayfly policy init ./policy
+  dayfly policy check ./policy
+  dayfly policy explain --dir ./policy --as spiffe://example.org/payments --audience orders --scope orders:read`,
+		a.policyInitCmd(), a.policyCheckCmd(), a.policyTestCmd(), a.policyExplainCmd())
+}
+
+func (a *app) policyInitCmd() *cobra.Command {
+	var demo bool
+	cmd := &cobra.Command{
+		Use:   "init DIR",
+		Short: "Write the default policy into a folder, to start from",
+		Long: `Write the default rules, their tests and commented data into a folder. The data
+allows nothing yet. Nothing that exists is overwritten.`,
+		Example: "  dayfly policy init ./policy\n  dayfly policy init ./policy --demo",
+		Args:    oneArg("the folder"),
+		RunE: func(_ *cobra.Command, args []string) error {
+			write := policy.WriteDefault
+			if demo {
+				write = policy.WriteDemo
+			}
+			if err := write(args[0]); err != nil {
+				return failf(exitFailure, "name a folder that is empty or new", "%w", err)
+			}
+			return a.printValue(map[string]string{"dir": args[0]}, func(w io.Writer) {
+				fmt.Fprintf(w, "Wrote the policy to %s. Edit data.yaml, then: dayfly policy check %s\n", clean(args[0]), clean(args[0]))
+			})
+		},
+	}
+	cmd.Flags().BoolVar(&demo, "demo", false, "with the data of dayfly demo, to see how entries look")
+	return cmd
+}
+
+func (a *app) policyCheckCmd() *cobra.Command {
+	return &cobra.Command{
+		Use:     "check DIR",
+		Short:   "Say everything that is wrong with a policy folder",
+		Example: "  dayfly policy check /etc/dayfly/policy\n  dayfly policy check ./policy --output json",
+		Args:    oneArg("the folder"),
+		RunE: func(_ *cobra.Command, args []string) error {
+			err := policy.Check(args[0])
+			problems := policy.Problems{}
+			if err != nil && !errors.As(err, &problems) {
+				return err
+			}
+			if err := a.printValue(map[string]policy.Problems{"problems": problems}, func(w io.Writer) {
+				for _, p := range problems {
+					fmt.Fprintln(w, clean(p.String()))
+				}
+				if len(problems) == 0 {
+					fmt.Fprintf(w, "%s is good.\n", clean(args[0]))
+				}
+			}); err != nil {
+				return err
+			}
+			if len(problems) > 0 {
+				return failf(exitFailure, "a broker that runs keeps the last good policy until this is mended", "%s can't be loaded: %s", args[0], count(uint64(len(problems)), "problem", "problems"))
+			}
+			return nil
+		},
+	}
+}
+
+func (a *app) policyTestCmd() *cobra.Command {
+	return &cobra.Command{
+		Use:     "test DIR",
+		Short:   "Run the Rego tests of a policy folder",
+		Example: "  dayfly policy test /etc/dayfly/policy\n  dayfly policy test ./policy --output json",
+		Args:    oneArg("the folder"),
+		RunE:    func(cmd *cobra.Command, args []string) error { return a.policyTest(cmd.Context(), args[0]) },
+	}
+}
+
+func (a *app) policyTest(ctx context.Context, dir string) error {
+	out := a.stdout
+	if a.output == outputJSON {
+		out = io.Discard
+	}
+	results, err := policy.Test(ctx, dir, out)
+	if a.output == outputJSON && (err == nil || errors.Is(err, policy.ErrTestsFailed)) {
+		if err := a.printValue(map[string][]policy.TestResult{"results": append([]policy.TestResult{}, results...)}, nil); err != nil {
+			return err
+		}
+	}
+	if err != nil && !errors.Is(err, policy.ErrTestsFailed) {
+		return failf(exitFailure, "dayfly policy check says what is wrong with a folder", "%w", err)
+	}
+	return err
+}
+
+// question is what policy explain asks.
+type question struct {
+	requestFlags
+	dir, as, action string
+	attestation     string
+}
+
+func (a *app) policyExplainCmd() *cobra.Command {
+	var q question
+	cmd := &cobra.Command{
+		Use:   "explain",
+		Short: "Say what would be decided, by which rule, on which data",
+		Long: `Ask a policy folder one question and say how the answer came about. Locks, caps and
+the lineage of a presented token come on top, in the broker. Exit code 0 says that it
+would be allowed, 4 that it would be refused.`,
+		Example: `  dayfly policy explain --dir ./policy --as spiffe://example.org/payments --audience orders --scope orders:read
+  dayfly policy explain --dir ./policy --as spiffe://example.org/ops/ann --action revoke`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return a.policyExplain(cmd.Context(), &q) },
+	}
+	q.add(cmd)
+	f := cmd.Flags()
+	f.Lookup("audience").Usage = "`whom` the token would be for (required for issue and exchange)"
+	f.StringVar(&q.dir, "dir", ".", "the policy `folder`")
+	f.StringVar(&q.as, "as", "", "SPIFFE `ID` that would ask (required)")
+	f.StringVar(&q.action, "action", string(policy.ActionIssue), "what it would ask for: issue, exchange, follow, relay, report, revoke, revoke_everything, lift, lift_confirm, list or plan")
+	f.StringVar(&q.attestation, "attestation", policy.AttestationX509, "how it would prove its identity: x509 or jwt")
+	complete(cmd, "action", actions()...)
+	complete(cmd, "attestation", policy.AttestationX509, policy.AttestationJWT)
+	return cmd
+}
+
+func actions() []string {
+	list := []policy.Action{
+		policy.ActionIssue, policy.ActionExchange, policy.ActionFollow, policy.ActionRelay, policy.ActionReport, policy.ActionRevoke,
+		policy.ActionRevokeEverything, policy.ActionLift, policy.ActionLiftConfirm, policy.ActionList, policy.ActionPlan,
+	}
+	out := make([]string, len(list))
+	for i, x := range list {
+		out[i] = string(x)
+	}
+	return out
+}
+
+// input makes the typed question.
+func (q *question) input(now time.Time) (policy.Input, error) {
+	if q.as == "" {
+		return policy.Input{}, usagef("name who would ask: --as spiffe://example.org/payments", "--as is missing")
+	}
+	id, err := spiffeid.FromString(q.as)
+	if err != nil {
+		return policy.Input{}, usagef("it looks like spiffe://example.org/payments", "--as %q: %v", q.as, err)
+	}
+	in := policy.Input{
+		Action: policy.Action(q.action),
+		Caller: policy.Caller{ID: id, Attestation: q.attestation},
+		Time:   now,
+	}
+	if in.Action != policy.ActionIssue && in.Action != policy.ActionExchange {
+		return in, nil
+	}
+	req, err := q.request()
+	if err != nil {
+		return policy.Input{}, err
+	}
+	in.Audience, in.Scopes, in.TTL, in.Binding = req.Audience, req.Scopes, req.TTL, string(req.Binding)
+	if in.Action == policy.ActionExchange {
+		// As if it had been given, by itself, a token that it may exchange.
+		in.Lineage = []policy.Member{{ID: id}}
+		in.ParentScopes, in.ParentAudience = req.Scopes, id.String()
+	}
+	return in, nil
+}
+
+func (a *app) policyExplain(ctx context.Context, q *question) error {
+	in, err := q.input(a.now())
+	if err != nil {
+		return err
+	}
+	p, err := policy.Load(ctx, policy.Config{Dir: q.dir, Now: a.now})
+	if err != nil {
+		return failf(exitFailure, "name the folder with --dir; dayfly policy check says what is wrong with it", "%w", err)
+	}
+	e, err := p.Explain(ctx, in)
+	if err != nil {
+		return err
+	}
+	if err := a.printValue(e, func(w io.Writer) { fmt.Fprint(w, cleanLines(e.String())) }); err != nil {
+		return err
+	}
+	if !e.Decision.Allow {
+		reason, hint := "deny by default", ""
+		if d := e.Decision.Denials; len(d) > 0 {
+			reason, hint = d[0].Message, d[0].Hint
+		}
+		return failf(exitRefused, hint, "it would be refused: %s", reason)
+	}
+	return nil
+}

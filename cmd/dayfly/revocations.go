@@ -1,0 +1,146 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"strconv"
+
+	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
+	"github.com/spf13/cobra"
+)
+
+func (a *app) revocationsCmd() *cobra.Command {
+	return group("revocations", "Look at what was revoked, and who has confirmed it", "", `  dayfly revocations list
+  dayfly revocations show 1043 --watch`,
+		a.revocationsListCmd(), a.revocationsShowCmd())
+}
+
+func (a *app) revocationsListCmd() *cobra.Command {
+	var limit int
+	cmd := &cobra.Command{
+		Use:     "list",
+		Short:   "List revocations, newest first",
+		Example: "  dayfly revocations list --limit 10\n  dayfly revocations list --output json",
+		Args:    noArgs,
+		RunE:    func(cmd *cobra.Command, _ []string) error { return a.revocationsList(cmd.Context(), limit) },
+	}
+	addLimit(cmd.Flags(), &limit)
+	a.conn.addBreakGlass(cmd.Flags())
+	return cmd
+}
+
+func (a *app) revocationsList(ctx context.Context, limit int) error {
+	client, err := a.dialOperator(ctx)
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	service := dayflyv1.NewRevocationServiceClient(client.Conn())
+	all := &dayflyv1.ListRevocationsResponse{}
+	all.NextPageToken, err = pages(limit, func(size int32, page string) (int, string, error) {
+		ctx, cancel := a.call(ctx)
+		defer cancel()
+		resp, err := service.ListRevocations(ctx, &dayflyv1.ListRevocationsRequest{PageSize: size, PageToken: page})
+		all.Revocations = append(all.Revocations, resp.GetRevocations()...)
+		return len(resp.GetRevocations()), resp.GetNextPageToken(), err
+	})
+	if err != nil {
+		return err
+	}
+	defer a.more(all.GetNextPageToken(), limit)
+	return a.print(all, func(w io.Writer) {
+		if len(all.GetRevocations()) == 0 {
+			fmt.Fprintln(w, "Nothing was ever revoked.")
+			return
+		}
+		fmt.Fprintln(w, "NUMBER\tTIME\tSELECTORS\tLOCK\tBY\tREASON")
+		for _, r := range all.GetRevocations() {
+			row(w, strconv.FormatUint(r.GetPosition().GetSequence(), 10), at(r.GetTime()), selectorTexts(r.GetSelectors()), lockState(r), r.GetActor(), r.GetReason())
+		}
+	})
+}
+
+func lockState(r *dayflyv1.Revocation) string {
+	switch {
+	case r.GetLift() != nil && r.GetLift().GetSequence() > 0:
+		return "lifted"
+	case r.GetLockEndsAt() != nil:
+		return lockName(r.GetLockMode()) + " until " + at(r.GetLockEndsAt())
+	}
+	return lockName(r.GetLockMode())
+}
+
+func (a *app) revocationsShowCmd() *cobra.Command {
+	var watch bool
+	cmd := &cobra.Command{
+		Use:   "show NUMBER",
+		Short: "Show one revocation with its receipts",
+		Long: `Show one revocation and who has confirmed it. With --watch, stay until it is
+contained: exit code 0 says that it is, 3 that nobody waited long enough.`,
+		Example: "  dayfly revocations show 1043\n  dayfly revocations show 1043 --watch",
+		Args:    oneArg("the number of a revocation"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			number, err := parseNumber("revocation", args[0])
+			if err != nil {
+				return err
+			}
+			return a.revocationsShow(cmd.Context(), number, watch)
+		},
+	}
+	cmd.Flags().BoolVarP(&watch, "watch", "w", false, "wait until it is contained")
+	a.conn.addBreakGlass(cmd.Flags())
+	return cmd
+}
+
+func (a *app) revocationsShow(ctx context.Context, number uint64, watch bool) error {
+	client, err := a.dialOperator(ctx)
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	short, cancel := a.call(ctx)
+	resp, err := dayflyv1.NewRevocationServiceClient(client.Conn()).GetRevocation(short, &dayflyv1.GetRevocationRequest{Sequence: number})
+	cancel()
+	if err != nil {
+		return err
+	}
+	var broken error
+	if watch {
+		show := a.progress(a.now())
+		show(resp.GetContainment())
+		resp.Containment, broken = a.follow(ctx, client, number, resp.GetContainment(), show)
+	}
+	if err := a.print(resp, func(w io.Writer) {
+		a.writeRevocation(w, resp.GetRevocation())
+		a.writeContainment(w, resp.GetRevocation(), resp.GetContainment())
+	}); err != nil {
+		return err
+	}
+	switch {
+	case broken != nil:
+		return broken
+	case watch:
+		return a.complete(number, resp.GetContainment())
+	}
+	return nil
+}
+
+func (a *app) writeRevocation(w io.Writer, r *dayflyv1.Revocation) {
+	row(w, "revocation", fmt.Sprintf("%d of era %s", r.GetPosition().GetSequence(), r.GetPosition().GetEra()))
+	for _, s := range r.GetSelectors() {
+		row(w, "revokes", selectorText(s))
+	}
+	row(w, "time", at(r.GetTime()))
+	row(w, "by", r.GetActor())
+	row(w, "reason", r.GetReason())
+	row(w, "lock", lockState(r))
+	if l := r.GetLift(); l != nil {
+		what := "lifted"
+		if l.GetSequence() == 0 {
+			what = "lift proposed"
+		}
+		row(w, what, fmt.Sprintf("%s by %s: %s", at(l.GetTime()), l.GetActor(), l.GetReason()))
+	}
+	fmt.Fprintln(w)
+}
