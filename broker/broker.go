@@ -70,7 +70,7 @@ type Broker struct {
 	cfg     Config
 	state   *state
 	roster  roster
-	seen    notBefores
+	seen    seenSVIDs
 	retries retries
 	flight  singleflight.Group
 	lifting sync.Mutex
@@ -198,6 +198,15 @@ func (b *Broker) Changed() <-chan struct{} {
 	b.state.mu.RLock()
 	defer b.state.mu.RUnlock()
 	return b.state.changed
+}
+
+// ClockOff reports whether the wall clock is behind the newest record: it was set back,
+// or another broker's is ahead. It is a warning and never a reason to refuse.
+func (b *Broker) ClockOff() bool {
+	b.state.mu.RLock()
+	defer b.state.mu.RUnlock()
+	newest := b.state.records[b.state.log.Head().Seq].Details.Time
+	return newest.After(b.cfg.Now().Add(ClockSkew))
 }
 
 // Issuer returns the iss of every token.

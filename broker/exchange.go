@@ -13,7 +13,7 @@ import (
 // Exchange makes a derived credential out of a presented one: always delegation, only
 // narrower, never longer.
 func (b *Broker) Exchange(ctx context.Context, c Caller, req Request) (*Credential, error) {
-	return b.once(c, req, func() (*Credential, error) {
+	return b.once(ctx, c, req, func() (*Credential, error) {
 		cred, e, err := b.exchange(ctx, c, req)
 		if err != nil {
 			return nil, b.refuse(e, err)
@@ -32,7 +32,7 @@ func (b *Broker) exchange(ctx context.Context, c Caller, req Request) (*Credenti
 	if err := b.checkSVID(c); err != nil {
 		return nil, e, err
 	}
-	b.seen.note(c.ID, c.Leaf.NotBefore)
+	b.seen.note(c.ID, c.Leaf)
 	parent, err := b.subject(ctx, c, req.Subject)
 	if parent != nil {
 		e.Parent = parent.Grant().String()

@@ -32,7 +32,7 @@ type Credential struct {
 
 // Issue gives the caller a root credential.
 func (b *Broker) Issue(ctx context.Context, c Caller, req Request) (*Credential, error) {
-	return b.once(c, req, func() (*Credential, error) {
+	return b.once(ctx, c, req, func() (*Credential, error) {
 		cred, e, err := b.issue(ctx, c, req)
 		if err != nil {
 			return nil, b.refuse(e, err)
@@ -51,7 +51,7 @@ func (b *Broker) issue(ctx context.Context, c Caller, req Request) (*Credential,
 	if err := b.checkSVID(c); err != nil {
 		return nil, e, err
 	}
-	b.seen.note(c.ID, c.Leaf.NotBefore)
+	b.seen.note(c.ID, c.Leaf)
 	d, err := b.decide(ctx, Question{
 		Action: ActionIssue, Caller: c, Time: b.cfg.Now(),
 		Audience: req.Audience, Scopes: req.Scopes, TTL: req.TTL, Binding: req.Binding,

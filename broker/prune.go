@@ -96,11 +96,14 @@ func (b *Broker) keeper(now feed.Instant) func(Record) bool {
 	}
 }
 
+// signGrace is how long a replaced key may still sign what was made for it.
+const signGrace = time.Minute
+
 // retired reports whether a key was followed by another so long ago that every token
 // it signed has expired. The caller holds the lock.
 func (s *state) retired(seq uint64, now feed.Instant) bool {
 	for _, later := range s.keySeq {
-		if later > seq && now.Sub(s.known[later]) > forgetAfter {
+		if later > seq && now.Sub(s.known[later]) > forgetAfter+signGrace {
 			return true
 		}
 	}

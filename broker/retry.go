@@ -1,12 +1,11 @@
 package broker
 
 import (
+	"context"
 	"crypto/sha256"
 	"encoding/json"
 	"sync"
 	"time"
-
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
 // A retried Issue or Exchange with the same idempotency key gets the same credential
@@ -26,31 +25,40 @@ type retriedAnswer struct {
 	request [32]byte
 	at      time.Time
 	done    chan struct{}
-	cred    *Credential
-	err     error
+	cred    *Credential // nil: it failed
 }
 
-// once runs issue, or returns what it returned to the same caller, key and request.
-func (b *Broker) once(c Caller, req Request, issue func() (*Credential, error)) (*Credential, error) {
+// once runs issue, or returns the credential that the same caller got for the same key
+// and request. A failure is not kept: whoever waited for it tries for itself.
+func (b *Broker) once(ctx context.Context, c Caller, req Request, issue func() (*Credential, error)) (*Credential, error) {
 	if req.IdempotencyKey == "" || len(req.IdempotencyKey) > MaxKeyLength || c.Leaf == nil {
 		return issue()
 	}
 	digest := requestDigest(c, req)
 	key := retryKey(c.ID.String(), req.IdempotencyKey)
-	a, first := b.retries.enter(key, digest, b.cfg.Now())
-	if !first {
+	for {
+		a, first := b.retries.enter(key, digest, b.cfg.Now())
+		if first {
+			cred, err := issue()
+			if err != nil {
+				b.retries.forget(key, a)
+			}
+			a.cred = cred
+			close(a.done)
+			return cred, err
+		}
 		if a.request != digest {
 			return nil, ErrIdempotencyReused
 		}
-		<-a.done
-		return a.cred, a.err
+		select {
+		case <-a.done:
+			if a.cred != nil {
+				return a.cred, nil
+			}
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
 	}
-	a.cred, a.err = issue()
-	close(a.done)
-	if a.err != nil {
-		b.retries.forget(key, a)
-	}
-	return a.cred, a.err
 }
 
 // requestDigest covers the certificate too: a credential bound to one SVID is no
@@ -87,47 +95,4 @@ func (r *retries) forget(key string, a *retriedAnswer) {
 	if r.answers[key] == a {
 		delete(r.answers, key)
 	}
-}
-
-// notBefores remembers the newest NotBefore seen of each identity, for the cut of a
-// reissue lock: an SVID issuer's clock may be ahead of ours.
-type notBefores struct {
-	mu sync.Mutex
-	at map[spiffeid.ID]time.Time
-}
-
-// maxNotBefores bounds the memory; above it only later ones than all are kept.
-const maxNotBefores = 100_000
-
-func (n *notBefores) note(id spiffeid.ID, t time.Time) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	if n.at == nil {
-		n.at = map[spiffeid.ID]time.Time{}
-	}
-	if len(n.at) >= maxNotBefores {
-		var newest time.Time
-		for _, at := range n.at {
-			if at.After(newest) {
-				newest = at
-			}
-		}
-		n.at = map[spiffeid.ID]time.Time{{}: newest}
-	}
-	if t.After(n.at[id]) {
-		n.at[id] = t
-	}
-}
-
-// newest returns the latest NotBefore of the identities that match.
-func (n *notBefores) newest(match func(spiffeid.ID) bool) time.Time {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	var newest time.Time
-	for id, t := range n.at {
-		if (id.IsZero() || match(id)) && t.After(newest) {
-			newest = t
-		}
-	}
-	return newest
 }

@@ -9,6 +9,7 @@ import (
 
 	"github.com/dayflyhq/dayfly/proto/feed"
 	"github.com/dayflyhq/dayfly/proto/revocation"
+	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
@@ -74,11 +75,28 @@ func (b *Broker) revocationRecord(c Caller, req Revoke) func(feed.Position) (Rec
 				Lock: req.Lock, LockEnds: req.LockEnds.UTC(),
 			},
 		}
+		rec.Details.SVIDExpires = b.svidExpiries(req.Selectors)
 		if req.Lock == LockReissue {
 			rec.Details.LockCut = b.cut(req.Selectors, now)
 		}
 		return rec, nil
 	}
+}
+
+// svidExpiries says until when the locks on single SVIDs must stand, where known.
+func (b *Broker) svidExpiries(selectors []revocation.Selector) map[string]time.Time {
+	out := map[string]time.Time{}
+	for _, s := range selectors {
+		if s.Kind() != revocation.KindSVID {
+			continue
+		}
+		if t, err := token.ParseThumbprint(s.Value()); err == nil {
+			if at, ok := b.seen.expiry(t); ok {
+				out[s.Value()] = at.UTC()
+			}
+		}
+	}
+	return out
 }
 
 // cut is the moment after which an SVID must have been issued to pass a reissue lock:
@@ -87,7 +105,7 @@ func (b *Broker) revocationRecord(c Caller, req Revoke) func(feed.Position) (Rec
 // refuses, and the next rotation passes.
 func (b *Broker) cut(selectors []revocation.Selector, now time.Time) time.Time {
 	latest := now
-	seen := b.seen.newest(func(id spiffeid.ID) bool {
+	seen := b.seen.newestNotBefore(func(id spiffeid.ID) bool {
 		return slices.ContainsFunc(selectors, func(s revocation.Selector) bool { return s.MatchesCaller(id, [16]byte{}) })
 	})
 	if seen.After(latest) {

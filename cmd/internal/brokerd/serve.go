@@ -314,6 +314,9 @@ func (d *daemon) problems() []web.Problem {
 	if st := d.policy.Status(); st.Err != nil {
 		out = append(out, web.Problem{Reason: "POLICY_STALE", Message: "the policy folder is broken; the last good policy is in force", Warning: true})
 	}
+	if d.broker.ClockOff() {
+		out = append(out, web.Problem{Reason: "CLOCK_OFF", Message: "this clock is behind the newest record of the log", Hint: "check the clock's synchronisation", Warning: true})
+	}
 	return out
 }
 
