@@ -1,0 +1,209 @@
+package feed_test
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"os"
+	"testing"
+
+	"github.com/dayflyhq/dayfly/proto/feed"
+	"github.com/dayflyhq/dayfly/proto/revocation"
+	"github.com/dayflyhq/dayfly/proto/token"
+)
+
+// A vector is one record of a log in the words of the wire.
+type vector struct {
+	Sequence     uint64   `json:"sequence"`
+	Private      string   `json:"private_digest"`
+	Era          string   `json:"era,omitempty"`
+	Revocation   []string `json:"revocation,omitempty"`
+	Lift         uint64   `json:"lift,omitempty"`
+	Algorithm    string   `json:"key_algorithm,omitempty"`
+	PublicKey    string   `json:"public_key,omitempty"`
+	Signature    string   `json:"signature,omitempty"`
+	Certificates []string `json:"certificates,omitempty"`
+	Sum          string   `json:"sum"`
+}
+
+func unhex(t *testing.T, s string) []byte {
+	t.Helper()
+	b, err := hex.DecodeString(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func (v vector) event(t *testing.T) feed.Event {
+	t.Helper()
+	e := feed.Event{Seq: v.Sequence, Private: [32]byte(unhex(t, v.Private)), Sum: feed.Sum(unhex(t, v.Sum))}
+	switch {
+	case v.Era != "":
+		era, err := token.ParseEra(v.Era)
+		if err != nil {
+			t.Fatal(err)
+		}
+		e.Era = &feed.Era{Era: era}
+	case v.Lift != 0:
+		e.Lift = &feed.Lift{Lock: v.Lift}
+	case v.PublicKey != "":
+		var certs [][]byte
+		for _, c := range v.Certificates {
+			certs = append(certs, unhex(t, c))
+		}
+		key, err := feed.ParseKey(token.Algorithm(v.Algorithm), unhex(t, v.PublicKey), certs, unhex(t, v.Signature))
+		if err != nil {
+			t.Fatal(err)
+		}
+		e.Key = key
+	default:
+		e.Revocation = &feed.Revocation{}
+		for _, text := range v.Revocation {
+			s, err := revocation.Parse(text)
+			if err != nil {
+				t.Fatal(err)
+			}
+			e.Revocation.Selectors = append(e.Revocation.Selectors, s)
+		}
+	}
+	return e
+}
+
+// TestChainVectors holds the running hash still: brokers, relays and verifiers of all
+// versions must agree on it.
+func TestChainVectors(t *testing.T) {
+	raw, err := os.ReadFile("testdata/chain.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var vectors []vector
+	if err := json.Unmarshal(raw, &vectors); err != nil {
+		t.Fatal(err)
+	}
+	if len(vectors) < 5 {
+		t.Fatalf("%d vectors", len(vectors))
+	}
+	var l feed.Log
+	for _, v := range vectors {
+		e := v.event(t)
+		if got := e.Chain(l.Head().Sum); got != e.Sum {
+			t.Fatalf("number %d: sum %s, want %s", v.Sequence, got, e.Sum)
+		}
+		if err := l.Append(e); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// Everything that an event says is under the hash.
+func TestChainCoversEverything(t *testing.T) {
+	base := func() feed.Event {
+		return next(feed.Position{Seq: 4}, feed.Event{Key: fakeKey("k")})
+	}
+	e := base()
+	want := e.Chain(feed.Sum{})
+	for name, change := range map[string]func(*feed.Event){
+		"number":       func(e *feed.Event) { e.Seq++ },
+		"private":      func(e *feed.Event) { e.Private[31]++ },
+		"algorithm":    func(e *feed.Event) { e.Key.Public.Algorithm = token.EdDSA },
+		"key":          func(e *feed.Event) { e.Key.DER = []byte("l") },
+		"signature":    func(e *feed.Event) { e.Key.Signature = []byte("other") },
+		"certificates": func(e *feed.Event) { e.Key.Certificates = [][]byte{{1}} },
+		"moved bytes":  func(e *feed.Event) { e.Key.DER, e.Key.Signature = []byte("ks"), []byte("ignature") },
+		"body":         func(e *feed.Event) { e.Key, e.Lift = nil, &feed.Lift{Lock: 1} },
+	} {
+		e := base()
+		change(&e)
+		if e.Chain(feed.Sum{}) == want {
+			t.Errorf("a changed %s has the same hash", name)
+		}
+	}
+	if e.Chain(feed.Sum{1}) == want {
+		t.Error("another history has the same hash")
+	}
+}
+
+func TestValidate(t *testing.T) {
+	key := fakeKey("a")
+	stranger := *key
+	stranger.DER = []byte("b")
+	for name, e := range map[string]feed.Event{
+		"no body":          {Seq: 1},
+		"two bodies":       {Seq: 2, Lift: &feed.Lift{Lock: 1}, Key: key},
+		"number 0":         {Era: &feed.Era{Era: 1}},
+		"no selector":      {Seq: 2, Revocation: &feed.Revocation{}},
+		"empty selector":   {Seq: 2, Revocation: &feed.Revocation{Selectors: make([]revocation.Selector, 1)}},
+		"lift of a later":  {Seq: 2, Lift: &feed.Lift{Lock: 2}},
+		"lift of nothing":  {Seq: 2, Lift: &feed.Lift{}},
+		"era 0":            {Seq: 2, Era: &feed.Era{}},
+		"key without ID":   {Seq: 2, Key: &feed.Key{DER: []byte("a")}},
+		"key of other DER": {Seq: 2, Key: &stranger},
+	} {
+		if err := e.Validate(); !errors.Is(err, feed.ErrMalformed) {
+			t.Errorf("%s: %v, want ErrMalformed", name, err)
+		}
+	}
+}
+
+func TestParseKey(t *testing.T) {
+	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	der, err := x509.MarshalPKIXPublicKey(private.Public())
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, err := feed.ParseKey(token.ES256, der, nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	e := feed.Event{Seq: 2, Key: key}
+	if err := e.Validate(); err != nil {
+		t.Error(err)
+	}
+	if !private.PublicKey.Equal(key.Public.Key) {
+		t.Error("another key came out")
+	}
+	for name, bad := range map[string]struct {
+		alg token.Algorithm
+		der []byte
+	}{
+		"no key":          {token.ES256, []byte("x")},
+		"nothing":         {token.ES256, nil},
+		"other algorithm": {token.EdDSA, der},
+		"bytes after it":  {token.ES256, append(der[:len(der):len(der)], 0)},
+	} {
+		if _, err := feed.ParseKey(bad.alg, bad.der, nil, nil); !errors.Is(err, feed.ErrMalformed) {
+			t.Errorf("%s: %v, want ErrMalformed", name, err)
+		}
+	}
+}
+
+func FuzzParseKey(f *testing.F) {
+	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		f.Fatal(err)
+	}
+	der, err := x509.MarshalPKIXPublicKey(private.Public())
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add("ES256", der)
+	f.Add("EdDSA", der[:20])
+	f.Fuzz(func(t *testing.T, alg string, der []byte) {
+		key, err := feed.ParseKey(token.Algorithm(alg), der, nil, nil)
+		if err != nil {
+			return
+		}
+		e := feed.Event{Seq: 2, Key: key}
+		if err := e.Validate(); err != nil {
+			t.Errorf("read, but not valid: %v", err)
+		}
+	})
+}
