@@ -122,6 +122,8 @@ test_follow if {
 test_follow_denials if {
 	reasons("spiffe://elsewhere/x", "follow", promise([], 5, "refuse")) == {"not_verifier"}
 	reasons("spiffe://td/agent", "follow", promise(["orders"], 5, "refuse")) == {"follow_not_allowed"}
+	reasons("spiffe://td/shop/orders", "follow", promise(["orders"], 5, "accept")) == {"on_stale_not_allowed"}
+	reasons("spiffe://td/shop/orders", "follow", promise(["ledger"], 6, "refuse")) == {"staleness_not_allowed"}
 	reasons("spiffe://td/all", "follow", promise(["nowhere"], 5, "refuse")) == {"follow_not_allowed"}
 	reasons("spiffe://td/shop/orders", "follow", promise(["orders", "ledger"], 6, "accept")) == {
 		"staleness_not_allowed",
