@@ -51,8 +51,9 @@ type Config struct {
 	// Signer returns the current signing key, and false while none is published.
 	// Required.
 	Signer func() (Signer, bool)
-	// VerifyKey checks that a key record was made by a broker, as of the time it was
-	// recorded. Keys that fail are revoked at once. Required.
+	// VerifyKey checks that a key record was made by a broker, as of a time: the
+	// record's own when it is read back at Load, the present when it arrives. Keys that
+	// fail are revoked. Required.
 	VerifyKey func(feed.Key, time.Time) error
 	// Audit records every decision. Required. An error refuses what was to be done.
 	Audit func(AuditEntry) error
@@ -166,7 +167,12 @@ func (b *Broker) follow(ctx context.Context, until uint64) error {
 		if err != nil {
 			return fmt.Errorf("following the log: %w", err)
 		}
-		if err := b.state.apply(rec, b.cfg.Boot(), b.cfg.VerifyKey); err != nil {
+		recorded := b.cfg.Now()
+		if until > 0 {
+			recorded = rec.Details.Time
+		}
+		verify := func(k feed.Key) error { return b.cfg.VerifyKey(k, recorded) }
+		if err := b.state.apply(rec, b.cfg.Boot(), verify); err != nil {
 			return err
 		}
 		if until > 0 && rec.Seq >= until {

@@ -88,7 +88,7 @@ func newState() *state {
 func retryKey(actor, key string) string { return actor + "\n" + key }
 
 // apply takes the next record of the store.
-func (s *state) apply(rec Record, now feed.Instant, verified func(feed.Key, time.Time) error) error {
+func (s *state) apply(rec Record, now feed.Instant, verify func(feed.Key) error) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if rec.Seq <= s.log.Head().Seq {
@@ -121,7 +121,7 @@ func (s *state) apply(rec Record, now feed.Instant, verified func(feed.Key, time
 		delete(s.locks, rec.Lift.Lock)
 		s.lifts[rec.Lift.Lock] = rec
 	case rec.Key != nil:
-		if err := verified(*rec.Key, rec.Details.Time); err == nil {
+		if err := verify(*rec.Key); err == nil {
 			s.keys[rec.Key.Public.ID] = *rec.Key
 			s.keySeq[rec.Key.Public.ID] = rec.Seq
 		}

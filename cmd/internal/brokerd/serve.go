@@ -271,14 +271,14 @@ func (d *daemon) servers(l *listeners) ([]server, error) {
 		servers = append(servers, grpcServer(glass, l.breakGlass))
 	}
 	if l.public != nil {
-		h, err := web.Public(web.PublicConfig{Issuer: d.cfg.Issuer, Keys: d.broker.Keys})
+		h, err := web.Public(web.PublicConfig{Issuer: d.cfg.Issuer, Keys: d.broker.Keys, Algorithm: d.cfg.Algorithm, Log: d.log})
 		if err != nil {
 			return nil, err
 		}
 		servers = append(servers, webServer(func(ctx context.Context) error { return web.Serve(ctx, l.public, h, d.log) }))
 	}
 	if l.admin != nil {
-		h, err := web.Admin(web.AdminConfig{Ready: d.problems, Metrics: d.registry})
+		h, err := web.Admin(web.AdminConfig{Ready: d.problems, Metrics: d.registry, Log: d.log})
 		if err != nil {
 			return nil, err
 		}

@@ -1,0 +1,126 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/dayflyhq/dayfly/e2e/sandbox"
+	"github.com/dayflyhq/dayfly/sdk"
+	"github.com/spf13/cobra"
+)
+
+func (a *app) devCmd() *cobra.Command {
+	return &cobra.Command{
+		Use:   "dev",
+		Short: "Run a whole dayfly in the foreground, to try things by hand",
+		Long: `Run what "dayfly demo" runs, in the foreground, until Ctrl-C: a throwaway trust domain, a broker, the agent
+of payments, and the services orders, ledger and web. It prints the environment to export and commands to
+paste into another terminal. web takes bearer tokens over plain HTTP, for curl and exec. The policy folder
+it prints may be edited while it runs. Nothing is left behind.`,
+		Example: "  dayfly dev",
+		Args:    noArgs,
+		RunE:    func(cmd *cobra.Command, _ []string) error { return a.dev(cmd.Context()) },
+	}
+}
+
+func (a *app) dev(ctx context.Context) error {
+	exe, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	box, err := sandbox.New(sandbox.Config{Broker: []string{exe, internalBroker}, Agent: []string{exe, internalAgent}})
+	if err != nil {
+		return err
+	}
+	defer box.Close()
+	env, err := a.startDev(ctx, box, exe)
+	if err != nil {
+		return err
+	}
+	fmt.Fprint(a.stdout, env)
+	<-ctx.Done()
+	fmt.Fprintln(a.stderr, "stopping")
+	return nil
+}
+
+// startDev starts everything and returns what to print.
+func (a *app) startDev(ctx context.Context, box *sandbox.Sandbox, exe string) (string, error) {
+	if err := box.StartBroker(ctx); err != nil {
+		return "", err
+	}
+	agent, err := box.StartAgent(ctx, sandbox.Payments)
+	if err != nil {
+		return "", err
+	}
+	services := map[string]*sandbox.Service{}
+	for _, cfg := range []sandbox.ServiceConfig{
+		{ID: sandbox.Orders, Audience: "orders"},
+		{ID: sandbox.Ledger, Audience: "ledger"},
+		{ID: sandbox.Web, Audience: "web", Plain: true},
+	} {
+		if cfg.Feed, err = box.Client(ctx, cfg.ID, box.Info.GRPC); err != nil {
+			return "", err
+		}
+		if services[cfg.Audience], err = box.StartService(ctx, cfg); err != nil {
+			return "", err
+		}
+	}
+	payments, err := sdk.New(sdk.Config{Address: agent})
+	if err != nil {
+		return "", err
+	}
+	defer payments.Close()
+	if _, err := payments.Issue(ctx, sdk.Request{Audience: "web"}); err != nil {
+		return "", fmt.Errorf("getting a first token through the agent: %w", err)
+	}
+	alice, err := box.TD.Workload(sandbox.Alice)
+	if err != nil {
+		return "", err
+	}
+	orders, err := box.TD.Workload(sandbox.Orders)
+	if err != nil {
+		return "", err
+	}
+	return fmt.Sprintf(devText, filepath.Dir(exe), box.Info.GRPC, sandbox.Broker, agent, alice,
+		services["web"].URL, sandbox.Payments, orders, services["orders"].URL, services["ledger"].URL,
+		box.PolicyDir(), box.AuditPath(), box.Info.Public, box.Info.Admin, box.Info.BreakGlass), nil
+}
+
+const devText = `A whole dayfly is running; Ctrl-C ends it. In another terminal:
+
+  export PATH="%[1]s:$PATH"
+  export DAYFLY_BROKER=%[2]s
+  export DAYFLY_BROKER_ID=%[3]s
+  export DAYFLY_AGENT=%[4]s            # payments' agent
+  export SPIFFE_ENDPOINT_SOCKET=%[5]s  # you are the operator alice
+
+As the workload payments, through its agent:
+
+  dayfly token get --audience web | dayfly token inspect
+  curl -H "Authorization: Bearer $(dayfly token get --audience web)" %[6]s/
+  dayfly exec --audience web -- sh -c 'curl -s -H "Authorization: Bearer $DAYFLY_TOKEN" %[6]s/'
+
+As orders, exchange payments' token for one of ledger:
+
+  dayfly token get --audience orders | SPIFFE_ENDPOINT_SOCKET=%[8]s DAYFLY_AGENT= dayfly token exchange --audience ledger | dayfly token inspect
+
+As the security team:
+
+  dayfly grants list
+  dayfly policy explain --dir %[11]s --as %[7]s --audience web
+  dayfly revoke --identity %[7]s --dry-run
+  dayfly revoke --identity %[7]s --reason "trying it" --yes
+  dayfly locks
+  dayfly revocations list
+  dayfly lift "$(dayfly locks --output json | sed -n 's/.*"number": *"\{0,1\}\([0-9]*\).*/\1/p' | head -1)" --reason "tried it"
+
+orders  %[9]s   (mTLS)
+ledger  %[10]s   (mTLS)
+policy  %[11]s   (edit it: it is reloaded)
+audit   %[12]s
+public  http://%[13]s/jwks.json
+admin   http://%[14]s/metrics
+break-glass  dayfly locks --break-glass unix://%[15]s
+`
