@@ -1,9 +1,7 @@
 package wire
 
 import (
-	"bytes"
 	"crypto/sha256"
-	"crypto/x509"
 	"fmt"
 	"time"
 
@@ -268,21 +266,6 @@ func Key(k feed.Key) *dayflyv1.KeyEvent {
 // ToKey reads a signing key. The ID must be that of the key, and the key in its one
 // encoding. Who vouches for it is not checked here.
 func ToKey(m *dayflyv1.KeyEvent) (feed.Key, error) {
-	public, err := x509.ParsePKIXPublicKey(m.GetPublicKey())
-	if err != nil {
-		return feed.Key{}, malformed("key: no public key")
-	}
-	key, err := token.NewPublicKey(token.Algorithm(m.GetAlgorithm()), public)
-	if err != nil {
-		return feed.Key{}, malformed("key: does not fit its algorithm")
-	}
-	if key.ID.String() != m.GetKeyId() {
-		return feed.Key{}, malformed("key: the ID is not that of the key")
-	}
-	der, err := x509.MarshalPKIXPublicKey(public)
-	if err != nil || !bytes.Equal(der, m.GetPublicKey()) {
-		return feed.Key{}, malformed("key: not in its one encoding")
-	}
 	if len(m.GetCertificates()) > MaxCertificates {
 		return feed.Key{}, malformed("key: %d certificates", len(m.GetCertificates()))
 	}
@@ -291,5 +274,12 @@ func ToKey(m *dayflyv1.KeyEvent) (feed.Key, error) {
 			return feed.Key{}, malformed("key: a certificate of %d bytes", len(c))
 		}
 	}
-	return feed.Key{Public: key, DER: der, Certificates: m.GetCertificates(), Signature: m.GetSignature()}, nil
+	key, err := feed.ParseKey(token.Algorithm(m.GetAlgorithm()), m.GetPublicKey(), m.GetCertificates(), m.GetSignature())
+	if err != nil {
+		return feed.Key{}, err
+	}
+	if key.Public.ID.String() != m.GetKeyId() {
+		return feed.Key{}, malformed("key: the ID is not that of the key")
+	}
+	return *key, nil
 }
