@@ -1,9 +1,6 @@
 package feed_test
 
 import (
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
@@ -56,11 +53,15 @@ func (v vector) event(t *testing.T) feed.Event {
 		for _, c := range v.Certificates {
 			certs = append(certs, unhex(t, c))
 		}
-		key, err := feed.ParseKey(token.Algorithm(v.Algorithm), unhex(t, v.PublicKey), certs, unhex(t, v.Signature))
+		parsed, err := x509.ParsePKIXPublicKey(unhex(t, v.PublicKey))
 		if err != nil {
 			t.Fatal(err)
 		}
-		e.Key = key
+		public, err := token.NewPublicKey(token.Algorithm(v.Algorithm), parsed)
+		if err != nil {
+			t.Fatal(err)
+		}
+		e.Key = &feed.Key{Public: public, DER: unhex(t, v.PublicKey), Certificates: certs, Signature: unhex(t, v.Signature)}
 	default:
 		e.Revocation = &feed.Revocation{}
 		for _, text := range v.Revocation {
@@ -148,62 +149,4 @@ func TestValidate(t *testing.T) {
 			t.Errorf("%s: %v, want ErrMalformed", name, err)
 		}
 	}
-}
-
-func TestParseKey(t *testing.T) {
-	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	der, err := x509.MarshalPKIXPublicKey(private.Public())
-	if err != nil {
-		t.Fatal(err)
-	}
-	key, err := feed.ParseKey(token.ES256, der, nil, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	e := feed.Event{Seq: 2, Key: key}
-	if err := e.Validate(); err != nil {
-		t.Error(err)
-	}
-	if !private.PublicKey.Equal(key.Public.Key) {
-		t.Error("another key came out")
-	}
-	for name, bad := range map[string]struct {
-		alg token.Algorithm
-		der []byte
-	}{
-		"no key":          {token.ES256, []byte("x")},
-		"nothing":         {token.ES256, nil},
-		"other algorithm": {token.EdDSA, der},
-		"bytes after it":  {token.ES256, append(der[:len(der):len(der)], 0)},
-	} {
-		if _, err := feed.ParseKey(bad.alg, bad.der, nil, nil); !errors.Is(err, feed.ErrMalformed) {
-			t.Errorf("%s: %v, want ErrMalformed", name, err)
-		}
-	}
-}
-
-func FuzzParseKey(f *testing.F) {
-	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		f.Fatal(err)
-	}
-	der, err := x509.MarshalPKIXPublicKey(private.Public())
-	if err != nil {
-		f.Fatal(err)
-	}
-	f.Add("ES256", der)
-	f.Add("EdDSA", der[:20])
-	f.Fuzz(func(t *testing.T, alg string, der []byte) {
-		key, err := feed.ParseKey(token.Algorithm(alg), der, nil, nil)
-		if err != nil {
-			return
-		}
-		e := feed.Event{Seq: 2, Key: key}
-		if err := e.Validate(); err != nil {
-			t.Errorf("read, but not valid: %v", err)
-		}
-	})
 }

@@ -13,7 +13,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
-// fakeKey is the body of a key event whose bytes are no key, which only ParseKey minds.
+// fakeKey is the body of a key event whose bytes are no key: the log only hashes them.
 func fakeKey(name string) *feed.Key {
 	sum := sha256.Sum256([]byte(name))
 	id, err := token.ParseKeyID(base64.RawURLEncoding.EncodeToString(sum[:6]))

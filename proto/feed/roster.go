@@ -38,10 +38,8 @@ type Verifier struct {
 // A Roster knows every verifier that may accept tokens. Not safe for concurrent use.
 // The zero value is empty.
 //
-// "All have confirmed" is true of verifiers behind a relay because the relay reports
-// each of them before it answers its first ping, and acknowledges a position only
-// after that on the same stream. So what a relay subscribes with is no receipt; an
-// Acknowledge is.
+// "All have confirmed" is true of verifiers behind a relay because a relay answers the
+// pings of nobody whom the broker hasn't recorded.
 type Roster struct {
 	verifiers map[VerifierID]*Verifier
 }
