@@ -1,0 +1,296 @@
+package agent
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"time"
+
+	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
+	"github.com/dayflyhq/dayfly/proto/feed"
+	"github.com/dayflyhq/dayfly/proto/token"
+	"github.com/dayflyhq/dayfly/proto/wire"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/keepalive"
+)
+
+const (
+	// MaxRequestBytes is the largest message that a caller may send.
+	MaxRequestBytes = 64 << 10
+	// stopWithin is how long calls under way may take to end at shutdown.
+	stopWithin = 5 * time.Second
+	// lookEvery is how often readiness is looked at: knowledge grows old by itself.
+	lookEvery = time.Second
+	// tidyEvery is how often idle credentials are looked for.
+	tidyEvery = time.Minute
+)
+
+// A Source is the workload's SVID: an *Identity, or an *workloadapi.X509Source.
+type Source interface{ x509svid.Source }
+
+// Config says what an agent stands between. Upstream, Source and a socket must be set.
+type Config struct {
+	// Upstream is the connection to the broker, usually sdk.Client.Conn(), which pins
+	// the broker's SPIFFE ID and follows the rotation of the SVID.
+	Upstream grpc.ClientConnInterface
+	// Source is this workload's SVID: what readiness and certificate-bound credentials
+	// are checked against.
+	Source Source
+	// Changed returns a channel that is closed when the SVID changes next, so that the
+	// feed's stream is made anew in time. Nil: it is only when it breaks.
+	Changed func() <-chan struct{}
+
+	// GRPC and HTTP are the listening sockets, from Listen. The agent closes them. One
+	// of them may be nil.
+	GRPC, HTTP net.Listener
+	// AllowedUIDs are the users that may call, by the kernel's word (Linux). Empty:
+	// whom the sockets' mode lets connect.
+	AllowedUIDs []uint32
+
+	// Prefetch are credentials that are fetched at start and kept fresh whether or not
+	// anyone asks.
+	Prefetch []Request
+
+	// NoFeed leaves the feed alone: nothing is relayed, and a revoked credential is
+	// given out until it expires, to be refused by every verifier.
+	NoFeed bool
+	// MaxStaleness is the bound that the agent states as a subscriber, and the age
+	// beyond which it says that it isn't ready. Zero means wire.DefaultBound.
+	MaxStaleness time.Duration
+	// Audiences are what the agent follows for where policy doesn't let it relay. A
+	// relay needs none.
+	Audiences []string
+	// MaxStreams bounds the verifiers that follow at once. Zero means
+	// DefaultMaxStreams.
+	MaxStreams int
+
+	// Now is the clock that credentials are aged with. Nil means time.Now.
+	Now func() time.Time
+	// Boot is the clock that knowledge is aged with; it must run through suspend. Nil
+	// means CLOCK_BOOTTIME.
+	Boot func() feed.Instant
+	// Jitter returns a number in [0, 1). Nil means math/rand.
+	Jitter func() float64
+	// Log receives what happens; nil: nothing does. It never gets a credential.
+	Log *slog.Logger
+}
+
+func (c *Config) validate() error {
+	var errs []error
+	if c.Upstream == nil {
+		errs = append(errs, errors.New("upstream: must be set"))
+	}
+	if c.Source == nil {
+		errs = append(errs, errors.New("source: must be set"))
+	}
+	if c.GRPC == nil && c.HTTP == nil {
+		errs = append(errs, errors.New("sockets: at least one must be set"))
+	}
+	if c.MaxStaleness < wire.MinBound || c.MaxStaleness > wire.MaxBound {
+		errs = append(errs, fmt.Errorf("max staleness: from %v to %v", wire.MinBound, wire.MaxBound))
+	}
+	if c.MaxStreams < 0 {
+		errs = append(errs, errors.New("max streams: is negative"))
+	}
+	if len(c.Prefetch) > maxEntries/2 {
+		errs = append(errs, fmt.Errorf("prefetch: at most %d", maxEntries/2))
+	}
+	for _, a := range c.Audiences {
+		if err := token.ValidateAudience(a); err != nil {
+			errs = append(errs, fmt.Errorf("audiences: %w", err))
+		}
+	}
+	for i := range c.Prefetch {
+		if err := c.Prefetch[i].normalize(); err != nil {
+			errs = append(errs, fmt.Errorf("prefetch %d: %w", i+1, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (c *Config) setDefaults() {
+	if c.MaxStaleness == 0 {
+		c.MaxStaleness = wire.DefaultBound
+	}
+	if c.MaxStreams == 0 {
+		c.MaxStreams = DefaultMaxStreams
+	}
+	if c.Changed == nil {
+		c.Changed = func() <-chan struct{} { return nil }
+	}
+	if c.Now == nil {
+		c.Now = time.Now
+	}
+	if c.Boot == nil {
+		c.Boot = bootTime
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+}
+
+// An Agent serves one workload. Run makes it work.
+type Agent struct {
+	cfg      Config
+	k        *knowledge
+	cache    *cache
+	follower *follower
+	counts   counters
+	health   *health.Server
+	grpc     *grpc.Server
+	http     *http.Server
+	stopping chan struct{} // closed when Run begins to stop
+}
+
+// New returns an agent. It starts nothing and calls nobody.
+func New(cfg Config) (*Agent, error) {
+	cfg.setDefaults()
+	if err := cfg.validate(); err != nil {
+		return nil, fmt.Errorf("configuring agent: %w", err)
+	}
+	a := &Agent{cfg: cfg, k: newKnowledge(cfg.Boot), health: health.NewServer(), stopping: make(chan struct{})}
+	a.cache = &cache{
+		tokens: dayflyv1.NewTokenServiceClient(cfg.Upstream), svids: cfg.Source, judge: a.judge(),
+		now: cfg.Now, jitter: cfg.Jitter, log: cfg.Log, counts: &a.counts,
+	}
+	a.follower = &follower{
+		client: dayflyv1.NewFeedServiceClient(cfg.Upstream), k: a.k, instance: rand.Text(), audiences: cfg.Audiences,
+		bound: cfg.MaxStaleness, rotated: cfg.Changed, applied: a.cache.sweep, log: cfg.Log, counts: &a.counts,
+	}
+	a.serveGRPC()
+	a.serveHTTP()
+	return a, nil
+}
+
+func (a *Agent) serveGRPC() {
+	a.grpc = grpc.NewServer(
+		grpc.Creds(peerCredentials{door{a.cfg.AllowedUIDs}}),
+		grpc.MaxRecvMsgSize(MaxRequestBytes),
+		grpc.MaxConcurrentStreams(uint32(a.cfg.MaxStreams)+maxEntries),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
+		grpc.ChainUnaryInterceptor(admitUnary),
+		grpc.ChainStreamInterceptor(admitStream),
+		grpc.WaitForHandlers(true),
+	)
+	dayflyv1.RegisterTokenServiceServer(a.grpc, &tokenService{agent: a})
+	if !a.cfg.NoFeed {
+		dayflyv1.RegisterFeedServiceServer(a.grpc, &feedService{k: a.k, maxStreams: int64(a.cfg.MaxStreams), stopping: a.stopping, counts: &a.counts})
+	}
+	healthpb.RegisterHealthServer(a.grpc, a.health)
+}
+
+// Run serves until ctx ends or a socket fails. When it returns everything that it
+// started has ended and its sockets are gone. It may be called once.
+func (a *Agent) Run(ctx context.Context) error {
+	a.cache.open()
+	defer a.cache.close()
+	for _, r := range a.cfg.Prefetch {
+		if err := a.cache.prefetch(r); err != nil {
+			return fmt.Errorf("prefetching: %w", err)
+		}
+	}
+	group, ctx := errgroup.WithContext(ctx)
+	if a.cfg.GRPC != nil {
+		group.Go(func() error {
+			if err := a.grpc.Serve(a.cfg.GRPC); !errors.Is(err, grpc.ErrServerStopped) {
+				return wrap("serving grpc", err)
+			}
+			return nil
+		})
+	}
+	if a.cfg.HTTP != nil {
+		group.Go(func() error {
+			if err := a.http.Serve(a.cfg.HTTP); !errors.Is(err, http.ErrServerClosed) {
+				return wrap("serving http", err)
+			}
+			return nil
+		})
+	}
+	if !a.cfg.NoFeed {
+		group.Go(func() error { return a.follower.run(ctx) })
+	}
+	group.Go(func() error { a.look(ctx); return nil })
+	group.Go(func() error { <-ctx.Done(); a.stop(); return nil })
+	a.cfg.Log.InfoContext(ctx, "serving", "grpc", address(a.cfg.GRPC), "http", address(a.cfg.HTTP))
+	return group.Wait()
+}
+
+func wrap(doing string, err error) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("%s: %w", doing, err)
+}
+
+func address(l net.Listener) string {
+	if l == nil {
+		return ""
+	}
+	return l.Addr().String()
+}
+
+// stop ends what serves: first the streams, which would never end by themselves.
+func (a *Agent) stop() {
+	a.health.Shutdown()
+	close(a.stopping)
+	ctx, cancel := context.WithTimeout(context.Background(), stopWithin)
+	defer cancel()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		a.grpc.GracefulStop()
+	}()
+	if err := a.http.Shutdown(ctx); err != nil {
+		_ = a.http.Close()
+	}
+	select {
+	case <-done:
+	case <-ctx.Done():
+		a.grpc.Stop()
+		<-done
+	}
+}
+
+// look keeps health and memory current until ctx ends.
+func (a *Agent) look(ctx context.Context) {
+	every := time.NewTicker(lookEvery)
+	defer every.Stop()
+	tidied := a.cfg.Now()
+	ready := false
+	rotated := a.cfg.Changed()
+	for {
+		status := a.Status()
+		a.report(status)
+		if status.Ready != ready {
+			ready = status.Ready
+			a.cfg.Log.InfoContext(ctx, "readiness changed", "ready", ready, "waiting_for", status.waiting())
+		}
+		if now := a.cfg.Now(); now.Sub(tidied) > tidyEvery {
+			tidied = now
+			a.cache.tidy()
+		}
+		a.k.mu.Lock()
+		changed := a.k.changed
+		a.k.mu.Unlock()
+		if ready {
+			changed = nil // it can only become unready with time
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-rotated:
+			rotated = a.cfg.Changed()
+			a.cache.sweep(ctx) // credentials bound to the old certificate
+		case <-changed:
+		case <-every.C:
+		}
+	}
+}

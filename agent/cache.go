@@ -1,0 +1,417 @@
+package agent
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
+	"github.com/dayflyhq/dayfly/proto/revocation"
+	"github.com/dayflyhq/dayfly/proto/token"
+	"github.com/dayflyhq/dayfly/proto/wire"
+	"github.com/dayflyhq/dayfly/sdk"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/types/known/durationpb"
+)
+
+const (
+	// maxEntries bounds the different credentials in memory; beyond it, the one that
+	// was asked for longest ago goes.
+	maxEntries = 1024
+	// idleAfter is how long a credential that nobody asks for is kept fresh: twice
+	// the default life.
+	idleAfter = 10 * time.Minute
+	// issueTimeout bounds a call for somebody who waits: shorter than a client's own
+	// default, so that the reason reaches them.
+	issueTimeout = 5 * time.Second
+	// prefetchTimeout is for one that nobody waits for yet.
+	prefetchTimeout = time.Minute
+	// maxDead bounds how often in a row the broker may give what the feed says is dead.
+	maxDead = 3
+)
+
+// A Request is a credential to keep: what a caller asks for, and what makes two
+// requests the same. Only Audience must be set.
+type Request struct {
+	Audience string
+	Scopes   []string
+	TTL      time.Duration // zero: the policy's choice
+	Binding  token.Binding // "": the policy's choice
+}
+
+// normalize checks what can be checked without the broker and gives equal requests
+// equal fields.
+func (r *Request) normalize() error {
+	if err := token.ValidateAudience(r.Audience); err != nil {
+		return fmt.Errorf("audience: %w", err)
+	}
+	scopes, err := token.NormalizeScopes(r.Scopes)
+	if err != nil {
+		return fmt.Errorf("scopes: %w", err)
+	}
+	r.Scopes = scopes
+	if r.TTL < 0 || r.TTL > token.MaxTTL || r.TTL > 0 && r.TTL < time.Second {
+		return fmt.Errorf("ttl: from 1s to %v, or absent", token.MaxTTL)
+	}
+	if r.Binding != "" && !r.Binding.Valid() {
+		return errors.New("binding: spiffe, x5t or none")
+	}
+	return nil
+}
+
+func (r *Request) key() string {
+	return fmt.Sprintf("%s\x00%s\x00%d\x00%s", r.Audience, strings.Join(r.Scopes, " "), r.TTL, r.Binding)
+}
+
+func (r *Request) message(idempotencyKey string) *dayflyv1.IssueRequest {
+	m := &dayflyv1.IssueRequest{Audience: r.Audience, Scopes: r.Scopes, Binding: wire.Binding(r.Binding), IdempotencyKey: idempotencyKey}
+	if r.TTL > 0 {
+		m.Ttl = durationpb.New(r.TTL)
+	}
+	return m
+}
+
+// A cache keeps credentials fresh and judges each one when it gives it out.
+type cache struct {
+	tokens dayflyv1.TokenServiceClient
+	svids  x509svid.Source
+	judge  func(revocation.Subject) revocation.Verdict
+	now    func() time.Time
+	jitter func() float64
+	log    *slog.Logger
+	counts *counters
+
+	ctx    context.Context // ends with close: what renewals run under
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+
+	mu      sync.Mutex
+	entries map[string]*entry
+}
+
+// An entry is one request and its credential.
+type entry struct {
+	req    Request
+	pinned bool // from the configuration: kept whether or not anyone asks
+	source *sdk.TokenSource
+	run    sync.Once
+	cancel context.CancelFunc
+	ctx    context.Context
+
+	latest atomic.Pointer[held]
+
+	// Guarded by cache.mu.
+	waiting int
+	asked   time.Time // when somebody last asked
+
+	idempotency string // of the fetch under way; only fetch touches it
+}
+
+// held is what the newest credential says of itself.
+type held struct {
+	grant   string
+	claims  *token.Claims
+	expires time.Time
+}
+
+func (c *cache) open() {
+	c.ctx, c.cancel = context.WithCancel(context.Background())
+	c.entries = map[string]*entry{}
+}
+
+// close drops every credential and waits for what is under way.
+func (c *cache) close() {
+	c.mu.Lock()
+	entries := c.entries
+	c.entries = map[string]*entry{}
+	c.cancel()
+	c.mu.Unlock()
+	for _, e := range entries {
+		e.source.Close()
+	}
+	c.wg.Wait()
+}
+
+// prefetch keeps a credential whether or not anyone asks for it.
+func (c *cache) prefetch(r Request) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if _, ok := c.entries[r.key()]; ok {
+		return nil
+	}
+	e, err := c.add(r, true)
+	if err == nil {
+		c.keep(e)
+	}
+	return err
+}
+
+// add makes an entry; mu is held.
+func (c *cache) add(r Request, pinned bool) (*entry, error) {
+	e := &entry{req: r, pinned: pinned, asked: c.now()}
+	e.ctx, e.cancel = context.WithCancel(c.ctx)
+	timeout := issueTimeout
+	if pinned {
+		timeout = prefetchTimeout
+	}
+	source, err := sdk.NewTokenSource(sdk.SourceConfig{
+		Fetch:   func(ctx context.Context) (*sdk.Credential, error) { return c.fetch(ctx, e) },
+		Timeout: timeout, Now: c.now, Jitter: c.jitter,
+		Log: c.log.With("audience", r.Audience),
+	})
+	if err != nil {
+		return nil, err
+	}
+	e.source = source
+	c.entries[r.key()] = e
+	return e, nil
+}
+
+// keep renews the entry's credential before anyone asks, from now on; mu is held.
+func (c *cache) keep(e *entry) {
+	if c.ctx.Err() != nil {
+		return
+	}
+	e.run.Do(func() { c.wg.Go(func() { _ = e.source.Run(e.ctx) }) })
+}
+
+// token returns a credential from memory, or fetches one; it is alive as far as the
+// agent knows at this moment.
+func (c *cache) token(ctx context.Context, r Request) (*sdk.Credential, error) {
+	if err := r.normalize(); err != nil {
+		return nil, invalid(err.Error())
+	}
+	e, err := c.acquire(r)
+	if err != nil {
+		return nil, err
+	}
+	cred, err := c.alive(ctx, e)
+	c.release(e, err)
+	return cred, err
+}
+
+func (c *cache) alive(ctx context.Context, e *entry) (*sdk.Credential, error) {
+	for range maxDead {
+		cred, err := e.source.Token(ctx)
+		if err != nil {
+			return nil, upstreamError(err)
+		}
+		if !c.dead(e, cred) {
+			return cred, nil
+		}
+		e.source.Invalidate(cred.Grant)
+	}
+	return nil, refuse(codes.Unavailable, "CREDENTIAL_REVOKED", "what the broker gives is revoked at once", "ask the security team what was revoked: dayfly revocations list")
+}
+
+func (c *cache) acquire(r Request) (*entry, error) {
+	key := r.key()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.ctx.Err() != nil {
+		return nil, refuse(codes.Unavailable, "AGENT_STOPPING", "the agent is stopping", "ask again once it has started")
+	}
+	e, ok := c.entries[key]
+	if !ok {
+		if err := c.makeRoom(); err != nil {
+			return nil, err
+		}
+		var err error
+		if e, err = c.add(r, false); err != nil {
+			return nil, err
+		}
+		c.counts.misses.Add(1)
+	} else {
+		c.counts.hits.Add(1)
+	}
+	e.waiting++
+	e.asked = c.now()
+	return e, nil
+}
+
+// release lets go of an entry. One that never got a credential is not worth keeping,
+// and must not be asked for again and again when nobody waits.
+func (c *cache) release(e *entry, err error) {
+	c.mu.Lock()
+	e.waiting--
+	useless := err != nil && e.waiting == 0 && !e.pinned && !c.usable(e) && c.entries[e.req.key()] == e
+	if useless {
+		delete(c.entries, e.req.key())
+	} else if err == nil {
+		c.keep(e)
+	}
+	c.mu.Unlock()
+	if useless {
+		e.end()
+	}
+}
+
+func (e *entry) end() {
+	e.cancel()
+	e.source.Close()
+}
+
+// makeRoom drops the entry that was asked for longest ago if there are too many; mu is
+// held.
+func (c *cache) makeRoom() error {
+	if len(c.entries) < maxEntries {
+		return nil
+	}
+	var oldest *entry
+	for _, e := range c.entries {
+		if !e.pinned && e.waiting == 0 && (oldest == nil || e.asked.Before(oldest.asked)) {
+			oldest = e
+		}
+	}
+	if oldest == nil {
+		return refuse(codes.ResourceExhausted, "CACHE_FULL", fmt.Sprintf("%d different credentials are in use", maxEntries), "ask for fewer combinations of audience and scopes")
+	}
+	delete(c.entries, oldest.req.key())
+	oldest.cancel()
+	c.wg.Go(oldest.source.Close) // may wait for a call
+	return nil
+}
+
+// tidy drops what nobody has asked for lately.
+func (c *cache) tidy() {
+	var idle []*entry
+	c.mu.Lock()
+	for key, e := range c.entries {
+		if !e.pinned && e.waiting == 0 && c.now().Sub(e.asked) > idleAfter {
+			delete(c.entries, key)
+			idle = append(idle, e)
+		}
+	}
+	c.mu.Unlock()
+	for _, e := range idle {
+		e.end()
+	}
+}
+
+// sweep drops every credential that is dead by what is known now, so that what is
+// renewed ahead is fetched at once and not when somebody asks.
+func (c *cache) sweep(ctx context.Context) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, e := range c.entries {
+		h := e.latest.Load()
+		if h == nil || !c.judged(h.claims) {
+			continue
+		}
+		e.source.Invalidate(h.grant)
+		if e.latest.CompareAndSwap(h, nil) {
+			c.counts.dropped.Add(1)
+			c.log.InfoContext(ctx, "dropped a dead credential", "grant", h.grant, "audience", e.req.Audience)
+		}
+	}
+}
+
+// missing lists the audiences of prefetched credentials that are not there.
+func (c *cache) missing() []string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	var out []string
+	for _, e := range c.entries {
+		if e.pinned && !c.usable(e) {
+			out = append(out, e.req.Audience)
+		}
+	}
+	return out
+}
+
+func (c *cache) len() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(c.entries)
+}
+
+func (c *cache) usable(e *entry) bool {
+	h := e.latest.Load()
+	return h != nil && c.now().Before(h.expires) && !c.judged(h.claims)
+}
+
+// dead reports whether a credential must not be given out any more.
+func (c *cache) dead(e *entry, cred *sdk.Credential) bool {
+	if h := e.latest.Load(); h != nil && h.grant == cred.Grant {
+		return c.judged(h.claims)
+	}
+	t, err := token.Inspect(cred.Token.Reveal()) // renewed this moment: read the one in hand
+	return err != nil || c.judged(&t.Claims)
+}
+
+// judged reports whether claims are dead: revoked, or bound to a certificate that this
+// workload has no longer.
+func (c *cache) judged(claims *token.Claims) bool {
+	switch c.judge(revocation.SubjectOf(claims)).Reason {
+	case revocation.Alive, revocation.Ahead:
+	default:
+		return true
+	}
+	if claims.Binding != token.BindingX5T {
+		return false
+	}
+	svid, err := c.svids.GetX509SVID()
+	return err == nil && len(svid.Certificates) > 0 && sha256.Sum256(svid.Certificates[0].Raw) != claims.Certificate
+}
+
+// fetch gets a new credential from the broker. While the same attempt is repeated after
+// an outage it carries the same idempotency key.
+func (c *cache) fetch(ctx context.Context, e *entry) (*sdk.Credential, error) {
+	if e.idempotency == "" {
+		e.idempotency = rand.Text()
+	}
+	asked := c.now()
+	c.counts.fetches.Add(1)
+	resp, err := c.tokens.Issue(ctx, e.req.message(e.idempotency), grpc.WaitForReady(true))
+	if err != nil {
+		c.counts.failures.Add(1)
+		if refusal := sdk.FromRPC(err); !temporary(refusal) {
+			e.idempotency = ""
+		}
+		return nil, err
+	}
+	e.idempotency = ""
+	cred, claims, err := read(resp.GetCredential(), asked)
+	if err != nil {
+		c.counts.failures.Add(1)
+		return nil, err
+	}
+	e.latest.Store(&held{cred.Grant, claims, cred.Expires})
+	return cred, nil
+}
+
+func temporary(err error) bool {
+	var refusal *sdk.Error
+	return errors.As(err, &refusal) && refusal.Temporary()
+}
+
+// read makes a credential of the broker's answer and tells its times by the local
+// clock: what matters to a caller is how long it still lives, and the broker's clock
+// may be off. Its life began no earlier than the call that asked for it.
+func read(m *dayflyv1.Credential, asked time.Time) (*sdk.Credential, *token.Claims, error) {
+	binding, err := wire.ToBinding(m.GetBinding())
+	if err != nil {
+		return nil, nil, fmt.Errorf("reading the broker's credential: %w", err)
+	}
+	if !m.GetIssuedAt().IsValid() || !m.GetExpiresAt().IsValid() {
+		return nil, nil, errors.New("reading the broker's credential: it has no times")
+	}
+	t, err := token.Inspect(m.GetToken())
+	if err != nil {
+		return nil, nil, fmt.Errorf("reading the broker's credential: %w", err)
+	}
+	life := m.GetExpiresAt().AsTime().Sub(m.GetIssuedAt().AsTime())
+	return &sdk.Credential{
+		Token: token.NewSecret(m.GetToken()), Grant: m.GetGrant(), Audience: m.GetAudience(), Scopes: m.GetScopes(),
+		Binding: binding, IssuedAt: asked, Expires: asked.Add(life),
+	}, &t.Claims, nil
+}

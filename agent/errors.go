@@ -1,0 +1,60 @@
+package agent
+
+import (
+	"context"
+	"errors"
+
+	"github.com/dayflyhq/dayfly/sdk"
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+)
+
+// refuse makes a refusal of the agent's own, in the form that the broker's have.
+func refuse(code codes.Code, reason, message, hint string) error {
+	info := &errdetails.ErrorInfo{Domain: sdk.ErrorDomain, Reason: reason}
+	if hint != "" {
+		info.Metadata = map[string]string{"hint": hint}
+	}
+	s := status.New(code, message)
+	if detailed, err := s.WithDetails(info); err == nil {
+		s = detailed
+	}
+	return s.Err()
+}
+
+// upstreamError is what a caller hears of a call to the broker that failed: the
+// broker's own refusal as it came, or that it can't be reached.
+func upstreamError(err error) error {
+	if err == nil {
+		return nil
+	}
+	var refusal *sdk.Error
+	if !errors.As(err, &refusal) {
+		if s, ok := status.FromError(err); ok {
+			return s.Err()
+		}
+		if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+			return status.FromContextError(err).Err()
+		}
+		return refuse(codes.Unavailable, "CREDENTIAL_UNAVAILABLE", "no credential can be had now", "the agent's log says more")
+	}
+	if refusal.Reason != "" {
+		return refusal.GRPCStatus().Err()
+	}
+	switch refusal.Code {
+	case codes.Unavailable, codes.DeadlineExceeded:
+		return refuse(codes.Unavailable, "BROKER_UNREACHABLE", "the broker can't be reached now", "the agent keeps trying by itself; ask again, and see /readyz")
+	case codes.ResourceExhausted:
+		return refuse(codes.ResourceExhausted, "REQUEST_TOO_LARGE", "the request or its answer is too large", "ask for less")
+	}
+	return refusal.GRPCStatus().Err()
+}
+
+func invalid(message string) error {
+	return refuse(codes.InvalidArgument, "INVALID_REQUEST", message, "see the message for the field")
+}
+
+func feedInvalid(message string) error {
+	return refuse(codes.InvalidArgument, "FEED_MESSAGE_INVALID", message, "this is a fault of the verifier's library")
+}

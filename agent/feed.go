@@ -1,0 +1,419 @@
+package agent
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	mathrand "math/rand/v2"
+	"time"
+
+	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
+	"github.com/dayflyhq/dayfly/proto/feed"
+	"github.com/dayflyhq/dayfly/proto/wire"
+	"github.com/dayflyhq/dayfly/sdk"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
+)
+
+const (
+	// minSilence is the least time without an answer after which a stream is given up:
+	// a broker may take a while, a dead connection says nothing.
+	minSilence = 5 * time.Second
+	// firstPause bounds the pause between attempts before the broker was ever reached:
+	// nobody depends on this agent yet.
+	firstPause = time.Second
+	// minPause keeps a refused agent from calling in a circle.
+	minPause = 50 * time.Millisecond
+	// deniedPause is between attempts that policy refuses.
+	deniedPause = 15 * time.Second
+	// reportedAtOnce and usesBytes keep a message below the broker's limit of 64 KiB.
+	reportedAtOnce = 64
+	usesBytes      = 48 << 10
+)
+
+// follower is the agent's own stream of the feed.
+type follower struct {
+	client    dayflyv1.FeedServiceClient
+	k         *knowledge
+	instance  string
+	audiences []string
+	bound     time.Duration
+	rotated   func() <-chan struct{} // closed when the SVID changes; nil channel: never
+	applied   func(context.Context)
+	log       *slog.Logger
+	counts    *counters
+}
+
+type upstream = grpc.BidiStreamingClient[dayflyv1.FollowRequest, dayflyv1.FollowResponse]
+
+// errRotated ends a stream that was made with an older SVID.
+var errRotated = errors.New("the SVID was rotated")
+
+// run follows the feed until ctx ends, and then returns nil. A fork ends the following
+// for good: nothing is relayed from then on.
+func (f *follower) run(ctx context.Context) error {
+	relay := true
+	for ctx.Err() == nil {
+		err := f.follow(ctx, relay)
+		if ctx.Err() != nil {
+			break
+		}
+		if errors.Is(err, feed.ErrFork) {
+			f.log.ErrorContext(ctx, "THE LOG HAS TWO HISTORIES: nothing is relayed any more, verifiers beside this agent close; an operator must look", "err", err)
+			<-ctx.Done()
+			return nil
+		}
+		denied := codeOf(err) == codes.PermissionDenied
+		f.note(err, denied)
+		if denied && relay && len(f.audiences) > 0 {
+			relay = false // policy may let it follow for itself
+			f.log.WarnContext(ctx, "policy does not let this identity relay the feed; following without", "err", err)
+			continue
+		}
+		if denied {
+			relay = true
+		}
+		f.counts.reconnects.Add(1)
+		pause := f.pause(err, denied)
+		f.log.WarnContext(ctx, "the feed ended", "err", err, "again_in", pause)
+		sleep(ctx, pause)
+	}
+	return nil
+}
+
+func codeOf(err error) codes.Code {
+	var refusal *sdk.Error
+	if errors.As(sdk.FromRPC(err), &refusal) {
+		return refusal.Code
+	}
+	return codes.Unknown
+}
+
+// note keeps a refusal of policy for those who ask why the agent isn't ready.
+func (f *follower) note(err error, denied bool) {
+	f.k.mu.Lock()
+	defer f.k.mu.Unlock()
+	if denied {
+		f.k.refused, f.k.relays = err, false
+		f.k.ring()
+	}
+}
+
+// pause is random up to a third of the smallest bound that depends on this stream, so
+// that a fleet doesn't reconnect at once and nobody closes for it.
+func (f *follower) pause(err error, denied bool) time.Duration {
+	longest := f.k.bound(f.bound) / 3
+	f.k.mu.Lock()
+	if f.k.welcome == nil {
+		longest = min(longest, firstPause)
+	}
+	f.k.mu.Unlock()
+	switch {
+	case errors.Is(err, errRotated):
+		return 0
+	case denied:
+		longest = deniedPause
+	}
+	return max(minPause, time.Duration(mathrand.Int64N(int64(longest)+1)))
+}
+
+// follow is one stream, from the Subscribe to its end.
+func (f *follower) follow(ctx context.Context, relay bool) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	rotated := f.rotated()
+	stream, err := f.client.Follow(ctx, grpc.WaitForReady(true))
+	if err != nil {
+		return err
+	}
+	f.k.mu.Lock()
+	known := f.k.view.Position()
+	f.k.mu.Unlock()
+	err = stream.Send(&dayflyv1.FollowRequest{Message: &dayflyv1.FollowRequest_Subscribe{Subscribe: wire.Subscribe(wire.Subscription{
+		Instance: f.instance, Audiences: f.audiences, Bound: f.bound, Position: known, Relay: relay,
+	})}})
+	if err != nil {
+		return recvError(stream, err)
+	}
+	first, err := stream.Recv()
+	if err != nil {
+		return err
+	}
+	if first.GetWelcome() == nil {
+		return fmt.Errorf("%w: the first message is no Welcome", feed.ErrMalformed)
+	}
+	s := f.begin(stream, first.GetWelcome(), relay)
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error {
+		err := s.send(ctx, rotated)
+		if errors.Is(err, io.EOF) {
+			return nil // the stream broke: receive knows why
+		}
+		cancel(err)
+		return err
+	})
+	group.Go(func() error {
+		err := s.receive(ctx)
+		cancel(err)
+		return err
+	})
+	return group.Wait()
+}
+
+// recvError is why a stream broke: Send only says that it did.
+func recvError(stream upstream, err error) error {
+	if _, got := stream.Recv(); got != nil {
+		return got
+	}
+	return err
+}
+
+func (f *follower) begin(stream upstream, w *dayflyv1.Welcome, relay bool) *session {
+	k := f.k
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.fresh.Reconnected()
+	k.welcome, k.relays, k.refused = w, relay, nil
+	for _, v := range k.below {
+		v.dirty = true // this broker hears of everyone, whatever an earlier one heard
+	}
+	k.ring()
+	f.log.Info("following the feed", "issuer", w.GetIssuer(), "position", k.view.Position().String(), "relay", relay)
+	return &session{follower: f, stream: stream, relay: relay, pings: map[string]uint64{}, heard: k.boot(), acked: k.view.Position()}
+}
+
+// session is one welcomed stream. send is its only sender, receive its only receiver.
+type session struct {
+	*follower
+	stream upstream
+	relay  bool
+	acked  feed.Position // of send alone
+
+	// Guarded by knowledge.mu.
+	pings  map[string]uint64 // nonce to the generation that was reported before it
+	asked  uint64            // the highest of them
+	pinged feed.Instant
+	heard  feed.Instant
+}
+
+// send reports, acknowledges and pings until ctx ends.
+func (s *session) send(ctx context.Context, rotated <-chan struct{}) error {
+	if err := s.ping(); err != nil {
+		return err
+	}
+	for {
+		wait, err := s.flush()
+		if err != nil {
+			return err
+		}
+		timer := time.NewTimer(wait)
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return context.Cause(ctx)
+		case <-rotated:
+			timer.Stop()
+			return errRotated
+		case <-s.k.work:
+		case <-timer.C:
+		}
+		timer.Stop()
+	}
+}
+
+// flush sends what waits, and returns how long until the next ping.
+func (s *session) flush() (time.Duration, error) {
+	if err := s.acknowledge(); err != nil {
+		return 0, err
+	}
+	if err := s.report(false); err != nil {
+		return 0, err
+	}
+	if err := s.passUses(); err != nil {
+		return 0, err
+	}
+	bound := s.k.bound(s.bound)
+	interval := bound / feed.PingsPerBound
+	s.k.mu.Lock()
+	now := s.k.boot()
+	silent := now.Sub(s.heard) > max(bound, minSilence)
+	due := now.Sub(s.pinged) >= interval || s.asked < s.k.gen
+	wait := interval - now.Sub(s.pinged)
+	s.k.mu.Unlock()
+	switch {
+	case silent:
+		return 0, errors.New("the broker no longer answers on this stream")
+	case !due:
+		return wait, nil
+	}
+	return interval, s.ping()
+}
+
+// ping asks for a proof. Before it goes the report of everyone who may be answered from
+// that proof: so the broker's roster never thinks a verifier closed that isn't.
+func (s *session) ping() error {
+	nonce := make([]byte, 16)
+	_, _ = rand.Read(nonce) // never fails
+	s.k.mu.Lock()
+	now, gen := s.k.boot(), s.k.gen
+	s.k.fresh.Sent(string(nonce), now)
+	s.pings[string(nonce)] = gen
+	s.asked, s.pinged = gen, now
+	s.k.mu.Unlock()
+	if err := s.report(true); err != nil {
+		return err
+	}
+	return s.up(&dayflyv1.FollowRequest{Message: &dayflyv1.FollowRequest_Ping{Ping: &dayflyv1.Ping{Nonce: nonce}}})
+}
+
+// acknowledge confirms what is applied, if that is news.
+func (s *session) acknowledge() error {
+	s.k.mu.Lock()
+	at := s.k.view.Position()
+	s.k.mu.Unlock()
+	if at == s.acked {
+		return nil
+	}
+	s.acked = at
+	return s.up(&dayflyv1.FollowRequest{Message: &dayflyv1.FollowRequest_Acknowledge{Acknowledge: &dayflyv1.Acknowledge{Position: wire.Position(at)}}})
+}
+
+// report tells what changed below, or all that lives there.
+func (s *session) report(all bool) error {
+	if !s.relay {
+		return nil
+	}
+	s.k.mu.Lock()
+	now := s.k.boot()
+	var entries []*dayflyv1.RelayedVerifier
+	for _, v := range s.k.below {
+		if v.dirty || all && !v.gone {
+			entries = append(entries, v.message(now))
+			v.dirty = false
+		}
+	}
+	s.k.forget()
+	s.k.mu.Unlock()
+	for len(entries) > 0 {
+		n := min(len(entries), reportedAtOnce)
+		m := &dayflyv1.RelayReport{Verifiers: entries[:n]}
+		if err := s.up(&dayflyv1.FollowRequest{Message: &dayflyv1.FollowRequest_RelayReport{RelayReport: m}}); err != nil {
+			return err // the next stream reports everything anew
+		}
+		entries = entries[n:]
+	}
+	return nil
+}
+
+func (v *verifier) message(now feed.Instant) *dayflyv1.RelayedVerifier {
+	m := &dayflyv1.RelayedVerifier{
+		Path: v.path, Audiences: v.audiences, MaxStaleness: durationpb.New(v.bound), OnStale: wire.OnStale(v.accepts),
+		Acknowledged: wire.Position(v.acked), LastAnswerAge: durationpb.New(0), Gone: v.gone,
+	}
+	if v.ever {
+		m.LastAnswerAge = durationpb.New(max(0, now.Sub(v.answered)))
+	}
+	return m
+}
+
+// passUses passes on the use reports of those below.
+func (s *session) passUses() error {
+	s.k.mu.Lock()
+	uses, dropped := s.k.uses, s.k.usesDropped
+	s.k.uses, s.k.usesDropped = nil, 0
+	s.k.mu.Unlock()
+	for len(uses) > 0 || dropped > 0 {
+		m := &dayflyv1.UseReport{Dropped: dropped}
+		size := 0
+		for len(uses) > 0 && len(m.Uses) < maxUsesAtOnce && size < usesBytes {
+			size += proto.Size(uses[0])
+			m.Uses = append(m.Uses, uses[0])
+			uses = uses[1:]
+		}
+		dropped = 0
+		if err := s.up(&dayflyv1.FollowRequest{Message: &dayflyv1.FollowRequest_UseReport{UseReport: m}}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *session) up(m *dayflyv1.FollowRequest) error {
+	if err := s.stream.Send(m); err != nil {
+		return fmt.Errorf("sending on the feed: %w", err)
+	}
+	return nil
+}
+
+// receive takes what the broker sends until the stream ends.
+func (s *session) receive(ctx context.Context) error {
+	for {
+		m, err := s.stream.Recv()
+		if err != nil {
+			return err
+		}
+		if pong := m.GetPong(); pong != nil {
+			err = s.answered(pong)
+		} else {
+			err = s.deliver(ctx, m)
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+func (s *session) answered(m *dayflyv1.Pong) error {
+	pong, err := wire.ToPong(m)
+	if err != nil {
+		return err
+	}
+	k := s.k
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	gen, ok := s.pings[pong.Nonce]
+	delete(s.pings, pong.Nonce)
+	asOf, err := k.fresh.Answered(pong.Nonce, pong.Head, pong.Age, k.view.Position())
+	if err != nil {
+		return fmt.Errorf("%w: %v", feed.ErrMalformed, err)
+	}
+	s.heard = k.boot()
+	if err := k.view.CheckHead(pong.Head, asOf); err != nil {
+		k.ring()
+		return err
+	}
+	if ok && s.relay {
+		k.confirmed = max(k.confirmed, gen)
+	}
+	k.ring()
+	return nil
+}
+
+// deliver applies records, drops what they kill and then lets the receipt go.
+func (s *session) deliver(ctx context.Context, m *dayflyv1.FollowResponse) error {
+	d, err := wire.ToDelivery(m)
+	if err != nil {
+		return err
+	}
+	k := s.k
+	k.mu.Lock()
+	err = k.view.Apply(d, k.boot())
+	if err == nil {
+		k.fresh.Applied(k.view.Position())
+	}
+	k.ring()
+	k.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	s.counts.events.Add(uint64(len(d.Events)))
+	s.applied(ctx)
+	k.kick()
+	return nil
+}

@@ -1,0 +1,21 @@
+// Command dayfly-agent is the sidecar; docs/agent.md tells how to run it.
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/dayflyhq/dayfly/cmd/internal/agentd"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := agentd.Run(ctx, os.Args[1:], os.Stdout, os.Stderr); err != nil {
+		fmt.Fprintln(os.Stderr, "dayfly-agent:", err)
+		os.Exit(1)
+	}
+}

@@ -1,0 +1,190 @@
+package agentd
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net/netip"
+	"os/user"
+	"strconv"
+	"time"
+
+	"github.com/dayflyhq/dayfly/agent"
+	"github.com/dayflyhq/dayfly/cmd/internal/config"
+	"github.com/dayflyhq/dayfly/proto/token"
+	"github.com/dayflyhq/dayfly/proto/wire"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// Config is the agent's configuration file; deploy/agent.yaml documents every key.
+// Flags come on top of it.
+type Config struct {
+	Broker      Broker         `yaml:"broker"`
+	WorkloadAPI string         `yaml:"workload_api"`
+	Sockets     Sockets        `yaml:"sockets"`
+	Prefetch    []Prefetch     `yaml:"prefetch"`
+	Feed        Feed           `yaml:"feed"`
+	Metrics     netip.AddrPort `yaml:"metrics"`
+	Log         Log            `yaml:"log"`
+}
+
+// Broker is whom the agent calls.
+type Broker struct {
+	Address string      `yaml:"address"`
+	ID      spiffeid.ID `yaml:"id"`
+}
+
+// Sockets are where and for whom the agent listens.
+type Sockets struct {
+	GRPC        string      `yaml:"grpc"`
+	HTTP        string      `yaml:"http"`
+	Mode        config.Mode `yaml:"mode"`
+	Group       string      `yaml:"group"`
+	AllowedUIDs []uint32    `yaml:"allowed_uids"`
+}
+
+// Prefetch is a credential that is kept fresh before anyone asks.
+type Prefetch struct {
+	Audience string        `yaml:"audience,required"`
+	Scopes   []string      `yaml:"scopes"`
+	TTL      time.Duration `yaml:"ttl"`
+	Binding  string        `yaml:"binding"`
+}
+
+// Feed is how the agent follows and relays revocations.
+type Feed struct {
+	Follow       bool          `yaml:"follow"`
+	MaxStaleness time.Duration `yaml:"max_staleness"`
+	Audiences    []string      `yaml:"audiences"`
+	MaxStreams   int           `yaml:"max_streams"`
+}
+
+// Log is what is written to standard error.
+type Log struct {
+	Level  slog.Level `yaml:"level"`
+	Format string     `yaml:"format"`
+}
+
+// defaults are what the file and the flags change.
+func defaults() Config {
+	return Config{
+		Sockets: Sockets{Mode: config.Mode(agent.SocketMode)},
+		Feed:    Feed{Follow: true, MaxStaleness: wire.DefaultBound, MaxStreams: agent.DefaultMaxStreams},
+		Log:     Log{Format: "json"},
+	}
+}
+
+// Validate checks a mode and a group; what is missing may still come from a flag.
+func (s *Sockets) Validate() error {
+	var errs []error
+	if s.Mode&^0o660 != 0 || s.Mode == 0 {
+		errs = append(errs, config.Wrong("mode", "must be within 0660: whoever connects gets this workload's credentials"))
+	}
+	if s.Group != "" {
+		if _, err := groupID(s.Group); err != nil {
+			errs = append(errs, config.Wrong("group", "%v", err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Validate checks one request.
+func (p *Prefetch) Validate() error {
+	var errs []error
+	if err := token.ValidateAudience(p.Audience); err != nil {
+		errs = append(errs, config.Wrong("audience", "%v", err))
+	}
+	if _, err := token.NormalizeScopes(p.Scopes); err != nil {
+		errs = append(errs, config.Wrong("scopes", "%v", err))
+	}
+	if p.TTL > token.MaxTTL {
+		errs = append(errs, config.Wrong("ttl", "is at most %v", token.MaxTTL))
+	}
+	if p.Binding != "" && !token.Binding(p.Binding).Valid() {
+		errs = append(errs, config.Wrong("binding", "is spiffe, x5t or none"))
+	}
+	return errors.Join(errs...)
+}
+
+// Validate checks bounds.
+func (f *Feed) Validate() error {
+	var errs []error
+	if f.MaxStaleness < wire.MinBound || f.MaxStaleness > wire.MaxBound {
+		errs = append(errs, config.Wrong("max_staleness", "is %v to %v", wire.MinBound, wire.MaxBound))
+	}
+	if f.MaxStreams < 1 {
+		errs = append(errs, config.Wrong("max_streams", "is at least 1"))
+	}
+	for _, a := range f.Audiences {
+		if err := token.ValidateAudience(a); err != nil {
+			errs = append(errs, config.Wrong("audiences", "%v", err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Validate checks what nothing else does.
+func (c *Config) Validate() error {
+	var errs []error
+	if c.Metrics.IsValid() && !c.Metrics.Addr().IsLoopback() {
+		errs = append(errs, config.Wrong("metrics", "must be a loopback address, such as 127.0.0.1:9464"))
+	}
+	if c.Log.Format != "json" && c.Log.Format != "text" {
+		errs = append(errs, config.Wrong("log.format", "is json or text"))
+	}
+	return errors.Join(errs...)
+}
+
+// complete reports what neither the file nor a flag gave, and checks the flags' values
+// by the file's rules.
+func (c *Config) complete() error {
+	errs := []error{c.Validate(), c.Sockets.Validate(), c.Feed.Validate()}
+	if c.Broker.Address == "" {
+		errs = append(errs, errors.New("broker.address: give the broker's host:port, here or as --broker"))
+	}
+	if c.Broker.ID.IsZero() {
+		errs = append(errs, errors.New("broker.id: give the SPIFFE ID that the broker must prove, here or as --broker-id"))
+	}
+	if c.Sockets.GRPC == "" && c.Sockets.HTTP == "" {
+		errs = append(errs, errors.New("sockets: give sockets.grpc or sockets.http, here or as --grpc-socket or --http-socket"))
+	}
+	for i := range c.Prefetch {
+		if err := c.Prefetch[i].Validate(); err != nil {
+			errs = append(errs, fmt.Errorf("prefetch %d: %w", i+1, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (c *Config) requests() []agent.Request {
+	out := make([]agent.Request, len(c.Prefetch))
+	for i, p := range c.Prefetch {
+		out[i] = agent.Request{Audience: p.Audience, Scopes: p.Scopes, TTL: p.TTL, Binding: token.Binding(p.Binding)}
+	}
+	return out
+}
+
+func (s *Sockets) socket(path string) (agent.SocketConfig, error) {
+	cfg := agent.SocketConfig{Path: path, Mode: fs.FileMode(s.Mode)}
+	if s.Group != "" {
+		gid, err := groupID(s.Group)
+		if err != nil {
+			return agent.SocketConfig{}, err
+		}
+		cfg.Group = &gid
+	}
+	return cfg, nil
+}
+
+// groupID reads a number or looks up a name.
+func groupID(name string) (int, error) {
+	if n, err := strconv.ParseUint(name, 10, 31); err == nil {
+		return int(n), nil
+	}
+	g, err := user.LookupGroup(name)
+	if err != nil {
+		return 0, fmt.Errorf("no group %q on this host", name)
+	}
+	return strconv.Atoi(g.Gid)
+}
