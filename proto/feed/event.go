@@ -3,6 +3,7 @@ package feed
 import (
 	"cmp"
 	"crypto/sha256"
+	"crypto/x509"
 	"encoding/base64"
 	"encoding/binary"
 	"encoding/hex"
@@ -130,6 +131,24 @@ func (e *Event) Validate() error {
 func keyID(der []byte) string {
 	sum := sha256.Sum256(der)
 	return base64.RawURLEncoding.EncodeToString(sum[:6])
+}
+
+// ParseKey makes the body of a key event from its wire form: the key itself and its
+// ID follow from the bytes, so nothing can be said of them twice. Whether the
+// signature vouches for it is for the caller to check. Errors wrap ErrMalformed.
+func ParseKey(alg token.Algorithm, der []byte, certificates [][]byte, signature []byte) (*Key, error) {
+	parsed, err := x509.ParsePKIXPublicKey(der)
+	if err != nil {
+		return nil, fmt.Errorf("%w: reading a signing key: %w", ErrMalformed, err)
+	}
+	public, err := token.NewPublicKey(alg, parsed)
+	if err != nil {
+		return nil, fmt.Errorf("%w: reading a signing key: %w", ErrMalformed, err)
+	}
+	if public.ID.String() != keyID(der) {
+		return nil, fmt.Errorf("%w: a signing key in a second spelling", ErrMalformed)
+	}
+	return &Key{Public: public, DER: der, Certificates: certificates, Signature: signature}, nil
 }
 
 // Chain returns the running hash after e, given the one before: SHA-256 over
