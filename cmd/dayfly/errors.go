@@ -97,7 +97,11 @@ func reportOf(err error) report {
 		r.Code, r.Reason, r.Hint, r.Metadata = code.Code(refused.Code).String(), refused.Reason, refused.Hint, refused.Metadata
 		r.Message = strings.Replace(r.Message, refused.Error(), remoteMessage(refused), 1)
 		r.ExitCode = exitOf(refused.Code)
-		if r.Hint == "" {
+		switch {
+		case r.Hint != "":
+		case strings.Contains(refused.Message, "handshake failed"):
+			r.Hint = "the other end did not prove to be the broker that --broker-id names, or does not accept your SVID"
+		default:
 			r.Hint = hintOf(refused.Code)
 		}
 	case errors.Is(err, context.DeadlineExceeded):
