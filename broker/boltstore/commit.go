@@ -314,7 +314,10 @@ func (s *Store) commits(st *state) (n uint64, err error) {
 func (s *Store) fail(cause error) error {
 	s.cfg.Log.Error("store closes itself: the outcome of a write is unknown", "path", s.cfg.Path, "error", cause)
 	s.shut()
-	return fmt.Errorf("%w: it closed itself, outcome of the write unknown: %w", broker.ErrStoreClosed, hideFull{cause})
+	if isFull(cause) {
+		cause = hideFull{cause}
+	}
+	return fmt.Errorf("%w: it closed itself, outcome of the write unknown: %w", broker.ErrStoreClosed, cause)
 }
 
 // hideFull keeps the text of an error and lets no one mistake it for a full disk,

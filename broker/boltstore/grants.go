@@ -241,8 +241,8 @@ func parsePage(s string) (place, error) {
 	if s == "" {
 		return place{}, nil
 	}
-	b, err := base64.RawURLEncoding.Strict().DecodeString(s)
-	if err != nil || len(b) != daySize+grantIDSize {
+	b, err := base64.RawURLEncoding.Strict().DecodeString(s) // which skips line ends
+	if err != nil || len(b) != daySize+grantIDSize || len(s) != base64.RawURLEncoding.EncodedLen(len(b)) {
 		return place{}, broker.ErrBadPage
 	}
 	if _, err := dayEnd(b[:daySize]); err != nil {

@@ -345,7 +345,7 @@ func (m *Mem) Grants(ctx context.Context, q broker.GrantQuery) ([]*broker.Grant,
 		return nil, "", errors.New("a page of grants has a limit of at least 1")
 	}
 	after, err := base64.RawURLEncoding.Strict().DecodeString(q.After)
-	if err != nil || len(after) != 0 && len(after) != 26 {
+	if err != nil || base64.RawURLEncoding.EncodedLen(len(after)) != len(q.After) || len(after) != 0 && len(after) != 26 {
 		return nil, "", broker.ErrBadPage
 	}
 	m.d.mu.Lock()

@@ -416,8 +416,9 @@ func testEventsWait(t *testing.T, s *subject) {
 	ctx, cancel := context.WithCancel(t.Context())
 	got := make(chan uint64)
 	ended := make(chan error, 1)
+	after := s.head().Seq
 	go func() {
-		for r, err := range s.Events(ctx, s.head().Seq) {
+		for r, err := range s.Events(ctx, after) {
 			if err != nil {
 				ended <- err
 				continue
@@ -600,7 +601,7 @@ func position(r broker.Record) feed.Position {
 
 func testPruneGrants(t *testing.T, s *subject) {
 	all := fill(s, 30)
-	day := func(n int) time.Time { return noon.Truncate(24 * time.Hour).AddDate(0, 0, n) }
+	day := func(n int) time.Time { return noon.Truncate(24*time.Hour).AddDate(0, 0, n) }
 	prune := func(before time.Time, want int) {
 		t.Helper()
 		report, err := s.Prune(t.Context(), broker.Pruning{GrantsExpiredBefore: before})

@@ -1,0 +1,300 @@
+package boltstore_test
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/dayflyhq/dayfly/broker"
+	"github.com/dayflyhq/dayfly/broker/boltstore"
+	"github.com/dayflyhq/dayfly/broker/storetest"
+	"github.com/dayflyhq/dayfly/proto/revocation"
+	"github.com/dayflyhq/dayfly/proto/token"
+)
+
+// The variables that make the test binary a child: the store's path, what to do
+// with it, and the run's number.
+const (
+	childPath = "DAYFLY_TEST_STORE"
+	childRole = "DAYFLY_TEST_ROLE"
+	childRun  = "DAYFLY_TEST_RUN"
+)
+
+func TestMain(m *testing.M) {
+	var err error
+	switch os.Getenv(childRole) {
+	case "load":
+		err = load(os.Getenv(childPath), os.Getenv(childRun))
+	case "full":
+		err = fillUp(os.Getenv(childPath))
+	default:
+		os.Exit(m.Run())
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+}
+
+func child(t *testing.T, role, path string, run int) *exec.Cmd {
+	t.Helper()
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), childRole+"="+role, childPath+"="+path, childRun+"="+strconv.Itoa(run))
+	cmd.Stderr = os.Stderr
+	return cmd
+}
+
+// load issues and appends until it is killed, and says what it was told is durable.
+func load(path, run string) error {
+	s, err := boltstore.Open(boltstore.Config{Path: path})
+	if err != nil {
+		return err
+	}
+	n, err := strconv.Atoi(run)
+	if err != nil {
+		return err
+	}
+	var (
+		next atomic.Int64
+		mu   sync.Mutex
+	)
+	say := func(what string, v any) {
+		mu.Lock()
+		defer mu.Unlock()
+		fmt.Println(what, v)
+	}
+	next.Store(int64(n) * 1_000_000)
+	failed := make(chan error)
+	for w := range 8 {
+		go func() {
+			for {
+				i := int(next.Add(1))
+				if w == 0 {
+					r, err := s.Append(context.Background(), storetest.Next(storetest.Revocation("r", revocation.Identity(storetest.Identity(i)))))
+					if err != nil {
+						failed <- err
+						return
+					}
+					say("record", r.Seq)
+					continue
+				}
+				st, err := s.State(context.Background())
+				if err != nil {
+					failed <- err
+					return
+				}
+				g := storetest.Grant(i, storetest.Identity(w), noon, st.Head)
+				if err := s.Issue(context.Background(), g, storetest.Admit); err != nil {
+					failed <- err
+					return
+				}
+				say("grant", g.ID())
+			}
+		}()
+	}
+	return <-failed
+}
+
+// TestKill kills a process under load at moments of chance. What it had been told is
+// durable is there.
+func TestKill(t *testing.T) {
+	path, open := place(t, storetest.Era(1), nil)
+	var grants []token.GrantID
+	records := uint64(1)
+	for run := range 5 {
+		cmd := child(t, "load", path, run)
+		out, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		lines := bufio.NewScanner(out)
+		for kill := 50 + rand.IntN(500); lines.Scan(); kill-- {
+			what, value, _ := strings.Cut(lines.Text(), " ")
+			switch what {
+			case "grant":
+				id, err := token.ParseGrantID(value)
+				if err != nil {
+					break // cut off in the middle
+				}
+				grants = append(grants, id)
+			case "record":
+				if n, err := strconv.ParseUint(value, 10, 64); err == nil {
+					records = max(records, n)
+				}
+			}
+			if kill == 0 {
+				if err := cmd.Process.Kill(); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		if err := cmd.Wait(); err == nil {
+			t.Fatal("the child ended by itself")
+		}
+		if _, err := boltstore.Check(t.Context(), path); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s, err := open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, id := range grants {
+		if _, err := s.Grant(t.Context(), id); err != nil {
+			t.Errorf("grant %s was issued: %v", id, err)
+		}
+	}
+	if st, err := s.State(t.Context()); err != nil || st.Head.Seq < records {
+		t.Errorf("record %d was appended, the head is %s, %v", records, st.Head, err)
+	}
+	t.Logf("%d grants and %d records survived", len(grants), records)
+}
+
+// fillUp fills a store whose process may not write beyond a size, as if the disk
+// were full, and prints each thing that it found right.
+func fillUp(path string) error {
+	if err := limitFiles(3 << 20); err != nil {
+		return err
+	}
+	s, err := boltstore.Open(boltstore.Config{Path: path, Reserve: 1 << 20})
+	if err != nil {
+		return err
+	}
+	if err := exhaust(s); err != nil {
+		return err
+	}
+	// Room comes back.
+	if err := limitFiles(64 << 20); err != nil {
+		return err
+	}
+	if _, err := issueUntil(s, 5_000_000, 2000); err != nil {
+		return fmt.Errorf("issuing with room again: %w", err)
+	}
+	fmt.Println("recovered")
+	return s.Close()
+}
+
+func limitFiles(size uint64) error {
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_FSIZE, &limit); err != nil {
+		return err
+	}
+	limit.Cur = size
+	return syscall.Setrlimit(syscall.RLIMIT_FSIZE, &limit)
+}
+
+// exhaust issues until the store is full, and looks at what still works.
+func exhaust(s broker.Store) error {
+	ctx := context.Background()
+	n, err := issueUntil(s, 0, 100_000)
+	if !errors.Is(err, broker.ErrStoreFull) {
+		return fmt.Errorf("after %d grants: %w", n, err)
+	}
+	for i := range 200 {
+		if _, err := s.Append(ctx, storetest.Next(storetest.Revocation("r", revocation.Identity(storetest.Identity(i))))); err != nil {
+			return fmt.Errorf("append %d on a full disk: %w", i, err)
+		}
+		if err := s.Observe(ctx); err != nil {
+			return fmt.Errorf("proof %d on a full disk: %w", i, err)
+		}
+		if err := s.Observe(ctx, broker.Observation{Key: "verifier/1", Value: []byte(strconv.Itoa(i))}); err != nil {
+			return fmt.Errorf("observation %d on a full disk: %w", i, err)
+		}
+	}
+	if _, err := issueUntil(s, 1_000_000, 1); !errors.Is(err, broker.ErrStoreFull) {
+		return fmt.Errorf("issuing on a full disk: %w", err)
+	}
+	return nil
+}
+
+// issueUntil issues n grants, or up to the first error. It says how many.
+func issueUntil(s broker.Store, from, n int) (int, error) {
+	st, err := s.State(context.Background())
+	if err != nil {
+		return 0, err
+	}
+	var (
+		wg    sync.WaitGroup
+		next  atomic.Int64
+		done  atomic.Int64
+		first atomic.Pointer[error]
+	)
+	for range 16 {
+		wg.Go(func() {
+			for first.Load() == nil {
+				i := int(next.Add(1))
+				if i > n {
+					return
+				}
+				g := storetest.Grant(from+i, storetest.Identity(i), noon, st.Head)
+				if err := s.Issue(context.Background(), g, storetest.Admit); err != nil {
+					first.CompareAndSwap(nil, &err)
+					return
+				}
+				done.Add(1)
+			}
+		})
+	}
+	wg.Wait()
+	if err := first.Load(); err != nil {
+		return int(done.Load()), *err
+	}
+	return int(done.Load()), nil
+}
+
+// TestFullDisk runs a store in a process that the kernel stops from making files
+// larger, which a write meets as it meets a full disk.
+func TestFullDisk(t *testing.T) {
+	path, _ := place(t, storetest.Era(1), nil)
+	cmd := child(t, "full", path, 0)
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	said, err := io.ReadAll(out)
+	if err := errors.Join(err, cmd.Wait()); err != nil || string(said) != "recovered\n" {
+		t.Errorf("%q, %v", said, err)
+	}
+	if _, err := boltstore.Check(t.Context(), path); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestPruningMakesRoom fills a store that may not grow, and prunes it.
+func TestPruningMakesRoom(t *testing.T) {
+	_, open := place(t, storetest.Era(1), func(cfg *boltstore.Config) {
+		cfg.MaxBytes, cfg.Reserve = 3<<20, 1<<20
+	})
+	s, err := open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := exhaust(s); err != nil {
+		t.Fatal(err)
+	}
+	report, err := s.Prune(t.Context(), broker.Pruning{GrantsExpiredBefore: noon.Add(48 * time.Hour)})
+	if err != nil || report.Grants == 0 {
+		t.Fatalf("pruned %d grants, %v", report.Grants, err)
+	}
+	if n, err := issueUntil(s, 2_000_000, 500); err != nil {
+		t.Errorf("after pruning, %d grants: %v", n, err)
+	}
+}
