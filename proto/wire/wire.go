@@ -1,7 +1,9 @@
 package wire
 
 import (
+	"bytes"
 	"crypto/sha256"
+	"crypto/x509"
 	"fmt"
 	"time"
 
@@ -274,12 +276,20 @@ func ToKey(m *dayflyv1.KeyEvent) (feed.Key, error) {
 			return feed.Key{}, malformed("key: a certificate of %d bytes", len(c))
 		}
 	}
-	key, err := feed.ParseKey(token.Algorithm(m.GetAlgorithm()), m.GetPublicKey(), m.GetCertificates(), m.GetSignature())
+	public, err := x509.ParsePKIXPublicKey(m.GetPublicKey())
 	if err != nil {
-		return feed.Key{}, err
+		return feed.Key{}, malformed("key: no public key")
 	}
-	if key.Public.ID.String() != m.GetKeyId() {
+	key, err := token.NewPublicKey(token.Algorithm(m.GetAlgorithm()), public)
+	if err != nil {
+		return feed.Key{}, malformed("key: does not fit its algorithm")
+	}
+	if key.ID.String() != m.GetKeyId() {
 		return feed.Key{}, malformed("key: the ID is not that of the key")
 	}
-	return *key, nil
+	der, err := x509.MarshalPKIXPublicKey(public)
+	if err != nil || !bytes.Equal(der, m.GetPublicKey()) {
+		return feed.Key{}, malformed("key: not in its one encoding")
+	}
+	return feed.Key{Public: key, DER: der, Certificates: m.GetCertificates(), Signature: m.GetSignature()}, nil
 }
