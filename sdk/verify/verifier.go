@@ -12,6 +12,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/dayflyhq/dayfly/proto/boottime"
 	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
 	"github.com/dayflyhq/dayfly/proto/feed"
 	"github.com/dayflyhq/dayfly/proto/revocation"
@@ -73,7 +74,7 @@ type Config struct {
 	Leeway time.Duration
 
 	// Boot is the elapsed time that staleness is measured with: a clock that runs
-	// through suspend. Nil means CLOCK_BOOTTIME, where there is one.
+	// through suspend. Nil means boottime.Now: CLOCK_BOOTTIME on Linux.
 	Boot func() feed.Instant
 
 	// Now is the clock for exp and nbf. Nil means time.Now.
@@ -120,7 +121,7 @@ func (c *Config) setDefaults() {
 		c.Leeway = 0
 	}
 	if c.Boot == nil {
-		c.Boot = bootTime
+		c.Boot = boottime.Now
 	}
 	if c.Now == nil {
 		c.Now = time.Now

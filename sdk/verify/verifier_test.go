@@ -327,6 +327,8 @@ func TestFork(t *testing.T) {
 				if err := w.verifier.Status().Err; !errors.Is(err, feed.ErrFork) {
 					t.Errorf("status: %v", err)
 				}
+				w.cancel()
+				<-w.ended
 				if !strings.Contains(log.String(), "level=ERROR") {
 					t.Errorf("no loud line in the log:\n%s", &log)
 				}

@@ -1,0 +1,58 @@
+package verify_test
+
+import (
+	"crypto/ecdsa"
+	"crypto/rand"
+	"crypto/sha256"
+	"testing"
+
+	"github.com/dayflyhq/dayfly/proto/revocation"
+	"github.com/dayflyhq/dayfly/sdk/verify"
+)
+
+// BenchmarkVerify is the cost of one verification, with a set of revocations of the size
+// of a bad day. BenchmarkFloor is the signature alone.
+func BenchmarkVerify(b *testing.B) {
+	w := newWorld(b, nil)
+	for range 1000 {
+		c := w.claims(b)
+		w.revoke(b, revocation.Grant(c.Grant()))
+	}
+	w.ready(b)
+	w.applied(b, w.head().Seq)
+	raw := w.good(b)
+	peer := verify.Peer{ID: payments, Address: "192.0.2.1"}
+	b.Run("one", func(b *testing.B) {
+		b.ReportAllocs()
+		for b.Loop() {
+			if _, err := w.verifier.Verify(b.Context(), raw, peer); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+	b.Run("parallel", func(b *testing.B) {
+		b.ReportAllocs()
+		b.RunParallel(func(pb *testing.PB) {
+			for pb.Next() {
+				if _, err := w.verifier.Verify(b.Context(), raw, peer); err != nil {
+					b.Error(err)
+				}
+			}
+		})
+	})
+}
+
+func BenchmarkFloor(b *testing.B) {
+	key := stranger(b)
+	digest := sha256.Sum256([]byte("a token's signing input"))
+	sig, err := ecdsa.SignASN1(rand.Reader, key, digest[:])
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.ReportAllocs()
+	for b.Loop() {
+		if !ecdsa.VerifyASN1(&key.PublicKey, digest[:], sig) {
+			b.Fatal("bad signature")
+		}
+	}
+}
