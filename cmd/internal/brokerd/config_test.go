@@ -1,0 +1,179 @@
+package brokerd_test
+
+import (
+	"errors"
+	"os"
+	"reflect"
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/dayflyhq/dayfly/cmd/internal/brokerd"
+	"github.com/dayflyhq/dayfly/cmd/internal/config"
+)
+
+const example = "../../../deploy/broker.yaml"
+
+func readExample(t *testing.T) string {
+	t.Helper()
+	b, err := os.ReadFile(example)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
+// keysOf lists the yaml keys of a configuration, with what lies in them.
+func keysOf(typ reflect.Type, into map[string]reflect.StructField) {
+	for f := range typ.Fields() {
+		name, _, _ := strings.Cut(f.Tag.Get("yaml"), ",")
+		if name == "" {
+			continue
+		}
+		into[name] = f
+		if f.Type == reflect.TypeFor[brokerd.Listen]() {
+			keysOf(f.Type, into)
+		}
+	}
+}
+
+// A key that the example leaves out is there as a comment: "# traces: ...".
+var commentedKey = regexp.MustCompile(`(?m)^( *)# ([a-z_]+: .*)$`)
+
+func TestExampleHasEveryKey(t *testing.T) {
+	text := readExample(t)
+	keys := map[string]reflect.StructField{}
+	keysOf(reflect.TypeFor[brokerd.Config](), keys)
+	if len(keys) < 10 {
+		t.Fatalf("found only the keys %v", keys)
+	}
+	for key := range keys {
+		if !regexp.MustCompile(`(?m)^ *(# )?` + key + `:( |$)`).MatchString(text) {
+			t.Errorf("%s says nothing of the key %q", example, key)
+		}
+	}
+}
+
+func TestExampleLoads(t *testing.T) {
+	cfg := brokerd.Defaults()
+	if err := config.Load(example, &cfg); err != nil {
+		t.Fatal(err)
+	}
+	// What it gives for an optional setting is the default, as it says.
+	want := brokerd.Defaults()
+	want.Issuer, want.Store, want.Policy, want.Audit = cfg.Issuer, cfg.Store, cfg.Policy, cfg.Audit
+	want.WorkloadAPI, want.Listen = cfg.WorkloadAPI, cfg.Listen
+	if !reflect.DeepEqual(cfg, want) {
+		t.Errorf("the example isn't the default\n got %+v\nwant %+v", cfg, want)
+	}
+}
+
+func TestExampleLoadsWithEveryKey(t *testing.T) {
+	text := commentedKey.ReplaceAllString(readExample(t), "$1$2")
+	cfg := brokerd.Defaults()
+	if err := config.Parse("broker.yaml", []byte(text), &cfg); err != nil {
+		t.Fatal(err)
+	}
+	keys := map[string]reflect.StructField{}
+	keysOf(reflect.TypeFor[brokerd.Config](), keys)
+	top := reflect.ValueOf(cfg)
+	for key, f := range keys {
+		v := top.FieldByName(f.Name)
+		if !v.IsValid() {
+			v = top.FieldByName("Listen").FieldByName(f.Name)
+		}
+		if key != "log_level" && v.IsZero() { // info is the zero level
+			t.Errorf("the key %q is nowhere in %s, not even as a comment", key, example)
+		}
+	}
+}
+
+// minimal has nothing but what is required.
+const minimal = `issuer: https://b.example.org
+store: /s
+policy: /p
+audit: "-"
+listen:
+  grpc: 127.0.0.1:0
+`
+
+func TestMinimalConfig(t *testing.T) {
+	cfg := brokerd.Defaults()
+	if err := config.Parse("b.yaml", []byte(minimal), &cfg); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestBadConfig(t *testing.T) {
+	for name, c := range map[string]struct {
+		text string
+		want []string // beginnings of the lines of the error
+	}{
+		"empty": {"", []string{
+			"b.yaml:1: issuer: is required", "b.yaml:1: store: is required", "b.yaml:1: policy: is required",
+			"b.yaml:1: audit: is required", "b.yaml:1: listen: is required",
+		}},
+		"all at once, by line": {`issuer: broker.example.org
+stor: /s
+store: /s
+policy: 7
+audit: "-"
+listen:
+  grpc: 8443
+  public: localhost
+  break_glass: run/glass.sock
+max_ttl: 2h
+key_rotation: 13h
+algorithm: RS256
+trust_domains: ["Not A Domain"]
+log_level: chatty
+shutdown_grace: -1s
+`, []string{
+			"b.yaml:1: issuer: is an absolute URL",
+			`b.yaml:2: unknown key "stor": did you mean "store"?`,
+			"b.yaml:4: policy: wants text",
+			"b.yaml:7: listen.grpc: wants text",
+			"b.yaml:8: listen.public: is HOST:PORT",
+			"b.yaml:9: listen.break_glass: is an absolute path",
+			"b.yaml:10: max_ttl: is between 1s and the hard cap of 1h",
+			"b.yaml:11: key_rotation: is between 1s and 12h",
+			"b.yaml:12: algorithm: is ES256 or EdDSA",
+			"b.yaml:13: trust_domains[0]: ",
+			"b.yaml:14: log_level: ",
+			`b.yaml:15: shutdown_grace: "-1s" is negative`,
+		}},
+		"a listener without gRPC": {strings.Replace(minimal, "grpc: 127.0.0.1:0", "admin: 127.0.0.1:0", 1),
+			[]string{"b.yaml:6: listen.grpc: is required"}},
+		"no TTL at all":          {minimal + "max_ttl: 0s\n", []string{"b.yaml:7: max_ttl: is between"}},
+		"a rotation of nothing":  {minimal + "key_rotation: 1ms\n", []string{"b.yaml:7: key_rotation: is between"}},
+		"a number for a time":    {minimal + "shutdown_grace: 10\n", []string{`b.yaml:7: shutdown_grace: "10" isn't a duration`}},
+		"a key given twice":      {minimal + "store: /other\n", []string{"b.yaml:7: store: is given twice, first in line 2"}},
+		"a key of the agent's":   {minimal + "sockets:\n  grpc: /x\n", []string{`b.yaml:7: unknown key "sockets"`}},
+		"HS256 is no algorithm":  {minimal + "algorithm: HS256\n", []string{"b.yaml:7: algorithm: is ES256 or EdDSA"}},
+		"none is no algorithm":   {minimal + "algorithm: none\n", []string{"b.yaml:7: algorithm: is ES256 or EdDSA"}},
+		"a domain that's an URL": {minimal + "trust_domains: [\"https://x\"]\n", []string{"b.yaml:7: trust_domains[0]: "}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			cfg := brokerd.Defaults()
+			err := config.Parse("b.yaml", []byte(c.text), &cfg)
+			var problems config.Problems
+			if !errors.As(err, &problems) {
+				t.Fatalf("error is %v, want a list of problems", err)
+			}
+			if brokerd.ExitCode(err) != 2 {
+				t.Errorf("exit code is %d, want 2", brokerd.ExitCode(err))
+			}
+			got := strings.Split(err.Error(), "\n")
+			for i := range max(len(got), len(c.want)) {
+				switch {
+				case i >= len(c.want):
+					t.Errorf("unexpected: %s", got[i])
+				case i >= len(got):
+					t.Errorf("missing: %s", c.want[i])
+				case !strings.HasPrefix(got[i], c.want[i]):
+					t.Errorf("problem %d\n got %s\nwant %s", i, got[i], c.want[i])
+				}
+			}
+		})
+	}
+}
