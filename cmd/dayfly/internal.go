@@ -17,7 +17,7 @@ const (
 func (a *app) internalCmds() []*cobra.Command {
 	return []*cobra.Command{
 		a.internalCmd(internalBroker, brokerd.Command),
-		a.internalCmd(internalAgent, agentd.Command),
+		a.internalCmd(internalAgent, func(string) *cobra.Command { return agentd.Command() }),
 	}
 }
 

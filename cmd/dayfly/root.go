@@ -108,7 +108,10 @@ func (a *app) root() *cobra.Command {
 		a.revocationsCmd(),
 		a.policyCmd(),
 		a.versionCmd(),
+		a.devCmd(),
+		a.demoCmd(),
 	)
+	root.AddCommand(a.internalCmds()...)
 	return root
 }
 

@@ -16,12 +16,17 @@ import (
 	"path/filepath"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/dayflyhq/dayfly/policy"
 	"github.com/dayflyhq/dayfly/sdk"
 	"github.com/dayflyhq/dayfly/sdk/spiffetest"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/credentials/insecure"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 )
 
 // The identities of the demo's policy data.
@@ -40,13 +45,10 @@ func identity(path string) spiffeid.ID { return spiffeid.RequireFromPath(TrustDo
 
 // Config says how to run the processes.
 type Config struct {
-	// Broker and Agent are the commands that take "serve --config FILE --announce".
-	// Required.
+	// Broker and Agent are the commands of the two daemons. Required.
 	Broker, Agent []string
 	// Dir is where everything is kept; empty: a temporary folder, removed at the end.
 	Dir string
-	// Log gets what the processes write to standard error; nil: kept in Dir only.
-	Log io.Writer
 }
 
 // An Announcement is what a broker prints once it serves.
@@ -146,11 +148,15 @@ func (s *Sandbox) Log(name string) string { return tail(filepath.Join(s.Dir, nam
 // StartBroker starts the broker's process and returns once it serves. After the first
 // start it keeps its addresses.
 func (s *Sandbox) StartBroker(ctx context.Context) error {
-	p, line, err := s.start(ctx, "broker", s.cfg.Broker, s.brokerConfig())
+	p, err := s.spawn("broker", s.cfg.Broker, "serve", "--config", s.brokerConfig(), "--announce")
 	if err != nil {
 		return err
 	}
 	s.broker = p
+	line, err := p.announced(ctx)
+	if err != nil {
+		return err
+	}
 	if err := json.Unmarshal(line, &s.Info); err != nil {
 		return fmt.Errorf("reading the broker's announcement: %w", err)
 	}
@@ -196,7 +202,8 @@ func (s *Sandbox) Client(ctx context.Context, id spiffeid.ID, address string) (*
 	return c, nil
 }
 
-// StartAgent starts the agent of an identity and returns the address of its socket.
+// StartAgent starts the agent of an identity and returns the address of its socket once
+// it is ready to serve.
 func (s *Sandbox) StartAgent(ctx context.Context, id spiffeid.ID) (string, error) {
 	workloadAPI, err := s.TD.Workload(id)
 	if err != nil {
@@ -204,25 +211,46 @@ func (s *Sandbox) StartAgent(ctx context.Context, id spiffeid.ID) (string, error
 	}
 	name := filepath.Base(id.Path())
 	socket := filepath.Join(s.Dir, name+".sock")
-	config := filepath.Join(s.Dir, "agent-"+name+".yaml")
-	yaml := fmt.Sprintf(`broker:
-  address: %s
-  id: %s
-workload_api: %q
-listen:
-  grpc: %q
-  http: %q
-max_staleness: 2s
-`, s.Info.GRPC, Broker, workloadAPI, socket, filepath.Join(s.Dir, name+"-http.sock"))
-	if err := os.WriteFile(config, []byte(yaml), 0o600); err != nil {
-		return "", err
-	}
-	p, _, err := s.start(ctx, "agent-"+name, s.cfg.Agent, config)
+	s.agents[id], err = s.spawn("agent-"+name, s.cfg.Agent,
+		"--broker", s.Info.GRPC, "--broker-id", Broker.String(), "--workload-api", workloadAPI,
+		"--grpc-socket", socket, "--http-socket", filepath.Join(s.Dir, name+"-http.sock"),
+		"--max-staleness", Staleness.String())
 	if err != nil {
 		return "", err
 	}
-	s.agents[id] = p
-	return "unix://" + socket, nil
+	return "unix://" + socket, s.awaitAgent(ctx, "unix://"+socket, s.agents[id])
+}
+
+// awaitAgent waits until an agent says that it serves.
+func (s *Sandbox) awaitAgent(ctx context.Context, address string, p *process) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() {
+		select {
+		case <-p.done:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	quick := backoff.Config{BaseDelay: 20 * time.Millisecond, Multiplier: 1.2, MaxDelay: 200 * time.Millisecond}
+	conn, err := grpc.NewClient(address, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithConnectParams(grpc.ConnectParams{Backoff: quick}))
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	watch, err := healthpb.NewHealthClient(conn).Watch(ctx, &healthpb.HealthCheckRequest{}, grpc.WaitForReady(true))
+	if err != nil {
+		return fmt.Errorf("waiting for the %s: %w: %s", p.name, err, tail(p.log))
+	}
+	for {
+		m, err := watch.Recv()
+		if err != nil {
+			return fmt.Errorf("waiting for the %s: %w: %s", p.name, err, tail(p.log))
+		}
+		if m.GetStatus() == healthpb.HealthCheckResponse_SERVING {
+			return nil
+		}
+	}
 }
 
 // Close ends everything and removes what was made.
@@ -241,54 +269,57 @@ func (s *Sandbox) Close() {
 // process is a child that dies with us: its standard input is a pipe that only we
 // hold, and it ends when that closes, however we end.
 type process struct {
-	cmd      *exec.Cmd
-	lifeline io.Closer
-	done     chan struct{}
-	err      error
+	name, log string
+	cmd       *exec.Cmd
+	lifeline  io.Closer
+	lines     chan []byte // the first line of its output
+	done      chan struct{}
+	err       error
 }
 
-func (s *Sandbox) start(ctx context.Context, name string, command []string, config string) (*process, []byte, error) {
-	logPath := filepath.Join(s.Dir, name+".log")
-	logFile, err := os.OpenFile(logPath, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+// spawn starts a process.
+func (s *Sandbox) spawn(name string, command []string, args ...string) (*process, error) {
+	p := &process{name: name, log: filepath.Join(s.Dir, name+".log"), lines: make(chan []byte, 1), done: make(chan struct{})}
+	logFile, err := os.OpenFile(p.log, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	defer logFile.Close() // the child has its own copy
-	args := append(append([]string{}, command[1:]...), "serve", "--config", config, "--announce")
-	cmd := exec.Command(command[0], args...)
-	cmd.Stderr = logFile
-	if s.cfg.Log != nil {
-		cmd.Stderr = io.MultiWriter(logFile, s.cfg.Log)
-	}
-	stdin, err := cmd.StdinPipe()
+	p.cmd = exec.Command(command[0], append(append([]string{}, command[1:]...), args...)...)
+	p.cmd.Stderr = logFile
+	stdin, err := p.cmd.StdinPipe()
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	stdout, err := cmd.StdoutPipe()
+	p.lifeline = stdin
+	stdout, err := p.cmd.StdoutPipe()
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	if err := cmd.Start(); err != nil {
-		return nil, nil, fmt.Errorf("starting the %s: %w", name, err)
+	if err := p.cmd.Start(); err != nil {
+		return nil, fmt.Errorf("starting the %s: %w", name, err)
 	}
-	p := &process{cmd: cmd, lifeline: stdin, done: make(chan struct{})}
-	lines := make(chan []byte, 1)
 	go func() {
 		defer close(p.done)
-		line, err := bufio.NewReader(stdout).ReadBytes('\n')
-		if err == nil {
-			lines <- line
+		out := bufio.NewReader(stdout)
+		if line, err := out.ReadBytes('\n'); err == nil {
+			p.lines <- line
 		}
-		p.err = cmd.Wait()
+		io.Copy(io.Discard, out)
+		p.err = p.cmd.Wait()
 	}()
+	return p, nil
+}
+
+// announced waits for the first line of output.
+func (p *process) announced(ctx context.Context) ([]byte, error) {
 	select {
-	case line := <-lines:
-		return p, line, nil
+	case line := <-p.lines:
+		return line, nil
 	case <-p.done:
-		return nil, nil, fmt.Errorf("the %s ended instead of serving (%v): %s", name, p.err, tail(logPath))
+		return nil, fmt.Errorf("the %s ended instead of serving (%v): %s", p.name, p.err, tail(p.log))
 	case <-ctx.Done():
-		p.kill()
-		return nil, nil, fmt.Errorf("waiting for the %s: %w: %s", name, ctx.Err(), tail(logPath))
+		return nil, fmt.Errorf("waiting for the %s: %w: %s", p.name, ctx.Err(), tail(p.log))
 	}
 }
 
