@@ -304,6 +304,15 @@ func (b *Broker) checkSVID(c Caller) error {
 	return nil
 }
 
+// checkWorkload is checkSVID for who wants a credential: break-glass has no identity to
+// issue to.
+func (b *Broker) checkWorkload(c Caller) error {
+	if c.Leaf == nil {
+		return ErrSVIDExpired.because("a credential needs an X.509-SVID")
+	}
+	return b.checkSVID(c)
+}
+
 // decide asks policy; break-glass is not asked.
 func (b *Broker) decide(ctx context.Context, q Question) (Decision, error) {
 	if q.Caller.Local != "" {

@@ -29,7 +29,7 @@ func (b *Broker) exchange(ctx context.Context, c Caller, req Request) (*Credenti
 	if err != nil {
 		return nil, e, err
 	}
-	if err := b.checkSVID(c); err != nil {
+	if err := b.checkWorkload(c); err != nil {
 		return nil, e, err
 	}
 	b.seen.note(c.ID, c.Leaf)

@@ -2,9 +2,11 @@ package broker
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
-	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -15,6 +17,9 @@ import (
 
 // maxStreams bounds the streams of one identity: an autoscaled set shares one.
 const maxStreams = 1024
+
+// maxAudiences bounds the names that one verifier answers to.
+const maxAudiences = 64
 
 // A Subscriber is what a verifier says of itself when it begins to follow.
 type Subscriber struct {
@@ -67,8 +72,17 @@ func observe(v feed.Verifier) Observation {
 	return Observation{Key: rosterKey(v.ID), Value: b}
 }
 
+// maxKeyText is how long a roster entry's name is before its hash stands for it: a
+// SPIFFE ID alone may be longer than the key of an observation.
+const maxKeyText = 400
+
 func rosterKey(id feed.VerifierID) string {
-	return rosterPrefix + strings.Join([]string{id.Identity, id.Via, id.Instance}, "|")
+	name := strings.Join([]string{id.Identity, id.Via, id.Instance}, "|")
+	if len(name) > maxKeyText {
+		sum := sha256.Sum256([]byte(name))
+		name = hex.EncodeToString(sum[:])
+	}
+	return rosterPrefix + name
 }
 
 // loadRoster reads the roster: each verifier in it may have been fresh until now.
@@ -148,7 +162,8 @@ func (b *Broker) subscribe(ctx context.Context, c Caller, s Subscriber, e *Audit
 	}
 	b.state.mu.RLock()
 	head := b.state.log.Head()
-	if at, ok := b.state.log.At(s.Position.Seq); ok && at == s.Position {
+	// What a relay has is no receipt: it hasn't said yet who is below it.
+	if at, ok := b.state.log.At(s.Position.Seq); ok && at == s.Position && !s.Relay {
 		v.Acked, v.AckedAt = at, b.cfg.Boot()
 	}
 	b.state.mu.RUnlock()
@@ -163,9 +178,9 @@ func (b *Broker) subscribe(ctx context.Context, c Caller, s Subscriber, e *Audit
 
 func checkSubscriber(s Subscriber) error {
 	switch {
-	case len(s.Instance) < 8 || len(s.Instance) > 64 || strings.ContainsAny(s.Instance, "|/ \n"):
+	case !validInstance(s.Instance):
 		return ErrFeedRejected.because("instance: 8 to 64 characters").with("field", "instance")
-	case len(s.Audiences) == 0 && !s.Relay || len(s.Audiences) > 64:
+	case len(s.Audiences) == 0 && !s.Relay || len(s.Audiences) > maxAudiences:
 		return ErrFeedRejected.because("audiences: 1 to 64; only a relay may name none").with("field", "audiences")
 	case s.MaxStaleness < MinStaleness || s.MaxStaleness > MaxStaleness:
 		return ErrBoundTooLarge.with("field", "max_staleness")
@@ -176,6 +191,14 @@ func checkSubscriber(s Subscriber) error {
 		}
 	}
 	return nil
+}
+
+// validInstance keeps to what base64url may hold, as the wire does: the roster's keys
+// join instances with other characters.
+func validInstance(s string) bool {
+	return len(s) >= 8 && len(s) <= 64 && !strings.ContainsFunc(s, func(r rune) bool {
+		return (r < 'a' || r > 'z') && (r < 'A' || r > 'Z') && (r < '0' || r > '9') && r != '-' && r != '_'
+	})
 }
 
 // join puts a verifier on the roster: in the store first, so that it can't be
@@ -191,6 +214,7 @@ func (b *Broker) join(ctx context.Context, v feed.Verifier) error {
 		return ErrTooManyStreams
 	}
 	r.streams[v.ID.Identity]++
+	v = r.merged(v)
 	r.mu.Unlock()
 	if err := b.cfg.Store.Observe(ctx, observe(v)); err != nil {
 		b.leave(v.ID.Identity)
@@ -201,6 +225,15 @@ func (b *Broker) join(ctx context.Context, v feed.Verifier) error {
 	r.feed.Join(v, b.cfg.Boot())
 	r.ring()
 	return nil
+}
+
+// merged is what the store keeps of a verifier that joins again: the larger of its two
+// bounds, which it may still live by after our restart. The caller holds the lock.
+func (r *roster) merged(v feed.Verifier) feed.Verifier {
+	if old, ok := r.feed.Get(v.ID); ok {
+		v.Bound = max(v.Bound, old.Bound)
+	}
+	return v
 }
 
 func (b *Broker) leave(identity string) {
@@ -269,16 +302,21 @@ func (f *Follower) Acknowledge(ctx context.Context, p feed.Position) error {
 	if err := f.Check(); err != nil {
 		return err
 	}
+	if !f.delivered(p) {
+		return ErrFeedRejected.because("a receipt for %s, which was not delivered on this stream", p)
+	}
+	return f.b.acknowledge(ctx, f.id, p)
+}
+
+// delivered reports whether this stream was given what a receipt is for.
+func (f *Follower) delivered(p feed.Position) bool {
 	f.mu.Lock()
-	delivered := f.cursor.Position()
+	until := f.cursor.Position()
 	f.mu.Unlock()
 	f.b.state.mu.RLock()
 	at, known := f.b.state.log.At(p.Seq)
 	f.b.state.mu.RUnlock()
-	if p.Compare(delivered) > 0 || known && at != p {
-		return ErrFeedRejected.because("a receipt for %s, which was not delivered on this stream", p)
-	}
-	return f.b.acknowledge(ctx, f.id, p)
+	return p.Compare(until) <= 0 && (!known || p.Era != at.Era || p == at)
 }
 
 func (b *Broker) acknowledge(ctx context.Context, id feed.VerifierID, p feed.Position) error {
@@ -318,36 +356,38 @@ func (f *Follower) Relayed(ctx context.Context, verifiers []RelayedVerifier) err
 	if !f.relay || len(verifiers) > maxRelayed {
 		return ErrFeedRejected.because("a relay report from one that is no relay, or too large")
 	}
-	f.mu.Lock()
-	delivered := f.cursor.Position()
-	f.mu.Unlock()
-	observations := make([]Observation, 0, len(verifiers))
-	for _, rv := range verifiers {
-		v, err := f.relayed(rv, delivered)
+	below := make([]feed.Verifier, len(verifiers))
+	observations := make([]Observation, len(verifiers))
+	r := &f.b.roster
+	for i, rv := range verifiers {
+		v, err := f.relayed(rv)
 		if err != nil {
 			return err
 		}
-		observations = append(observations, observe(v))
+		r.mu.Lock()
+		below[i] = r.merged(v)
+		r.mu.Unlock()
+		observations[i] = observe(below[i])
 	}
 	if err := f.b.cfg.Store.Observe(ctx, observations...); err != nil {
 		return storeRefusal(err)
 	}
-	r := &f.b.roster
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	now := f.b.cfg.Boot()
-	for _, rv := range verifiers {
-		v, _ := f.relayed(rv, delivered)
-		v.AckedAt = now
+	for _, v := range below {
 		r.feed.Join(v, now)
 	}
 	r.ring()
 	return nil
 }
 
-func (f *Follower) relayed(rv RelayedVerifier, delivered feed.Position) (feed.Verifier, error) {
-	if len(rv.Path) == 0 || len(rv.Path) > 8 || rv.Acknowledged.Compare(delivered) > 0 ||
-		rv.MaxStaleness < MinStaleness || rv.MaxStaleness > MaxStaleness {
+func (f *Follower) relayed(rv RelayedVerifier) (feed.Verifier, error) {
+	bad := func(a string) bool { return token.ValidateAudience(a) != nil }
+	if len(rv.Path) == 0 || len(rv.Path) > 8 || !f.delivered(rv.Acknowledged) ||
+		rv.MaxStaleness < MinStaleness || rv.MaxStaleness > MaxStaleness ||
+		slices.ContainsFunc(rv.Path, func(s string) bool { return !validInstance(s) }) ||
+		len(rv.Audiences) > maxAudiences || slices.ContainsFunc(rv.Audiences, bad) {
 		return feed.Verifier{}, ErrFeedRejected.because("a relay report with an impossible entry")
 	}
 	last := len(rv.Path) - 1
@@ -384,7 +424,9 @@ type storedUses struct {
 
 const (
 	usesPrefix = "uses/"
-	maxUses    = 256 // in one report
+	maxUses    = 256      // in one report
+	maxReport  = 64 << 10 // bytes of it in the store
+	usesKept   = grantsKept
 )
 
 // Report keeps a use report: the evidence of an incident.
@@ -396,8 +438,8 @@ func (f *Follower) Report(ctx context.Context, uses []Use, dropped uint64) error
 		return ErrFeedRejected.because("a use report of more than %d entries", maxUses)
 	}
 	value, err := json.Marshal(storedUses{Verifier: f.id.Identity, Instance: f.id.Instance, Dropped: dropped, Uses: uses})
-	if err != nil {
-		return errors.New("encoding a use report")
+	if err != nil || len(value) > maxReport { // a time that no calendar has; escapes that swell
+		return ErrFeedRejected.because("a use report that can't be kept")
 	}
 	now := f.b.cfg.Now().UTC()
 	key := fmt.Sprintf("%s%s/%d/%s", usesPrefix, now.Format("20060102"), now.UnixNano(), f.id.Instance)

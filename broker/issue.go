@@ -48,7 +48,7 @@ func (b *Broker) issue(ctx context.Context, c Caller, req Request) (*Credential,
 	if err != nil {
 		return nil, e, err
 	}
-	if err := b.checkSVID(c); err != nil {
+	if err := b.checkWorkload(c); err != nil {
 		return nil, e, err
 	}
 	b.seen.note(c.ID, c.Leaf)
@@ -70,6 +70,7 @@ func (b *Broker) issue(ctx context.Context, c Caller, req Request) (*Credential,
 // normalize checks the form of a request before anything looks at it.
 func (b *Broker) normalize(req Request) (Request, error) {
 	if err := token.ValidateAudience(req.Audience); err != nil {
+		req.Audience, req.Scopes = "", nil // whatever was pasted there is not for the audit
 		return req, ErrInvalidRequest.because("audience: %v", err).with("field", "audience")
 	}
 	scopes, err := token.NormalizeScopes(req.Scopes)

@@ -46,14 +46,36 @@ func (b *Broker) Prune(ctx context.Context) error {
 		b.roster.ring()
 	}
 	b.roster.mu.Unlock()
-	if len(gone) == 0 {
+	deletions, err := b.oldUses(ctx)
+	if err != nil {
+		return err
+	}
+	for _, id := range gone {
+		deletions = append(deletions, Observation{Key: rosterKey(id)})
+	}
+	if len(deletions) == 0 {
 		return nil
 	}
-	deletions := make([]Observation, len(gone))
-	for i, id := range gone {
-		deletions[i] = Observation{Key: rosterKey(id)}
-	}
 	return b.cfg.Store.Observe(ctx, deletions...)
+}
+
+// maxUsesPruned bounds the use reports that one pruning deletes.
+const maxUsesPruned = 1000
+
+// oldUses names use reports, whole days of them, whose grants are gone.
+func (b *Broker) oldUses(ctx context.Context) ([]Observation, error) {
+	var old []Observation
+	first := usesPrefix + b.cfg.Now().UTC().Add(-usesKept).Format("20060102")
+	for o, err := range b.cfg.Store.Observed(ctx, usesPrefix) {
+		if err != nil {
+			return nil, err
+		}
+		if o.Key >= first || len(old) == maxUsesPruned {
+			break
+		}
+		old = append(old, Observation{Key: o.Key})
+	}
+	return old, nil
 }
 
 // nextHorizon is the highest position such that all up to it are past their age.

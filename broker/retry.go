@@ -29,9 +29,10 @@ type retriedAnswer struct {
 }
 
 // once runs issue, or returns the credential that the same caller got for the same key
-// and request. A failure is not kept: whoever waited for it tries for itself.
+// and request, while that is good. A failure is not kept: whoever waited for it tries
+// for itself.
 func (b *Broker) once(ctx context.Context, c Caller, req Request, issue func() (*Credential, error)) (*Credential, error) {
-	if req.IdempotencyKey == "" || len(req.IdempotencyKey) > MaxKeyLength || c.Leaf == nil {
+	if req.IdempotencyKey == "" || len(req.IdempotencyKey) > MaxKeyLength || b.checkWorkload(c) != nil {
 		return issue()
 	}
 	digest := requestDigest(c, req)
@@ -39,13 +40,7 @@ func (b *Broker) once(ctx context.Context, c Caller, req Request, issue func() (
 	for {
 		a, first := b.retries.enter(key, digest, b.cfg.Now())
 		if first {
-			cred, err := issue()
-			if err != nil {
-				b.retries.forget(key, a)
-			}
-			a.cred = cred
-			close(a.done)
-			return cred, err
+			return b.first(key, a, issue)
 		}
 		if a.request != digest {
 			return nil, ErrIdempotencyReused
@@ -53,12 +48,28 @@ func (b *Broker) once(ctx context.Context, c Caller, req Request, issue func() (
 		select {
 		case <-a.done:
 			if a.cred != nil {
-				return a.cred, nil
+				if state, _ := b.GrantState(a.cred.Grant); state == GrantLive {
+					return a.cred, nil
+				}
+				b.retries.forget(key, a) // it was revoked since: whether there is another is asked anew
 			}
 		case <-ctx.Done():
 			return nil, ctx.Err()
 		}
 	}
+}
+
+// first makes the answer that others may be waiting for.
+func (b *Broker) first(key string, a *retriedAnswer, issue func() (*Credential, error)) (*Credential, error) {
+	defer func() { // also when issue panics, or they would wait for ever
+		if a.cred == nil {
+			b.retries.forget(key, a)
+		}
+		close(a.done)
+	}()
+	cred, err := issue()
+	a.cred = cred
+	return cred, err
 }
 
 // requestDigest covers the certificate too: a credential bound to one SVID is no

@@ -11,6 +11,7 @@ import (
 	"github.com/dayflyhq/dayfly/proto/revocation"
 	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/sync/singleflight"
 )
 
 // A Revoke is what an operator asks for: one atomic record, whatever it kills.
@@ -28,7 +29,7 @@ type Revoke struct {
 // way to every verifier when it returns.
 func (b *Broker) Revoke(ctx context.Context, c Caller, req Revoke) (Record, error) {
 	e := b.entry(ActionRevoke, c)
-	e.Selector, e.Lock, e.Why = texts(req.Selectors), req.Lock, req.Reason
+	e.Selector, e.Lock, e.Why = texts(req.Selectors), req.Lock, auditable(req.Reason)
 	rec, err := b.revoke(ctx, c, req, &e)
 	if err != nil {
 		return Record{}, b.refuse(e, err)
@@ -60,7 +61,8 @@ func (b *Broker) revoke(ctx context.Context, c Caller, req Revoke, e *AuditEntry
 		return Record{}, err
 	}
 	return b.recordOnce(ctx, c, req.IdempotencyKey, func(rec Record) bool {
-		return rec.Revocation != nil && slices.Equal(rec.Revocation.Selectors, req.Selectors)
+		return rec.Revocation != nil && slices.Equal(rec.Revocation.Selectors, req.Selectors) &&
+			rec.Details.Lock == req.Lock && rec.Details.LockEnds.Equal(req.LockEnds)
 	}, b.revocationRecord(c, req))
 }
 
@@ -174,13 +176,21 @@ func checkReason(reason string) error {
 	return nil
 }
 
+// auditable is a reason as the audit takes it: one that was refused has any length.
+func auditable(reason string) string {
+	if checkReason(reason) != nil {
+		return ""
+	}
+	return reason
+}
+
 // recordOnce appends a record, unless the same actor's key made one before: then that
 // one is the answer, if it is the same kind of thing.
 func (b *Broker) recordOnce(ctx context.Context, c Caller, key string, same func(Record) bool, next func(feed.Position) (Record, error)) (Record, error) {
 	if key == "" {
 		return b.append(ctx, next)
 	}
-	v, err, _ := b.flight.Do(retryKey(c.Actor(), key), func() (any, error) {
+	done := b.flight.DoChan(retryKey(c.Actor(), key), func() (any, error) {
 		b.state.mu.RLock()
 		seq, ok := b.state.retried[retryKey(c.Actor(), key)]
 		rec := b.state.records[seq]
@@ -191,10 +201,16 @@ func (b *Broker) recordOnce(ctx context.Context, c Caller, key string, same func
 		// The work outlives a caller that gives up: others may wait for it.
 		return b.append(context.WithoutCancel(ctx), next)
 	})
-	if err != nil {
-		return Record{}, err
+	var answer singleflight.Result
+	select {
+	case answer = <-done:
+	case <-ctx.Done():
+		return Record{}, ctx.Err()
 	}
-	rec := v.(Record)
+	if answer.Err != nil {
+		return Record{}, answer.Err
+	}
+	rec := answer.Val.(Record)
 	if !same(rec) {
 		return Record{}, ErrIdempotencyReused
 	}
@@ -204,7 +220,7 @@ func (b *Broker) recordOnce(ctx context.Context, c Caller, key string, same func
 // Lift ends one standing lock. The revocation stays, and nothing issued before revives.
 func (b *Broker) Lift(ctx context.Context, c Caller, number uint64, reason, idempotencyKey string) (Record, error) {
 	e := b.entry(ActionLift, c)
-	e.Sequence, e.Why = number, reason
+	e.Sequence, e.Why = number, auditable(reason)
 	rec, err := b.lift(ctx, c, number, reason, idempotencyKey, &e)
 	if err != nil {
 		return Record{}, b.refuse(e, err)
