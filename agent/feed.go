@@ -185,7 +185,7 @@ func (f *follower) begin(stream upstream, w *dayflyv1.Welcome, relay bool) *sess
 	}
 	k.ring()
 	f.log.Info("following the feed", "issuer", w.GetIssuer(), "position", k.view.Position().String(), "relay", relay)
-	return &session{follower: f, stream: stream, relay: relay, pings: map[string]uint64{}, heard: k.boot(), acked: k.view.Position()}
+	return &session{follower: f, stream: stream, relay: relay, pings: map[string]uint64{}, heard: k.boot()}
 }
 
 // session is one welcomed stream. send is its only sender, receive its only receiver.
@@ -193,7 +193,7 @@ type session struct {
 	*follower
 	stream upstream
 	relay  bool
-	acked  feed.Position // of send alone
+	acked  feed.Position // on this stream, after its first report; of send alone
 
 	// Guarded by knowledge.mu.
 	pings  map[string]uint64 // nonce to the generation that was reported before it

@@ -1,0 +1,521 @@
+package agent_test
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/dayflyhq/dayfly/agent"
+	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
+	"github.com/dayflyhq/dayfly/proto/feed"
+	"github.com/dayflyhq/dayfly/proto/revocation"
+	"github.com/dayflyhq/dayfly/proto/token"
+	"github.com/dayflyhq/dayfly/proto/wire"
+	"github.com/dayflyhq/dayfly/sdk"
+	"github.com/dayflyhq/dayfly/sdk/spiffetest"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+	"google.golang.org/grpc/test/bufconn"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+)
+
+// patience is how long a test waits for what must happen.
+const patience = 30 * time.Second
+
+var (
+	domain   = spiffeid.RequireTrustDomainFromString("td")
+	brokerID = spiffeid.RequireFromString("spiffe://td/dayfly/broker")
+	payments = spiffeid.RequireFromString("spiffe://td/payments")
+)
+
+// broker is a scripted broker: real tokens, a real log, real mTLS, and whatever fault a
+// test wants.
+type broker struct {
+	t    *testing.T
+	td   *spiffetest.TrustDomain
+	addr string
+	key  *ecdsa.PrivateKey
+	pub  token.PublicKey
+	der  []byte
+
+	mu      sync.Mutex
+	log     feed.Log
+	changed chan struct{}
+	ttl     time.Duration
+	binding token.Binding
+	refuse  error // of Issue
+	follow  error // of a Follow
+	norelay bool
+	silent  bool // no pongs
+	age     time.Duration
+	gate    chan struct{} // Issue waits for it, if not nil
+	server  *grpc.Server
+	subs    []wire.Subscription
+
+	issued  atomic.Int64
+	up      chan *dayflyv1.FollowRequest // all that subscribers sent
+	streams atomic.Int64
+}
+
+func newBroker(t *testing.T, td *spiffetest.TrustDomain) *broker {
+	t.Helper()
+	b := unservedBroker(t, td)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.addr = l.Addr().String()
+	b.serve(l)
+	t.Cleanup(b.stop)
+	return b
+}
+
+// unservedBroker has no socket: for a synctest bubble.
+func unservedBroker(t *testing.T, td *spiffetest.TrustDomain) *broker {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pub, err := token.NewPublicKey(token.ES256, key.Public())
+	if err != nil {
+		t.Fatal(err)
+	}
+	der, err := x509.MarshalPKIXPublicKey(key.Public())
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := &broker{
+		t: t, td: td, key: key, pub: pub, der: der, changed: make(chan struct{}),
+		ttl: 5 * time.Minute, binding: token.BindingSPIFFE, up: make(chan *dayflyv1.FollowRequest, 1<<14),
+	}
+	b.append(feed.Event{Era: &feed.Era{Era: 7}})
+	b.append(feed.Event{Key: &feed.Key{Public: pub, DER: der, Signature: []byte("x")}})
+	return b
+}
+
+func (b *broker) serve(l net.Listener) {
+	source := b.td.Source(brokerID)
+	cfg := tlsconfig.MTLSServerConfig(source, b.td, tlsconfig.AuthorizeAny())
+	cfg.SessionTicketsDisabled = true
+	cfg.MinVersion = tls.VersionTLS13
+	s := grpc.NewServer(grpc.Creds(credentials.NewTLS(cfg)), grpc.MaxRecvMsgSize(64<<10), grpc.WaitForHandlers(true))
+	dayflyv1.RegisterTokenServiceServer(s, tokenServer{b: b})
+	dayflyv1.RegisterFeedServiceServer(s, feedServer{b: b})
+	b.mu.Lock()
+	b.server = s
+	b.mu.Unlock()
+	go func() { _ = s.Serve(l) }()
+}
+
+func (b *broker) stop() {
+	b.mu.Lock()
+	s := b.server
+	b.mu.Unlock()
+	s.Stop()
+}
+
+// restart serves again at the same address.
+func (b *broker) restart() {
+	b.t.Helper()
+	l, err := net.Listen("tcp", b.addr)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	b.serve(l)
+}
+
+func (b *broker) append(e feed.Event) feed.Position {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	head := b.log.Head()
+	e.Seq = head.Seq + 1
+	e.Sum = e.Chain(head.Sum)
+	if err := b.log.Append(e); err != nil {
+		b.t.Fatal(err)
+	}
+	close(b.changed)
+	b.changed = make(chan struct{})
+	return b.log.Head()
+}
+
+func (b *broker) revoke(s revocation.Selector) feed.Position {
+	return b.append(feed.Event{Revocation: &feed.Revocation{Selectors: []revocation.Selector{s}}})
+}
+
+// set changes how the broker behaves.
+func (b *broker) set(f func(*broker)) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	f(b)
+}
+
+type tokenServer struct {
+	dayflyv1.UnimplementedTokenServiceServer
+	b *broker
+}
+
+func (s tokenServer) Issue(ctx context.Context, m *dayflyv1.IssueRequest) (*dayflyv1.IssueResponse, error) {
+	s.b.issued.Add(1)
+	s.b.mu.Lock()
+	gate, refused := s.b.gate, s.b.refuse
+	s.b.mu.Unlock()
+	if gate != nil {
+		select {
+		case <-gate:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+	if refused != nil {
+		return nil, refused
+	}
+	return &dayflyv1.IssueResponse{Credential: s.b.mint(m.GetAudience(), m.GetScopes())}, nil
+}
+
+func (s tokenServer) Exchange(_ context.Context, m *dayflyv1.ExchangeRequest) (*dayflyv1.ExchangeResponse, error) {
+	if m.GetSubjectToken() != "subject" {
+		return nil, refusal(codes.InvalidArgument, "SUBJECT_TOKEN_MALFORMED", "not a token")
+	}
+	return &dayflyv1.ExchangeResponse{Credential: s.b.mint(m.GetAudience(), m.GetScopes())}, nil
+}
+
+func refusal(code codes.Code, reason, message string) error {
+	s, err := status.New(code, message).WithDetails(&errdetails.ErrorInfo{Domain: sdk.ErrorDomain, Reason: reason, Metadata: map[string]string{"hint": "a hint"}})
+	if err != nil {
+		panic(err)
+	}
+	return s.Err()
+}
+
+func (b *broker) mint(audience string, scopes []string) *dayflyv1.Credential {
+	b.mu.Lock()
+	ttl, binding, head := b.ttl, b.binding, b.log.Head()
+	b.mu.Unlock()
+	now := time.Now().Truncate(time.Second)
+	grant, err := token.NewGrantID(payments, now, rand.Reader)
+	if err != nil {
+		b.t.Error(err)
+		return nil
+	}
+	svid, err := b.td.Source(payments).GetX509SVID()
+	if err != nil {
+		b.t.Error(err)
+		return nil
+	}
+	claims := &token.Claims{
+		Issuer: "https://broker.test", Audience: audience, Scopes: scopes,
+		Lineage:  []token.Member{{Identity: payments, Grant: grant, Key: b.pub.ID, SVID: token.ThumbprintOf(svid.Certificates[0])}},
+		IssuedAt: now, NotBefore: now, Expires: now.Add(ttl), Binding: binding, Transaction: "txn", Position: head.Token(),
+	}
+	if binding == token.BindingX5T {
+		claims.Certificate = thumb(svid.Certificates[0])
+	}
+	unsigned, err := token.Encode(claims, token.ES256)
+	if err != nil {
+		b.t.Error(err)
+		return nil
+	}
+	secret, err := unsigned.Sign(b.key)
+	if err != nil {
+		b.t.Error(err)
+		return nil
+	}
+	return &dayflyv1.Credential{
+		Token: secret.Reveal(), Grant: grant.String(), Audience: audience, Scopes: scopes, Binding: wire.Binding(binding),
+		IssuedAt: timestamppb.New(now), ExpiresAt: timestamppb.New(now.Add(ttl)),
+	}
+}
+
+type feedServer struct {
+	dayflyv1.UnimplementedFeedServiceServer
+	b *broker
+}
+
+// Follow answers like a broker and keeps what came up.
+func (s feedServer) Follow(stream grpc.BidiStreamingServer[dayflyv1.FollowRequest, dayflyv1.FollowResponse]) error {
+	b := s.b
+	first, err := stream.Recv()
+	if err != nil {
+		return err
+	}
+	sub, err := wire.ToSubscription(first.GetSubscribe())
+	if err != nil {
+		return err
+	}
+	b.mu.Lock()
+	refused := b.follow
+	if refused == nil && b.norelay && sub.Relay {
+		refused = refusal(codes.PermissionDenied, "RELAY_NOT_ALLOWED", "may not relay")
+	}
+	if refused == nil {
+		b.subs = append(b.subs, sub)
+	}
+	b.mu.Unlock()
+	if refused != nil {
+		return refused
+	}
+	b.streams.Add(1)
+	if err := stream.Send(&dayflyv1.FollowResponse{Message: &dayflyv1.FollowResponse_Welcome{Welcome: &dayflyv1.Welcome{
+		MaxStaleness: durationpb.New(sub.Bound), MaxTokenTtl: durationpb.New(time.Hour), Issuer: "https://broker.test",
+	}}}); err != nil {
+		return err
+	}
+	pings := make(chan []byte, 1024)
+	ended := make(chan error, 1)
+	go func() {
+		for {
+			m, err := stream.Recv()
+			if err != nil {
+				ended <- err
+				return
+			}
+			b.up <- m
+			if p := m.GetPing(); p != nil {
+				pings <- p.GetNonce()
+			}
+		}
+	}()
+	return b.feed(stream, feed.NewCursor(sub.Position), pings, ended)
+}
+
+func (b *broker) feed(stream grpc.BidiStreamingServer[dayflyv1.FollowRequest, dayflyv1.FollowResponse], cursor *feed.Cursor, pings <-chan []byte, ended <-chan error) error {
+	for {
+		b.mu.Lock()
+		d, ok := cursor.Next(&b.log, 100)
+		changed := b.changed
+		b.mu.Unlock()
+		if ok {
+			if err := stream.Send(wire.Delivery(d)); err != nil {
+				return err
+			}
+			continue
+		}
+		select {
+		case <-changed:
+		case nonce := <-pings:
+			b.mu.Lock()
+			silent, head, age := b.silent, b.log.Head(), b.age
+			b.mu.Unlock()
+			if silent {
+				continue
+			}
+			if err := stream.Send(wire.PongMessage(wire.Pong{Nonce: string(nonce), Head: head, Age: age})); err != nil {
+				return err
+			}
+		case err := <-ended:
+			if errors.Is(err, io.EOF) {
+				return nil
+			}
+			return err
+		}
+	}
+}
+
+// sent waits for a message up that fits.
+func (b *broker) sent(what string, fits func(*dayflyv1.FollowRequest) bool) *dayflyv1.FollowRequest {
+	b.t.Helper()
+	deadline := time.After(patience)
+	for {
+		select {
+		case m := <-b.up:
+			if fits(m) {
+				return m
+			}
+		case <-deadline:
+			b.t.Fatalf("the broker was never sent %s", what)
+		}
+	}
+}
+
+// fixture is one running agent.
+type fixture struct {
+	*testing.T
+	td         *spiffetest.TrustDomain
+	broker     *broker
+	dir        string
+	grpc, http string
+	cancel     context.CancelFunc
+	done       chan error
+}
+
+func tempDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "df")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	return dir
+}
+
+func newDomain(t *testing.T) *spiffetest.TrustDomain {
+	return spiffetest.ForTest(t, spiffetest.Config{TrustDomain: domain})
+}
+
+// start runs an agent for payments. With no broker, nobody is at its broker's address.
+func start(t *testing.T, td *spiffetest.TrustDomain, b *broker, change func(*agent.Config)) *fixture {
+	t.Helper()
+	addr, err := td.Workload(payments)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := &fixture{T: t, td: td, broker: b, dir: tempDir(t), done: make(chan error, 1)}
+	f.grpc, f.http = filepath.Join(f.dir, "g.sock"), filepath.Join(f.dir, "h.sock")
+	identity := agent.NewIdentity(addr, nil)
+	client, err := sdk.New(sdk.Config{Address: b.addr, Source: identity, BrokerID: brokerID})
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg := agent.Config{
+		Upstream: client.Conn(), Source: identity, Changed: identity.Changed,
+		GRPC: f.listen(f.grpc), HTTP: f.listen(f.http), MaxStaleness: 3 * time.Second,
+	}
+	if change != nil {
+		change(&cfg)
+	}
+	a, err := agent.New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	f.cancel = cancel
+	var wg sync.WaitGroup
+	wg.Go(func() { _ = identity.Run(ctx) })
+	go func() {
+		err := a.Run(ctx)
+		wg.Wait()
+		_ = client.Close()
+		f.done <- err
+	}()
+	t.Cleanup(f.stop)
+	return f
+}
+
+func (f *fixture) listen(path string) net.Listener {
+	f.Helper()
+	l, err := agent.Listen(agent.SocketConfig{Path: path})
+	if err != nil {
+		f.Fatal(err)
+	}
+	return l
+}
+
+// stop ends the agent and waits for it; a second call does nothing.
+func (f *fixture) stop() {
+	f.cancel()
+	select {
+	case err, ok := <-f.done:
+		if ok && err != nil {
+			f.Errorf("agent: %v", err)
+		}
+		if ok {
+			close(f.done)
+		}
+	case <-time.After(patience):
+		f.Errorf("the agent did not stop\n%s", stacks())
+	}
+}
+
+// client is an sdk client of the agent's socket.
+func (f *fixture) client() *sdk.Client {
+	f.Helper()
+	c, err := sdk.New(sdk.Config{Address: "unix://" + f.grpc, Timeout: patience})
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Cleanup(func() { _ = c.Close() })
+	return c
+}
+
+func (f *fixture) conn() *grpc.ClientConn {
+	f.Helper()
+	cc, err := grpc.NewClient("unix://"+f.grpc, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Cleanup(func() { _ = cc.Close() })
+	return cc
+}
+
+// issue asks until there is a credential.
+func (f *fixture) issue(c *sdk.Client, r sdk.Request) *sdk.Credential {
+	f.Helper()
+	var cred *sdk.Credential
+	eventually(f.T, "a credential", func() error {
+		var err error
+		cred, err = c.Issue(f.Context(), r)
+		return err
+	})
+	return cred
+}
+
+// eventually tries until there is no error.
+func eventually(t *testing.T, what string, try func() error) {
+	t.Helper()
+	deadline := time.Now().Add(patience)
+	for {
+		err := try()
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("waiting for %s: %v", what, err)
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+}
+
+func stacks() string {
+	buf := make([]byte, 1<<20)
+	return string(buf[:runtime.Stack(buf, true)])
+}
+
+// noLeaks fails the test if goroutines of this module are left at its end. It must be
+// called before anything else registers a cleanup.
+func noLeaks(t *testing.T) {
+	t.Helper()
+	t.Cleanup(func() {
+		eventually(t, "all goroutines to end", func() error {
+			for g := range strings.SplitSeq(stacks(), "\n\n") {
+				if strings.Contains(g, "dayflyhq/dayfly/agent.") || strings.Contains(g, "dayflyhq/dayfly/sdk.") {
+					return errors.New(g)
+				}
+			}
+			return nil
+		})
+	})
+}
+
+func sdkRequest(audience string) sdk.Request { return sdk.Request{Audience: audience} }
+
+func (f *fixture) dialer(l *bufconn.Listener) *grpc.ClientConn {
+	f.Helper()
+	cc, err := grpc.NewClient("passthrough:///agent", grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return l.DialContext(ctx) }))
+	if err != nil {
+		f.Fatal(err)
+	}
+	return cc
+}

@@ -1,0 +1,156 @@
+package agent_test
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/dayflyhq/dayfly/agent"
+	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
+	"github.com/dayflyhq/dayfly/proto/feed"
+	"github.com/dayflyhq/dayfly/sdk"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/test/bufconn"
+	"google.golang.org/protobuf/proto"
+)
+
+// direct calls a scripted broker without a socket, so that a bubble's clock can run.
+type direct struct {
+	b  *broker
+	mu sync.Mutex
+	at []time.Time
+}
+
+func (d *direct) Invoke(ctx context.Context, _ string, args, reply any, _ ...grpc.CallOption) error {
+	d.mu.Lock()
+	d.at = append(d.at, time.Now())
+	d.mu.Unlock()
+	resp, err := tokenServer{b: d.b}.Issue(ctx, args.(*dayflyv1.IssueRequest))
+	if err != nil {
+		return sdk.FromRPC(err)
+	}
+	proto.Merge(reply.(*dayflyv1.IssueResponse), resp)
+	return nil
+}
+
+func (d *direct) NewStream(context.Context, *grpc.StreamDesc, string, ...grpc.CallOption) (grpc.ClientStream, error) {
+	return nil, errors.New("no streams here")
+}
+
+func (d *direct) calls() []time.Time {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return append([]time.Time(nil), d.at...)
+}
+
+// bubble runs an agent on the bubble's clock and returns a client of its socket.
+func bubble(t *testing.T, d *direct, prefetch ...agent.Request) dayflyv1.TokenServiceClient {
+	t.Helper()
+	l := bufconn.Listen(1 << 20)
+	began := time.Now()
+	a, err := agent.New(agent.Config{
+		Upstream: d, Source: d.b.td.Source(payments), GRPC: l, NoFeed: true, Prefetch: prefetch,
+		Boot: func() feed.Instant { return feed.Instant(time.Since(began)) },
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error)
+	go func() { done <- a.Run(ctx) }()
+	f := &fixture{T: t}
+	cc := f.dialer(l)
+	t.Cleanup(func() {
+		_ = cc.Close()
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+	return dayflyv1.NewTokenServiceClient(cc)
+}
+
+// A credential is renewed between 60 and 75 % of its life, whether or not anyone asks,
+// and is never given out expired.
+func TestRenewsAhead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		td := newDomain(t)
+		d := &direct{b: unservedBroker(t, td)}
+		c := bubble(t, d, agent.Request{Audience: "orders"})
+		time.Sleep(30 * time.Minute)
+		calls := d.calls()
+		if len(calls) < 8 || len(calls) > 11 {
+			t.Fatalf("%d calls in 30 minutes of 5-minute credentials", len(calls))
+		}
+		for i := 1; i < len(calls); i++ {
+			// Times of tokens are whole seconds, so a life may seem a second longer.
+			if life := calls[i].Sub(calls[i-1]); life < 180*time.Second || life > 226*time.Second {
+				t.Errorf("renewed after %v of 5m", life)
+			}
+		}
+		n := len(calls)
+		resp, err := c.Issue(t.Context(), &dayflyv1.IssueRequest{Audience: "orders"})
+		if err != nil || !resp.GetCredential().GetExpiresAt().AsTime().After(time.Now().Add(time.Minute)) {
+			t.Errorf("from memory: %v %v", resp.GetCredential().GetExpiresAt().AsTime(), err)
+		}
+		if len(d.calls()) != n {
+			t.Error("asking cost a call")
+		}
+	})
+}
+
+// What nobody asks for any more is forgotten; what was asked for stays fresh meanwhile.
+func TestIdleIsForgotten(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		td := newDomain(t)
+		d := &direct{b: unservedBroker(t, td)}
+		c := bubble(t, d)
+		if _, err := c.Issue(t.Context(), &dayflyv1.IssueRequest{Audience: "orders"}); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(9 * time.Minute)
+		if n := len(d.calls()); n < 3 {
+			t.Errorf("%d calls in 9 minutes: not kept fresh", n)
+		}
+		time.Sleep(5 * time.Minute)
+		n := len(d.calls())
+		time.Sleep(time.Hour)
+		if got := len(d.calls()); got != n {
+			t.Errorf("%d more calls, though nobody asks", got-n)
+		}
+	})
+}
+
+// Renewal that fails costs nothing while the credential lives, and an expired one is
+// never given out.
+func TestServesUntilExpiry(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		td := newDomain(t)
+		d := &direct{b: unservedBroker(t, td)}
+		c := bubble(t, d, agent.Request{Audience: "orders"})
+		synctest.Wait()
+		d.b.set(func(b *broker) { b.refuse = refusal(codes.Unavailable, "STORE_FULL", "full") })
+		first, err := c.Issue(t.Context(), &dayflyv1.IssueRequest{Audience: "orders"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Until(first.GetCredential().GetExpiresAt().AsTime()) - time.Second)
+		again, err := c.Issue(t.Context(), &dayflyv1.IssueRequest{Audience: "orders"})
+		if err != nil || again.GetCredential().GetGrant() != first.GetCredential().GetGrant() {
+			t.Errorf("a second before its expiry: %v", err)
+		}
+		time.Sleep(2 * time.Second)
+		if _, err := c.Issue(t.Context(), &dayflyv1.IssueRequest{Audience: "orders"}); reason(err) != "STORE_FULL" {
+			t.Errorf("after its expiry: %v", err)
+		}
+		d.b.set(func(b *broker) { b.refuse = nil })
+		time.Sleep(20 * time.Second) // the longest pause
+		if _, err := c.Issue(t.Context(), &dayflyv1.IssueRequest{Audience: "orders"}); err != nil {
+			t.Errorf("when the broker is well again: %v", err)
+		}
+	})
+}
