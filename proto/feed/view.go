@@ -95,7 +95,7 @@ func (v *View) Apply(d Delivery, now Instant) error {
 	if d.Snapshot {
 		err = v.applySnapshot(d, now)
 	} else {
-		v.pending = nil // the snapshot under way was cut off
+		v.pending = nil // left by a stream that ended: only memory
 		err = v.applyEvents(d, now)
 	}
 	return v.seal(cmp.Or(err, v.settleClaims()))
