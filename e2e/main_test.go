@@ -23,7 +23,7 @@ func testMain(m *testing.M) int {
 	}
 	defer os.RemoveAll(dir)
 	bin = dir
-	build := exec.Command("go", "build", "-o", dir, "../cmd/dayfly-broker")
+	build := exec.Command("go", "build", "-o", dir, "../cmd/...")
 	build.Stdout, build.Stderr = os.Stderr, os.Stderr
 	if err := build.Run(); err != nil {
 		fmt.Fprintln(os.Stderr, "building the commands:", err)
@@ -33,7 +33,7 @@ func testMain(m *testing.M) int {
 }
 
 // newBox returns a dayfly made of the built commands, with its broker started.
-func newBox(t *testing.T) *sandbox.Sandbox {
+func newBox(t testing.TB) *sandbox.Sandbox {
 	t.Helper()
 	box, err := sandbox.New(sandbox.Config{
 		Broker: []string{filepath.Join(bin, "dayfly-broker")},

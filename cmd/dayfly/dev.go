@@ -114,7 +114,7 @@ As the security team:
   dayfly revoke --identity %[7]s --reason "trying it" --yes
   dayfly locks
   dayfly revocations list
-  dayfly lift "$(dayfly locks --output json | sed -n 's/.*"number": *"\{0,1\}\([0-9]*\).*/\1/p' | head -1)" --reason "tried it"
+  dayfly lift 3 --reason "tried it"    # the number that revoke printed
 
 orders  %[9]s   (mTLS)
 ledger  %[10]s   (mTLS)
