@@ -96,7 +96,7 @@ func watch(ctx context.Context, client *sdk.Client, sequence uint64, show func(*
 }
 
 // progress returns a show for follow: on a terminal, a line for each verifier whose
-// state has changed.
+// state has changed. Pending is where all of them begin, and says nothing new.
 func (a *app) progress(since time.Time) func(*dayflyv1.Containment) {
 	known := map[string]dayflyv1.ReceiptState{}
 	return func(c *dayflyv1.Containment) {
@@ -105,7 +105,7 @@ func (a *app) progress(since time.Time) func(*dayflyv1.Containment) {
 		}
 		for _, r := range c.GetReceipts() {
 			key := r.GetIdentity() + "\x00" + r.GetInstance()
-			if known[key] == r.GetState() {
+			if known[key] == r.GetState() || r.GetState() == dayflyv1.ReceiptState_RECEIPT_STATE_PENDING {
 				continue
 			}
 			known[key] = r.GetState()

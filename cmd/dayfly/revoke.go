@@ -317,9 +317,9 @@ func (a *app) writeRecorded(w io.Writer, r *dayflyv1.Revocation) {
 	fmt.Fprintf(w, "%s %d recorded at %s: %s\n", a.paint(a.stdout, bold, "Revocation"), number, at(r.GetTime()), clean(selectorTexts(r.GetSelectors())))
 	switch r.GetLockMode() {
 	case dayflyv1.LockMode_LOCK_MODE_QUARANTINE:
-		fmt.Fprintf(w, "Locked (quarantine): no new credentials %s.\n", lockEnd(number, r.GetLockEndsAt()))
+		fmt.Fprintf(w, "Locked (quarantine): no new credentials %s\n", lockEnd(number, r.GetLockEndsAt()))
 	case dayflyv1.LockMode_LOCK_MODE_REISSUE:
-		fmt.Fprintf(w, "Locked (reissue): new credentials only for SVIDs issued after %s, %s.\n", at(r.GetLockCut()), lockEnd(number, r.GetLockEndsAt()))
+		fmt.Fprintf(w, "Locked (reissue): new credentials only for SVIDs issued after %s, %s\n", at(r.GetLockCut()), lockEnd(number, r.GetLockEndsAt()))
 	}
 }
 
