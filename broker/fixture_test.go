@@ -7,8 +7,10 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
+	"encoding/asn1"
 	"encoding/json"
 	"errors"
+	"math/big"
 	"net/netip"
 	"path/filepath"
 	"strings"
@@ -493,4 +495,20 @@ func refused(t *testing.T, err error, want *broker.Refusal) *broker.Refusal {
 		t.Errorf("%s: kind %d, message %q, hint %q", r.Reason, r.Kind, r.Message, r.Hint)
 	}
 	return r
+}
+
+// spiffeOptions dates an SVID as the Workload API would.
+var spiffeOptions = spiffetest.SVIDOptions{}
+
+// rawSignature is an ECDSA signature as JWS wants it.
+func rawSignature(t *testing.T, der []byte) []byte {
+	t.Helper()
+	var rs struct{ R, S *big.Int }
+	if _, err := asn1.Unmarshal(der, &rs); err != nil {
+		t.Fatal(err)
+	}
+	out := make([]byte, 64)
+	rs.R.FillBytes(out[:32])
+	rs.S.FillBytes(out[32:])
+	return out
 }
