@@ -72,7 +72,8 @@ func (a *app) fail(err error) int {
 	if r.What != "" {
 		prefix += r.What + ": "
 	}
-	message := clean(r.Message)
+	// Further lines are indented, so that none of them passes for a line of ours.
+	message := strings.ReplaceAll(cleanLines(r.Message), "\n", "\n  ")
 	if r.Reason != "" {
 		message += " (" + clean(r.Reason) + ")"
 	}

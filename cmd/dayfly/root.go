@@ -50,7 +50,10 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 		a.verb = verbOf(root, args)
 	}
 	if !a.started {
-		err = misuse(err)
+		err = misuse(err, a.verb)
+		if wantsJSON(args) { // flags behind the wrong one weren't read
+			a.output = outputJSON
+		}
 	}
 	return a.fail(err)
 }
@@ -119,7 +122,7 @@ func (a *app) globalFlags(root *cobra.Command) {
 	f := root.PersistentFlags()
 	a.conn.add(f)
 	f.StringVarP(&a.output, "output", "o", outputText, "what to print: text or json")
-	f.DurationVar(&a.timeout, "timeout", defaultTimeout, "how long one call may take, getting the SVID included")
+	f.DurationVar(&a.timeout, "timeout", defaultTimeout, "how long one call may take, and how long getting the SVID may")
 	complete(root, "output", outputText, outputJSON)
 }
 
@@ -199,17 +202,31 @@ func verbOf(root *cobra.Command, args []string) string {
 }
 
 // misuse turns what cobra says of a command line into a usage error.
-func misuse(err error) error {
+func misuse(err error, verb string) error {
 	var usage *usageError
 	if errors.As(err, &usage) {
 		return err
 	}
 	first, rest, _ := strings.Cut(err.Error(), "\n")
-	hint := "dayfly --help lists verbs and flags"
+	hint := strings.Join(strings.Fields("dayfly "+verb+" --help"), " ") + " lists what there is"
 	if _, names, ok := strings.Cut(rest, "Did you mean this?"); ok {
 		hint = "did you mean: " + strings.Join(strings.Fields(names), ", ")
 	}
 	return usagef(hint, "%s", first)
+}
+
+func wantsJSON(args []string) bool {
+	for i, arg := range args {
+		switch arg {
+		case "--":
+			return false
+		case "--output=" + outputJSON, "-o" + outputJSON, "-o=" + outputJSON:
+			return true
+		case "--output", "-o":
+			return i+1 < len(args) && args[i+1] == outputJSON
+		}
+	}
+	return false
 }
 
 // env returns a variable of the environment, "" where it isn't set. As in a shell
