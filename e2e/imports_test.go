@@ -88,6 +88,7 @@ var house = []room{
 	{path: "cmd/dayfly-agent"},
 	{path: "cmd/internal/brokerd"},
 	{path: "cmd/internal/agentd"},
+	{path: "cmd/internal/config"},
 }
 
 // violation returns why a room may not import path, or "".
