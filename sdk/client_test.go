@@ -86,12 +86,14 @@ func (s *tokenServer) Exchange(ctx context.Context, r *dayflyv1.ExchangeRequest)
 }
 
 // startBroker serves s over mTLS as an identity.
-func startBroker(t *testing.T, td *spiffetest.TrustDomain, id spiffeid.ID, s *tokenServer) (address string) {
+func startBroker(t *testing.T, td *spiffetest.TrustDomain, id spiffeid.ID, s *tokenServer, states ...*health.Server) (address string) {
 	t.Helper()
 	source := td.Source(id)
 	server := grpc.NewServer(grpc.Creds(credentials.NewTLS(tlsconfig.MTLSServerConfig(source, source, tlsconfig.AuthorizeAny()))))
 	dayflyv1.RegisterTokenServiceServer(server, s)
-	healthpb.RegisterHealthServer(server, health.NewServer())
+	for _, state := range states {
+		healthpb.RegisterHealthServer(server, state)
+	}
 	lis, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -162,7 +164,8 @@ func TestBrokerIsPinned(t *testing.T) {
 func TestRotation(t *testing.T) {
 	td, s := newTrustDomain(t), &tokenServer{}
 	source := td.Source(payments)
-	c := newClient(t, sdk.Config{Address: startBroker(t, td, brokerID, s), Source: source, BrokerID: brokerID})
+	state := health.NewServer()
+	c := newClient(t, sdk.Config{Address: startBroker(t, td, brokerID, s, state), Source: source, BrokerID: brokerID})
 	stream, err := healthpb.NewHealthClient(c.Conn()).Watch(t.Context(), &healthpb.HealthCheckRequest{})
 	if err != nil {
 		t.Fatal(err)
@@ -190,13 +193,13 @@ func TestRotation(t *testing.T) {
 	if !s.leaves[0].Equal(s.leaves[1]) || s.leaves[1].Equal(s.leaves[2]) || !s.leaves[3].Equal(now.Certificates[0]) {
 		t.Error("the calls were not made with the SVID of their time")
 	}
+	// The stream on the old connection lives: a change still arrives.
+	state.SetServingStatus("", healthpb.HealthCheckResponse_NOT_SERVING)
+	if m, err := stream.Recv(); err != nil || m.GetStatus() != healthpb.HealthCheckResponse_NOT_SERVING {
+		t.Fatalf("the rotation ended a stream: %v, %v", m, err)
+	}
 	done := make(chan error, 1)
 	go func() { _, err := stream.Recv(); done <- err }()
-	select {
-	case err := <-done:
-		t.Fatalf("the rotation ended a stream: %v", err)
-	default:
-	}
 	if err := c.Close(); err != nil {
 		t.Error(err)
 	}
