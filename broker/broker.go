@@ -137,7 +137,14 @@ func (b *Broker) Load(ctx context.Context) error {
 	if err := b.loadRoster(ctx); err != nil {
 		return err
 	}
-	return b.revokeForeignKeys(ctx)
+	seq, err := b.revokeForeignKeys(ctx)
+	if err != nil {
+		return err
+	}
+	if seq == 0 {
+		return nil
+	}
+	return b.follow(ctx, seq)
 }
 
 // Run follows the store until ctx ends, and prunes. The broker serves only while it runs.
@@ -177,6 +184,11 @@ func (b *Broker) follow(ctx context.Context, until uint64) error {
 		}
 		if until > 0 && rec.Seq >= until {
 			return nil
+		}
+		if until == 0 && rec.Key != nil { // a shared store is written while we run
+			if _, err := b.revokeForeignKeys(ctx); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
@@ -239,22 +251,12 @@ func (b *Broker) append(ctx context.Context, next func(feed.Position) (Record, e
 }
 
 // revokeForeignKeys kills the keys that someone wrote into the store: whoever can
-// write there still mints nothing.
-func (b *Broker) revokeForeignKeys(ctx context.Context) error {
-	var foreign []revocation.Selector
-	b.state.mu.RLock()
-	for _, rec := range b.state.records {
-		if rec.Key == nil || rec.Seq < b.state.log.Horizon().Seq {
-			continue
-		}
-		id := rec.Key.Public.ID
-		if _, ok := b.state.keys[id]; !ok && !b.state.set.KeyRevoked(id) {
-			foreign = append(foreign, revocation.Key(id))
-		}
-	}
-	b.state.mu.RUnlock()
+// write there still mints nothing. It returns the number of the revocation, 0 if there
+// was none to make.
+func (b *Broker) revokeForeignKeys(ctx context.Context) (uint64, error) {
+	foreign := b.foreignKeys()
 	if len(foreign) == 0 {
-		return nil
+		return 0, nil
 	}
 	b.cfg.Log.ErrorContext(ctx, "revoking signing keys that no broker vouches for", "keys", len(foreign))
 	rec, err := b.cfg.Store.Append(ctx, func(feed.Position) (Record, error) {
@@ -264,9 +266,25 @@ func (b *Broker) revokeForeignKeys(ctx context.Context) error {
 		}, nil
 	})
 	if err != nil {
-		return fmt.Errorf("revoking foreign keys: %w", err)
+		return 0, fmt.Errorf("revoking foreign keys: %w", err)
 	}
-	return b.follow(ctx, rec.Seq)
+	return rec.Seq, nil
+}
+
+func (b *Broker) foreignKeys() []revocation.Selector {
+	b.state.mu.RLock()
+	defer b.state.mu.RUnlock()
+	var foreign []revocation.Selector
+	for _, rec := range b.state.records {
+		if rec.Key == nil || rec.Seq < b.state.log.Horizon().Seq {
+			continue
+		}
+		id := rec.Key.Public.ID
+		if _, ok := b.state.keys[id]; !ok && !b.state.set.KeyRevoked(id) {
+			foreign = append(foreign, revocation.Key(id))
+		}
+	}
+	return foreign
 }
 
 // refuse audits a refusal and returns it; other errors pass.

@@ -203,8 +203,9 @@ type world struct {
 	auditErr error
 	secrets  []token.Secret
 
-	stop func()
-	view feed.View
+	stop       func() // ends the broker and closes the store
+	stopBroker func() // ends the broker alone
+	view       feed.View
 }
 
 func newWorld(t *testing.T) *world {
@@ -249,11 +250,14 @@ func (w *world) start() {
 	}
 	done := make(chan error, 1)
 	go func() { done <- w.b.Run(ctx) }()
-	w.stop = sync.OnceFunc(func() {
+	w.stopBroker = sync.OnceFunc(func() {
 		cancel()
 		if err := <-done; err != nil {
 			w.t.Errorf("Run: %v", err)
 		}
+	})
+	w.stop = sync.OnceFunc(func() {
+		w.stopBroker()
 		if err := store.Close(); err != nil {
 			w.t.Errorf("closing the store: %v", err)
 		}
