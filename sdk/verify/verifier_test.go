@@ -12,6 +12,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"strings"
 	"testing"
@@ -23,6 +24,7 @@ import (
 	"github.com/dayflyhq/dayfly/proto/revocation"
 	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/dayflyhq/dayfly/sdk/verify"
+	"google.golang.org/grpc"
 	"google.golang.org/protobuf/types/known/durationpb"
 )
 
@@ -667,6 +669,52 @@ func TestUseReportsAreBounded(t *testing.T) {
 			}
 		})
 	})
+}
+
+// What a stream did not take is reported on the next one.
+func TestUseReportsSurviveAStream(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		failing := &failingConn{fail: 1}
+		w := newWorld(t, func(c *verify.Config) {
+			failing.ClientConnInterface = c.Conn
+			c.Conn = failing
+		})
+		w.ready(t)
+		w.want(t, w.good(t), "")
+		w.until(t, "the report", func() bool { return len(w.uses) == 1 && w.uses[0].GetCount() == 1 })
+		w.do(func() {
+			if len(w.subs) != 2 {
+				t.Errorf("%d streams, want a second one", len(w.subs))
+			}
+		})
+	})
+}
+
+// A failingConn breaks the stream at the first use reports.
+type failingConn struct {
+	grpc.ClientConnInterface
+	fail int
+}
+
+func (c *failingConn) NewStream(ctx context.Context, desc *grpc.StreamDesc, method string, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	s, err := c.ClientConnInterface.NewStream(ctx, desc, method, opts...)
+	return &failingStream{s, c, cancel}, err
+}
+
+type failingStream struct {
+	grpc.ClientStream
+	conn   *failingConn
+	cancel context.CancelFunc
+}
+
+func (s *failingStream) SendMsg(m any) error {
+	if r, ok := m.(*dayflyv1.FollowRequest); ok && r.GetUseReport() != nil && s.conn.fail > 0 {
+		s.conn.fail--
+		s.cancel()
+		return io.EOF
+	}
+	return s.ClientStream.SendMsg(m)
 }
 
 // Nothing that a verifier prints, logs or returns shows the token.
