@@ -27,9 +27,6 @@ const (
 	// defaultWait is twice the default staleness bound: by then it is contained or
 	// it is known who keeps it from being.
 	defaultWait = time.Minute
-	// planWait bounds the plan that is shown before a confirmation; a revocation
-	// doesn't wait for a scan of the records.
-	planWait = 5 * time.Second
 )
 
 // revokeFlags is one revocation as it is asked for.
@@ -212,10 +209,11 @@ func (a *app) checkLeaked(ctx context.Context, client *sdk.Client, t *token.Toke
 // plain is a refusal without reason and hint, for a sentence of ours.
 func plain(e *sdk.Error) error { return errors.New(e.Message) }
 
-// confirmRevoke shows what would die, if the broker can say so quickly, and has the
-// operator type what is to be revoked.
+// confirmRevoke shows what would die and has the operator type what is to be revoked.
+// The plan gets half the time of a call: a revocation doesn't wait long for a scan of
+// the records.
 func (a *app) confirmRevoke(ctx context.Context, client *sdk.Client, selectors []revocation.Selector, req *dayflyv1.RevokeRequest) error {
-	quick, cancel := context.WithTimeout(ctx, planWait)
+	quick, cancel := context.WithTimeout(ctx, a.timeout/2)
 	plan, err := a.plan(quick, dayflyv1.NewRevocationServiceClient(client.Conn()), req)
 	cancel()
 	if err != nil {
