@@ -141,16 +141,15 @@ type Verifier struct {
 	asks     asks
 	watches  watches
 
-	mu       sync.RWMutex
-	view     feed.View
-	fresh    feed.Freshness
-	bound    time.Duration // 0 before the first Welcome
-	maxTTL   time.Duration
-	issuer   string
-	feedErr  error // why the last stream ended, nil while one is open
-	state    runState
-	changed  chan struct{} // closed and replaced whenever the above changes
-	sawFresh bool
+	mu      sync.RWMutex
+	view    feed.View
+	fresh   feed.Freshness
+	bound   time.Duration // 0 before the first Welcome
+	maxTTL  time.Duration
+	issuer  string
+	feedErr error // why the last stream ended, nil while one is open
+	state   runState
+	changed chan struct{} // closed and replaced whenever the above changes
 }
 
 type runState int
