@@ -205,8 +205,10 @@ func exhaust(s broker.Store) error {
 	if !errors.Is(err, broker.ErrStoreFull) {
 		return fmt.Errorf("after %d grants: %w", n, err)
 	}
-	for i := range 200 {
-		if _, err := s.Append(ctx, storetest.Next(storetest.Revocation("r", revocation.Identity(storetest.Identity(i))))); err != nil {
+	// Records this large need most of the reserve: more than a batch of issues leaves.
+	reason := strings.Repeat("r", 4<<10)
+	for i := range 80 {
+		if _, err := s.Append(ctx, storetest.Next(storetest.Revocation(reason, revocation.Identity(storetest.Identity(i))))); err != nil {
 			return fmt.Errorf("append %d on a full disk: %w", i, err)
 		}
 		if err := s.Observe(ctx); err != nil {
