@@ -228,6 +228,46 @@ func TestRevokedIsDropped(t *testing.T) {
 	f.issue(c, sdk.Request{Audience: "orders"})
 }
 
+// One that was on its way when it was revoked is not given out when it arrives.
+func TestRevokedOnItsWay(t *testing.T) {
+	noLeaks(t)
+	td := newDomain(t)
+	b := newBroker(t, td)
+	gate := make(chan struct{})
+	b.set(func(b *broker) { b.gate = gate })
+	f := start(t, td, b, nil)
+	f.ready()
+	c := f.client()
+	got := make(chan *sdk.Credential, 1)
+	go func() {
+		cred, err := c.Issue(t.Context(), sdk.Request{Audience: "orders"})
+		if err != nil {
+			t.Error(err)
+		}
+		got <- cred
+	}()
+	eventually(t, "the call", func() error {
+		if b.issued.Load() == 0 {
+			return errors.New("none yet")
+		}
+		return nil
+	})
+	at := b.revoke(revocation.Identity(payments))
+	b.sent("a receipt", func(m *dayflyv1.FollowRequest) bool {
+		return m.GetAcknowledge().GetPosition().GetSequence() >= at.Seq
+	})
+	b.set(func(b *broker) { b.gate = nil })
+	close(gate)
+	cred := <-got
+	if cred == nil {
+		return
+	}
+	claims, err := token.Inspect(cred.Token.Reveal())
+	if err != nil || claims.Position.Rev < at.Seq {
+		t.Errorf("issued at %d, revoked at %d: %v", claims.Position.Rev, at.Seq, err)
+	}
+}
+
 // A credential bound to a certificate is fetched anew when the certificate rotates.
 func TestCertificateBoundFollowsRotation(t *testing.T) {
 	noLeaks(t)

@@ -177,6 +177,7 @@ type tokenServer struct {
 }
 
 func (s tokenServer) Issue(ctx context.Context, m *dayflyv1.IssueRequest) (*dayflyv1.IssueResponse, error) {
+	minted := s.b.mint(m.GetAudience(), m.GetScopes()) // before it waits: at the head of that moment
 	s.b.issued.Add(1)
 	s.b.mu.Lock()
 	gate, refused := s.b.gate, s.b.refuse
@@ -191,7 +192,7 @@ func (s tokenServer) Issue(ctx context.Context, m *dayflyv1.IssueRequest) (*dayf
 	if refused != nil {
 		return nil, refused
 	}
-	return &dayflyv1.IssueResponse{Credential: s.b.mint(m.GetAudience(), m.GetScopes())}, nil
+	return &dayflyv1.IssueResponse{Credential: minted}, nil
 }
 
 func (s tokenServer) Exchange(_ context.Context, m *dayflyv1.ExchangeRequest) (*dayflyv1.ExchangeResponse, error) {

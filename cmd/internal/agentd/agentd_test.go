@@ -1,0 +1,145 @@
+package agentd_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/dayflyhq/dayfly/cmd/internal/agentd"
+)
+
+const patience = 30 * time.Second
+
+func tempDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "df")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	return dir
+}
+
+func write(t *testing.T, content string) string {
+	t.Helper()
+	path := filepath.Join(tempDir(t), "agent.yaml")
+	if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// Everything wrong is said at once, with lines; nothing is started.
+func TestConfigurationRefused(t *testing.T) {
+	for name, c := range map[string]struct {
+		file string
+		args []string
+		want []string
+	}{
+		"nothing given": {want: []string{"broker.address", "broker.id", "sockets"}},
+		"a bad file": {
+			file: "broker:\n  address: b:1\n  id: not-an-id\nsocket: {}\nsockets:\n  grpc: /x\n  mode: \"0666\"\nmetrics: 0.0.0.0:9\nprefetch:\n  - {audience: \"a b\", ttl: 2h}\nfeed: {max_staleness: 1ms, max_streams: 0}\nlog: {format: xml}\n",
+			want: []string{":3: broker.id", ":4: ", "did you mean", ":7: sockets.mode", ":8: metrics", ":10: prefetch[0].audience", "prefetch[0].ttl", "feed.max_staleness", "feed.max_streams", "log.format"},
+		},
+		"bad flags":           {args: []string{"--broker-id", "x", "--metrics", "y", "--log-level", "z"}, want: []string{"--broker-id", "--metrics", "--log-level"}},
+		"a flag out of range": {args: []string{"--broker", "b:1", "--broker-id", "spiffe://td/b", "--grpc-socket", "/x", "--max-staleness", "2h", "--metrics", "192.0.2.1:1", "--prefetch", "a b"}, want: []string{"max_staleness", "loopback", "prefetch 1"}},
+		"no file":             {args: []string{"--config", "/nonexistent/agent.yaml"}, want: []string{"there is no file"}},
+		"arguments":           {args: []string{"serve"}, want: []string{"serve"}},
+	} {
+		args := c.args
+		if c.file != "" {
+			args = append(args, "--config", write(t, c.file))
+		}
+		err := agentd.Run(t.Context(), args, io.Discard, io.Discard)
+		for _, want := range c.want {
+			if err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("%s: the error lacks %q:\n%v", name, want, err)
+			}
+		}
+	}
+}
+
+// The agent starts with nobody there, answers, and is gone without a trace when told to.
+func TestRun(t *testing.T) {
+	dir := tempDir(t)
+	metrics, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := metrics.Addr().String()
+	_ = metrics.Close()
+	file := write(t, fmt.Sprintf(`
+broker: {address: "127.0.0.1:1", id: spiffe://td/dayfly/broker}
+workload_api: unix://%s/nobody.sock
+sockets: {grpc: %s/g.sock, http: %s/other.sock, allowed_uids: [%d]}
+metrics: %s
+log: {level: debug, format: text}
+`, dir, dir, dir, os.Getuid(), address))
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	var log bytes.Buffer
+	done := make(chan error, 1)
+	go func() {
+		done <- agentd.Run(ctx, []string{"-c", file, "--http-socket", dir + "/h.sock", "--prefetch", "orders=r,w"}, io.Discard, &log)
+	}()
+	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "unix", dir+"/h.sock")
+	}}
+	defer transport.CloseIdleConnections()
+	body := get(t, &http.Client{Transport: transport}, "http://localhost/readyz")
+	for _, want := range []string{`"ready":false`, "no SVID yet", "no credential yet for orders"} {
+		if !strings.Contains(body, want) {
+			t.Errorf("readyz lacks %q: %s", want, body)
+		}
+	}
+	plain := &http.Transport{}
+	defer plain.CloseIdleConnections()
+	if body := get(t, &http.Client{Transport: plain}, "http://"+address+"/metrics"); !strings.Contains(body, "dayfly_agent_ready 0\n") || !strings.Contains(body, "# TYPE dayfly_agent_fetches_total counter\n") {
+		t.Errorf("metrics: %s", body)
+	}
+	second := agentd.Run(t.Context(), []string{"-c", file}, io.Discard, io.Discard)
+	if second == nil || !strings.Contains(second.Error(), "another process answers") {
+		t.Errorf("a second agent on the same socket: %v", second)
+	}
+	cancel()
+	select {
+	case err := <-done:
+		if err != nil {
+			t.Errorf("after the end: %v\n%s", err, log.String())
+		}
+	case <-time.After(patience):
+		t.Fatal("it did not stop")
+	}
+	if left, _ := filepath.Glob(dir + "/*"); len(left) != 0 {
+		t.Errorf("left behind: %v", left)
+	}
+}
+
+func get(t *testing.T, c *http.Client, url string) string {
+	t.Helper()
+	deadline := time.Now().Add(patience)
+	for {
+		resp, err := c.Get(url)
+		if err == nil {
+			defer resp.Body.Close()
+			body, err := io.ReadAll(resp.Body)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return string(body)
+		}
+		if time.Now().After(deadline) {
+			t.Fatal(errors.Join(errors.New("nobody answers"), err))
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+}
