@@ -2,6 +2,7 @@ package broker
 
 import (
 	"context"
+	"fmt"
 	"slices"
 	"strings"
 	"time"
@@ -35,11 +36,19 @@ func (b *Broker) Revoke(ctx context.Context, c Caller, req Revoke) (Record, erro
 		return Record{}, b.refuse(e, err)
 	}
 	e.Outcome, e.Sequence, e.Lock = "allowed", rec.Seq, rec.Details.Lock
+	b.loud(ctx, c, "revoke", rec.Seq)
 	if err := b.cfg.Audit(e); err != nil {
 		// It is done and must stay done: say so where operators look.
 		b.cfg.Log.ErrorContext(ctx, "writing the audit of a revocation failed", "sequence", rec.Seq, "err", err)
 	}
 	return rec, nil
+}
+
+// loud logs what was done past policy, over the break-glass socket.
+func (b *Broker) loud(ctx context.Context, c Caller, what string, seq uint64) {
+	if c.Local != "" {
+		b.cfg.Log.WarnContext(ctx, "BREAK-GLASS: policy was not asked", "what", what, "by", c.Local, "sequence", seq)
+	}
 }
 
 func (b *Broker) revoke(ctx context.Context, c Caller, req Revoke, e *AuditEntry) (Record, error) {
@@ -226,6 +235,7 @@ func (b *Broker) Lift(ctx context.Context, c Caller, number uint64, reason, idem
 		return Record{}, b.refuse(e, err)
 	}
 	e.Outcome = "allowed"
+	b.loud(ctx, c, "lift", rec.Seq)
 	if err := b.cfg.Audit(e); err != nil {
 		b.cfg.Log.ErrorContext(ctx, "writing the audit of a lift failed", "lock", number, "err", err)
 	}
@@ -279,7 +289,7 @@ func texts(selectors []revocation.Selector) []string {
 	return out
 }
 
-// May asks policy whether an operator may read, and audits a refusal.
+// May asks policy whether an operator may read, and audits the answer.
 func (b *Broker) May(ctx context.Context, c Caller, action Action) error {
 	e := b.entry(action, c)
 	err := b.checkSVID(c)
@@ -288,6 +298,10 @@ func (b *Broker) May(ctx context.Context, c Caller, action Action) error {
 	}
 	if err != nil {
 		return b.refuse(e, err)
+	}
+	e.Outcome = "allowed"
+	if err := b.cfg.Audit(e); err != nil {
+		return fmt.Errorf("writing the audit: %w", err)
 	}
 	return nil
 }

@@ -53,15 +53,16 @@ type TokenSource struct {
 	ctx    context.Context // ends with Close; what fetches run under
 	cancel context.CancelFunc
 
-	mu      sync.Mutex
-	current *Credential
-	renewAt time.Duration // age of the current credential at which it is renewed
-	flight  *flight       // nil while none
-	failed  error         // of the last fetch, nil after a success
-	retryAt time.Time     // not before, while failed
-	pause   time.Duration
-	changed chan struct{} // closed and replaced at every change: wakes Run
-	wg      sync.WaitGroup
+	mu       sync.Mutex
+	current  *Credential
+	renewAt  time.Duration // age of the current credential at which it is renewed
+	flight   *flight       // nil while none
+	failed   error         // of the last fetch, nil after a success
+	failedAt time.Time
+	retryAt  time.Time // not before, while failed
+	pause    time.Duration
+	changed  chan struct{} // closed and replaced at every change: wakes Run
+	wg       sync.WaitGroup
 }
 
 // A flight is one fetch and those who wait for it.
@@ -145,7 +146,7 @@ func (s *TokenSource) take() (*Credential, *flight, error) {
 	if cred != nil && cred.age(now) < s.renewAt {
 		return cred, nil, nil
 	}
-	if s.flight == nil && !s.pausing(now) {
+	if s.flight == nil && !s.pausing(now, cred == nil) {
 		s.fetch()
 	}
 	switch {
@@ -165,8 +166,18 @@ func (s *TokenSource) valid(now time.Time) *Credential {
 	return s.current
 }
 
-func (s *TokenSource) pausing(now time.Time) bool {
-	return s.failed != nil && now.Before(s.retryAt)
+// pausing reports whether the last failure is too fresh to try again. Whoever asks and
+// has nothing waits for the shortest pause only: what was refused by a lock that has
+// been lifted since must not look refused for longer.
+func (s *TokenSource) pausing(now time.Time, empty bool) bool {
+	if s.failed == nil {
+		return false
+	}
+	until := s.retryAt
+	if soon := s.failedAt.Add(minBackoff); empty && soon.Before(until) {
+		until = soon
+	}
+	return now.Before(until)
 }
 
 // age is how long ago the credential was asked for, by whichever clock says more: the
@@ -227,7 +238,7 @@ func (c *Credential) dated(asked time.Time) *Credential {
 }
 
 func (s *TokenSource) failure(now time.Time, err error) {
-	s.failed = err
+	s.failed, s.failedAt = err, now
 	s.pause = min(max(2*s.pause, minBackoff), maxBackoff)
 	wait := time.Duration(float64(s.pause) * (0.5 + s.cfg.Jitter()/2))
 	s.retryAt = now.Add(wait)
@@ -283,7 +294,7 @@ func (s *TokenSource) tend() (time.Duration, <-chan struct{}) {
 	now := s.cfg.Now()
 	switch {
 	case s.ctx.Err() != nil, s.flight != nil:
-	case s.pausing(now):
+	case s.pausing(now, false):
 		return s.retryAt.Sub(now), s.changed
 	case s.valid(now) != nil && s.current.age(now) < s.renewAt:
 		return s.renewAt - s.current.age(now), s.changed

@@ -256,3 +256,28 @@ func TestSourceConfig(t *testing.T) {
 		t.Error("accepted no fetch")
 	}
 }
+
+// A long pause after failures is for renewing in the background: whoever asks and has
+// nothing is refused anew after the shortest pause, and served once it can be.
+func TestSourceAsksAgainForTheEmptyHanded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := &mint{life: 5 * time.Minute, err: errors.New("locked")}
+		s := newSource(t, m)
+		ctx, stop := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() { defer close(done); s.Run(ctx) }()
+		time.Sleep(2 * time.Minute) // by now it pauses for many seconds
+		m.set(func() { m.err = nil })
+		for tries := 0; ; tries++ {
+			if _, err := s.Token(t.Context()); err == nil {
+				break
+			}
+			if tries > 1 {
+				t.Fatal("still refused after the lock was lifted")
+			}
+			time.Sleep(time.Second)
+		}
+		stop()
+		<-done
+	})
+}

@@ -104,6 +104,9 @@ func checkCommand(name string) *cobra.Command {
 				return UsageError{fmt.Errorf("--output is text or json, not %q", output)}
 			}
 			report, err := boltstore.Check(cmd.Context(), args[0])
+			if err != nil && report.Schema == 0 {
+				return err // nothing could be read
+			}
 			if printErr := printReport(cmd.OutOrStdout(), output, report); printErr != nil {
 				return printErr
 			}
@@ -121,6 +124,13 @@ func printReport(w io.Writer, output string, r boltstore.Report) error {
 		enc.SetIndent("", "  ")
 		return enc.Encode(r)
 	}
-	_, err := fmt.Fprintf(w, "%+v\n", r)
-	return err
+	fmt.Fprintf(w, "schema        %d\nhead          %s\nhorizon       %s\nrecords       %d, and %d dropped above the horizon\ngrants        %d\nobservations  %d\n",
+		r.Schema, r.Head, r.Horizon, r.Records, r.Dropped, r.Grants, r.Observations)
+	for _, p := range r.Problems {
+		fmt.Fprintf(w, "problem       %s\n", p)
+	}
+	if r.More > 0 {
+		fmt.Fprintf(w, "problem       and %d more\n", r.More)
+	}
+	return nil
 }
