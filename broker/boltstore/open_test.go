@@ -157,7 +157,7 @@ func TestOpenLocked(t *testing.T) {
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if s, err = open(); err != nil {
+	if _, err = open(); err != nil {
 		t.Errorf("after the first let go: %v", err)
 	}
 }
