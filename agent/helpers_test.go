@@ -35,7 +35,6 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
-	"google.golang.org/grpc/test/bufconn"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 )
@@ -510,13 +509,3 @@ func noLeaks(t *testing.T) {
 }
 
 func sdkRequest(audience string) sdk.Request { return sdk.Request{Audience: audience} }
-
-func (f *fixture) dialer(l *bufconn.Listener) *grpc.ClientConn {
-	f.Helper()
-	cc, err := grpc.NewClient("passthrough:///agent", grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return l.DialContext(ctx) }))
-	if err != nil {
-		f.Fatal(err)
-	}
-	return cc
-}

@@ -47,13 +47,12 @@ func (d *direct) calls() []time.Time {
 	return append([]time.Time(nil), d.at...)
 }
 
-// bubble runs an agent on the bubble's clock and returns a client of its socket.
-func bubble(t *testing.T, d *direct, prefetch ...agent.Request) dayflyv1.TokenServiceClient {
+// bubble runs an agent on the bubble's clock and returns how to ask it.
+func bubble(t *testing.T, d *direct, prefetch ...agent.Request) func() (*sdk.Credential, error) {
 	t.Helper()
-	l := bufconn.Listen(1 << 20)
 	began := time.Now()
 	a, err := agent.New(agent.Config{
-		Upstream: d, Source: d.b.td.Source(payments), GRPC: l, NoFeed: true, Prefetch: prefetch,
+		Upstream: d, Source: d.b.td.Source(payments), GRPC: bufconn.Listen(1 << 10), NoFeed: true, Prefetch: prefetch,
 		Boot: func() feed.Instant { return feed.Instant(time.Since(began)) },
 	})
 	if err != nil {
@@ -62,16 +61,18 @@ func bubble(t *testing.T, d *direct, prefetch ...agent.Request) dayflyv1.TokenSe
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error)
 	go func() { done <- a.Run(ctx) }()
-	f := &fixture{T: t}
-	cc := f.dialer(l)
 	t.Cleanup(func() {
-		_ = cc.Close()
 		cancel()
 		if err := <-done; err != nil {
 			t.Error(err)
 		}
 	})
-	return dayflyv1.NewTokenServiceClient(cc)
+	synctest.Wait()
+	return func() (*sdk.Credential, error) {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		return a.Token(ctx, agent.Request{Audience: "orders"})
+	}
 }
 
 // A credential is renewed between 60 and 75 % of its life, whether or not anyone asks,
@@ -80,7 +81,7 @@ func TestRenewsAhead(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		td := newDomain(t)
 		d := &direct{b: unservedBroker(t, td)}
-		c := bubble(t, d, agent.Request{Audience: "orders"})
+		ask := bubble(t, d, agent.Request{Audience: "orders"})
 		time.Sleep(30 * time.Minute)
 		calls := d.calls()
 		if len(calls) < 8 || len(calls) > 11 {
@@ -93,9 +94,9 @@ func TestRenewsAhead(t *testing.T) {
 			}
 		}
 		n := len(calls)
-		resp, err := c.Issue(t.Context(), &dayflyv1.IssueRequest{Audience: "orders"})
-		if err != nil || !resp.GetCredential().GetExpiresAt().AsTime().After(time.Now().Add(time.Minute)) {
-			t.Errorf("from memory: %v %v", resp.GetCredential().GetExpiresAt().AsTime(), err)
+		resp, err := ask()
+		if err != nil || resp.Expires.Before(time.Now().Add(time.Minute)) {
+			t.Errorf("from memory: %v", err)
 		}
 		if len(d.calls()) != n {
 			t.Error("asking cost a call")
@@ -108,8 +109,8 @@ func TestIdleIsForgotten(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		td := newDomain(t)
 		d := &direct{b: unservedBroker(t, td)}
-		c := bubble(t, d)
-		if _, err := c.Issue(t.Context(), &dayflyv1.IssueRequest{Audience: "orders"}); err != nil {
+		ask := bubble(t, d)
+		if _, err := ask(); err != nil {
 			t.Fatal(err)
 		}
 		time.Sleep(9 * time.Minute)
@@ -131,25 +132,24 @@ func TestServesUntilExpiry(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		td := newDomain(t)
 		d := &direct{b: unservedBroker(t, td)}
-		c := bubble(t, d, agent.Request{Audience: "orders"})
-		synctest.Wait()
+		ask := bubble(t, d, agent.Request{Audience: "orders"})
 		d.b.set(func(b *broker) { b.refuse = refusal(codes.Unavailable, "STORE_FULL", "full") })
-		first, err := c.Issue(t.Context(), &dayflyv1.IssueRequest{Audience: "orders"})
+		first, err := ask()
 		if err != nil {
 			t.Fatal(err)
 		}
-		time.Sleep(time.Until(first.GetCredential().GetExpiresAt().AsTime()) - time.Second)
-		again, err := c.Issue(t.Context(), &dayflyv1.IssueRequest{Audience: "orders"})
-		if err != nil || again.GetCredential().GetGrant() != first.GetCredential().GetGrant() {
+		time.Sleep(time.Until(first.Expires) - time.Second)
+		again, err := ask()
+		if err != nil || again.Grant != first.Grant {
 			t.Errorf("a second before its expiry: %v", err)
 		}
 		time.Sleep(2 * time.Second)
-		if _, err := c.Issue(t.Context(), &dayflyv1.IssueRequest{Audience: "orders"}); reason(err) != "STORE_FULL" {
+		if _, err := ask(); reason(err) != "STORE_FULL" {
 			t.Errorf("after its expiry: %v", err)
 		}
 		d.b.set(func(b *broker) { b.refuse = nil })
 		time.Sleep(20 * time.Second) // the longest pause
-		if _, err := c.Issue(t.Context(), &dayflyv1.IssueRequest{Audience: "orders"}); err != nil {
+		if _, err := ask(); err != nil {
 			t.Errorf("when the broker is well again: %v", err)
 		}
 	})
