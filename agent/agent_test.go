@@ -185,10 +185,13 @@ func TestStartOrder(t *testing.T) {
 	if b.issued.Load() != 1 {
 		t.Errorf("prefetched %d times", b.issued.Load())
 	}
-	h, err := healthpb.NewHealthClient(f.conn()).Check(t.Context(), &healthpb.HealthCheckRequest{})
-	if err != nil || h.GetStatus() != healthpb.HealthCheckResponse_SERVING {
-		t.Errorf("grpc health: %v %v", h, err)
-	}
+	eventually(t, "grpc health", func() error { // looked at every second
+		h, err := healthpb.NewHealthClient(f.conn()).Check(t.Context(), &healthpb.HealthCheckRequest{})
+		if err == nil && h.GetStatus() != healthpb.HealthCheckResponse_SERVING {
+			err = errors.New(h.GetStatus().String())
+		}
+		return err
+	})
 }
 
 // A credential that the feed revokes is gone at once: once the agent has acknowledged the
