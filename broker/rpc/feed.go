@@ -2,6 +2,7 @@ package rpc
 
 import (
 	"context"
+	"errors"
 	"time"
 
 	"github.com/dayflyhq/dayfly/broker"
@@ -34,7 +35,7 @@ func (s *feedService) Follow(stream followStream) error {
 	if err != nil {
 		return err
 	}
-	first, err := stream.Recv()
+	first, err := s.first(ctx, stream)
 	if err != nil {
 		return err
 	}
@@ -58,6 +59,32 @@ func (s *feedService) Follow(stream followStream) error {
 	ended := make(chan error, 1)
 	go func() { ended <- up.read(ctx) }()
 	return s.send(ctx, stream, f, up, ended, c.Leaf.NotAfter)
+}
+
+// first waits for the Subscribe, but not for ever: a stream without one holds a place,
+// and would hold up a shutdown.
+func (s *feedService) first(ctx context.Context, stream followStream) (*dayflyv1.FollowRequest, error) {
+	type received struct {
+		m   *dayflyv1.FollowRequest
+		err error
+	}
+	came := make(chan received, 1)
+	go func() { // ends when the handler returns, because Recv then does
+		m, err := stream.Recv()
+		came <- received{m, err}
+	}()
+	patience := time.NewTimer(handshakeTimeout)
+	defer patience.Stop()
+	select {
+	case r := <-came:
+		return r.m, r.err
+	case <-patience.C:
+		return nil, feedInvalid(errors.New("no Subscribe came"))
+	case <-s.stopping:
+		return nil, broker.ErrStoreLost
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
 }
 
 // send is the only sender: events as they commit, and the answers to pings.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync"
 	"time"
 
 	"github.com/dayflyhq/dayfly/broker"
@@ -50,6 +51,7 @@ type Server struct {
 	Health *health.Server
 
 	stopping chan struct{}
+	stop     sync.Once
 }
 
 // NewServer makes the server for workloads, verifiers and operators: mTLS only.
@@ -98,16 +100,16 @@ func (h *handlers) server(options []grpc.ServerOption) *Server {
 		grpc.ChainUnaryInterceptor(h.unary),
 		grpc.ChainStreamInterceptor(h.stream),
 	)
-	srv := &Server{grpc.NewServer(options...), health.NewServer(), h.stopping}
+	srv := &Server{Server: grpc.NewServer(options...), Health: health.NewServer(), stopping: h.stopping}
 	healthpb.RegisterHealthServer(srv.Server, srv.Health)
 	return srv
 }
 
 // Shutdown finishes what was promised: it says NOT_SERVING, ends the feed's streams,
-// lets calls under way return until ctx ends, and then cuts what is left.
+// lets calls under way return until ctx ends, and then cuts what is left. Safe twice.
 func (s *Server) Shutdown(ctx context.Context) {
 	s.Health.Shutdown()
-	close(s.stopping)
+	s.stop.Do(func() { close(s.stopping) })
 	done := make(chan struct{})
 	go func() {
 		defer close(done)

@@ -1,0 +1,8 @@
+package rpc
+
+// Inner doors for the tests of this package.
+var (
+	ToStatus  = toStatus
+	CodeOf    = codeOf
+	ErrNoSVID = errNoSVID
+)

@@ -1,0 +1,222 @@
+package rpc_test
+
+import (
+	"context"
+	"strings"
+	"testing"
+	"time"
+
+	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
+	"github.com/dayflyhq/dayfly/proto/wire"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+)
+
+type stream = grpc.BidiStreamingClient[dayflyv1.FollowRequest, dayflyv1.FollowResponse]
+
+func subscription() *dayflyv1.Subscribe {
+	return &dayflyv1.Subscribe{
+		Instance: "instance-0001", Audiences: []string{"orders"}, MaxStaleness: durationpb.New(2 * time.Second),
+		OnStale: dayflyv1.OnStale_ON_STALE_REFUSE,
+	}
+}
+
+func subscribe(s *dayflyv1.Subscribe) *dayflyv1.FollowRequest {
+	return &dayflyv1.FollowRequest{Message: &dayflyv1.FollowRequest_Subscribe{Subscribe: s}}
+}
+
+func ping(nonce string) *dayflyv1.FollowRequest {
+	return &dayflyv1.FollowRequest{Message: &dayflyv1.FollowRequest_Ping{Ping: &dayflyv1.Ping{Nonce: []byte(nonce)}}}
+}
+
+func acknowledge(p *dayflyv1.Position) *dayflyv1.FollowRequest {
+	return &dayflyv1.FollowRequest{Message: &dayflyv1.FollowRequest_Acknowledge{Acknowledge: &dayflyv1.Acknowledge{Position: p}}}
+}
+
+func (w *world) open(conn *grpc.ClientConn) stream {
+	w.t.Helper()
+	ctx, cancel := context.WithCancel(soon(w.t))
+	w.t.Cleanup(cancel)
+	s, err := dayflyv1.NewFeedServiceClient(conn).Follow(ctx)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return s
+}
+
+// follow subscribes and returns the stream after its Welcome and the whole snapshot.
+func (w *world) follow(conn *grpc.ClientConn, sub *dayflyv1.Subscribe) stream {
+	w.t.Helper()
+	s := w.open(conn)
+	if err := s.Send(subscribe(sub)); err != nil {
+		w.t.Fatal(err)
+	}
+	welcome, err := s.Recv()
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	if got := welcome.GetWelcome(); got.GetIssuer() != issuer || got.GetMaxStaleness().AsDuration() != sub.GetMaxStaleness().AsDuration() || got.GetMaxTokenTtl().AsDuration() != time.Hour {
+		w.t.Fatalf("welcome %v", welcome)
+	}
+	for {
+		m, err := s.Recv()
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		if m.GetSnapshot() == nil || m.GetSnapshot().GetComplete() {
+			return s
+		}
+	}
+}
+
+// end reads until the stream's error.
+func end(t *testing.T, s stream) error {
+	t.Helper()
+	for {
+		if _, err := s.Recv(); err != nil {
+			return err
+		}
+	}
+}
+
+func TestFollow(t *testing.T) {
+	w := newWorld(t)
+	s := w.follow(w.as(payments), subscription())
+	if err := s.Send(ping("nonce-01")); err != nil {
+		t.Fatal(err)
+	}
+	m, err := s.Recv()
+	if err != nil {
+		t.Fatal(err)
+	}
+	pong, err := wire.ToPong(m.GetPong())
+	if err != nil || pong.Nonce != "nonce-01" || pong.Head != w.b.Head() {
+		t.Fatalf("pong %+v, %v", pong, err)
+	}
+	operator := dayflyv1.NewRevocationServiceClient(w.as(payments))
+	r, err := operator.Revoke(soon(t), &dayflyv1.RevokeRequest{Selectors: []*dayflyv1.Selector{{Selector: &dayflyv1.Selector_Identity{Identity: "spiffe://example.org/x"}}}, Reason: "secret reason"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r.GetContainment().GetContained() || r.GetContainment().GetPending() != 1 {
+		t.Errorf("containment %v", r.GetContainment())
+	}
+	m, err = s.Recv()
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := wire.ToDelivery(m)
+	if err != nil || len(d.Events) != 1 || d.Events[0].Revocation == nil || strings.Contains(m.String(), "secret reason") {
+		t.Fatalf("got %v, %v", m, err)
+	}
+	watch, err := operator.WatchContainment(soon(t), &dayflyv1.WatchContainmentRequest{Sequence: r.GetRevocation().GetPosition().GetSequence()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c, err := watch.Recv(); err != nil || c.GetContainment().GetContained() {
+		t.Fatalf("watched %v, %v", c, err)
+	}
+	if err := s.Send(acknowledge(r.GetRevocation().GetPosition())); err != nil {
+		t.Fatal(err)
+	}
+	if c, err := watch.Recv(); err != nil || !c.GetContainment().GetContained() || c.GetContainment().GetConfirmed() != 1 {
+		t.Fatalf("after the receipt: %v, %v", c, err)
+	}
+}
+
+func TestFeedMisuse(t *testing.T) {
+	w := newWorld(t)
+	conn := w.as(payments)
+	first := func(change func(*dayflyv1.Subscribe)) *dayflyv1.FollowRequest {
+		s := subscription()
+		change(s)
+		return subscribe(s)
+	}
+	for name, m := range map[string]*dayflyv1.FollowRequest{
+		"a ping":             ping("12345678"),
+		"a receipt":          acknowledge(wire.Position(w.b.Head())),
+		"an empty message":   {},
+		"an empty Subscribe": subscribe(&dayflyv1.Subscribe{}),
+		"no bound":           first(func(s *dayflyv1.Subscribe) { s.MaxStaleness = nil }),
+		"a negative bound":   first(func(s *dayflyv1.Subscribe) { s.MaxStaleness = durationpb.New(-1) }),
+		"a small bound":      first(func(s *dayflyv1.Subscribe) { s.MaxStaleness = durationpb.New(time.Millisecond) }),
+		"a large bound":      first(func(s *dayflyv1.Subscribe) { s.MaxStaleness = durationpb.New(2 * time.Hour) }),
+		"a bound of no time": first(func(s *dayflyv1.Subscribe) { s.MaxStaleness = &durationpb.Duration{Seconds: 1, Nanos: -1} }),
+		"a short instance":   first(func(s *dayflyv1.Subscribe) { s.Instance = "1" }),
+		"no audience":        first(func(s *dayflyv1.Subscribe) { s.Audiences = nil }),
+		"an unknown policy":  first(func(s *dayflyv1.Subscribe) { s.OnStale = 77 }),
+		"a bad position":     first(func(s *dayflyv1.Subscribe) { s.Position = &dayflyv1.Position{Era: "x", Sequence: 1} }),
+	} {
+		t.Run("first: "+name, func(t *testing.T) {
+			s := w.open(conn)
+			if err := s.Send(m); err != nil {
+				t.Fatal(err)
+			}
+			refused(t, end(t, s), codes.InvalidArgument, "FEED_MESSAGE_INVALID")
+		})
+	}
+	unseen := w.b.Head()
+	unseen.Seq += 5
+	wrong := w.b.Head()
+	wrong.Sum[0] ^= 1
+	report := func(uses ...*dayflyv1.Use) *dayflyv1.FollowRequest {
+		return &dayflyv1.FollowRequest{Message: &dayflyv1.FollowRequest_UseReport{UseReport: &dayflyv1.UseReport{Uses: uses}}}
+	}
+	for name, m := range map[string]*dayflyv1.FollowRequest{
+		"a second Subscribe":         subscribe(subscription()),
+		"an empty message":           {},
+		"a short nonce":              ping("1"),
+		"a long nonce":               ping(strings.Repeat("n", 33)),
+		"a receipt of an unseen one": acknowledge(wire.Position(unseen)),
+		"a receipt of a wrong sum":   acknowledge(wire.Position(wrong)),
+		"a receipt without position": acknowledge(&dayflyv1.Position{Era: "zz"}),
+		"too many uses":              report(make([]*dayflyv1.Use, 300)...),
+		"a use at no time":           report(&dayflyv1.Use{FirstSeen: &timestamppb.Timestamp{Seconds: 1 << 60}}),
+		"a relay report of no relay": {Message: &dayflyv1.FollowRequest_RelayReport{RelayReport: &dayflyv1.RelayReport{}}},
+	} {
+		t.Run("then: "+name, func(t *testing.T) {
+			s := w.follow(conn, subscription())
+			if err := s.Send(m); err != nil {
+				t.Fatal(err)
+			}
+			refused(t, end(t, s), codes.InvalidArgument, "FEED_MESSAGE_INVALID")
+		})
+	}
+	w.follow(conn, subscription()) // and the next is served
+}
+
+// Shutdown ends streams with a reason, also those that never subscribed, finishes at
+// once, and may be called again.
+func TestShutdown(t *testing.T) {
+	w := newWorld(t)
+	conn := w.as(payments)
+	idle := w.open(conn)
+	if err := idle.Send(subscribe(subscription())); err != nil { // so that it is there for sure
+		t.Fatal(err)
+	}
+	if _, err := idle.Recv(); err != nil {
+		t.Fatal(err)
+	}
+	following, silent := w.follow(conn, subscription()), w.open(conn)
+	if _, err := issue(t, conn); err != nil { // the silent one's headers are before this call on the connection
+		t.Fatal(err)
+	}
+	grace, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	w.srv.Shutdown(grace)
+	w.srv.Shutdown(grace)
+	if grace.Err() != nil {
+		t.Error("the shutdown waited for its deadline")
+	}
+	refused(t, end(t, following), codes.Unavailable, "STORE_UNAVAILABLE")
+	refused(t, end(t, idle), codes.Unavailable, "STORE_UNAVAILABLE")
+	if err := end(t, silent); status.Code(err) != codes.Unavailable {
+		t.Errorf("a stream without a Subscribe ends with %v", err)
+	}
+	if _, err := issue(t, conn); status.Code(err) != codes.Unavailable {
+		t.Errorf("after it: %v", err)
+	}
+}
