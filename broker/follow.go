@@ -36,7 +36,10 @@ type roster struct {
 	mu      sync.Mutex
 	feed    feed.Roster
 	streams map[string]int // by identity
-	changed chan struct{}
+	// contained is when each revocation was first found contained: later receipts
+	// of the same verifiers must not move it.
+	contained map[uint64]feed.Instant
+	changed   chan struct{}
 }
 
 // ring wakes whoever watches containment. The caller holds the lock.
@@ -470,10 +473,24 @@ func (b *Broker) Containment(rec RevocationRecord) (*Containment, <-chan struct{
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	now := b.cfg.Boot()
-	return &Containment{
-		Containment: r.feed.Containment(rec.Position, committed, now),
-		NowInstant:  now, Now: b.cfg.Now(),
-	}, r.changed
+	c := r.feed.Containment(rec.Position, committed, now)
+	if c.Contained {
+		c.By = r.firstContained(rec.Seq, c.By)
+	}
+	return &Containment{Containment: c, NowInstant: now, Now: b.cfg.Now()}, r.changed
+}
+
+// firstContained remembers when a revocation was contained, as far as this process
+// knows. The caller holds the lock.
+func (r *roster) firstContained(seq uint64, at feed.Instant) feed.Instant {
+	if r.contained == nil {
+		r.contained = map[uint64]feed.Instant{}
+	}
+	if first, ok := r.contained[seq]; ok {
+		return min(first, at)
+	}
+	r.contained[seq] = at
+	return at
 }
 
 // External finds the audiences outside the feed that a revocation reaches: a scan of

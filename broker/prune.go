@@ -2,6 +2,7 @@ package broker
 
 import (
 	"context"
+	"maps"
 	"time"
 
 	"github.com/dayflyhq/dayfly/proto/feed"
@@ -41,6 +42,7 @@ func (b *Broker) Prune(ctx context.Context) error {
 		b.forget(horizon, keep)
 	}
 	b.roster.mu.Lock()
+	maps.DeleteFunc(b.roster.contained, func(seq uint64, _ feed.Instant) bool { return seq <= horizon.Seq })
 	gone := b.roster.feed.Expire(now, forgetAfter)
 	if len(gone) > 0 {
 		b.roster.ring()

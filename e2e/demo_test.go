@@ -1,0 +1,93 @@
+package e2e_test
+
+import (
+	"bufio"
+	"context"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+)
+
+// TestDemo runs what a newcomer runs first: every observation must be right, and
+// nothing may be left behind.
+func TestDemo(t *testing.T) {
+	tmp := shortTemp(t)
+	cmd := exec.CommandContext(t.Context(), filepath.Join(bin, "dayfly"), "demo")
+	cmd.Env = append(os.Environ(), "TMPDIR="+tmp)
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	if n := strings.Count(string(out), "   ok "); n < 20 || strings.Contains(string(out), "WRONG") {
+		t.Errorf("%d observations, at least 20 wanted and none wrong:\n%s", n, out)
+	}
+	wantEmpty(t, tmp)
+}
+
+var exported = regexp.MustCompile(`(?m)^  export ([A-Z_]+)="?([^\s"]+)`)
+
+// TestDevCommandsWork pastes every dayfly command that dev prints into a shell.
+func TestDevCommandsWork(t *testing.T) {
+	tmp := shortTemp(t)
+	ctx, stop := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer stop()
+	dev := exec.CommandContext(ctx, filepath.Join(bin, "dayfly"), "dev")
+	dev.Cancel = func() error { return dev.Process.Signal(os.Interrupt) }
+	dev.Env = append(os.Environ(), "TMPDIR="+tmp)
+	stdout := must(dev.StdoutPipe())(t)
+	if err := dev.Start(); err != nil {
+		t.Fatal(err)
+	}
+	var printed strings.Builder
+	for lines := bufio.NewScanner(stdout); lines.Scan(); {
+		printed.WriteString(lines.Text() + "\n")
+		if strings.HasPrefix(lines.Text(), "break-glass") {
+			break
+		}
+	}
+	env := os.Environ()
+	for _, m := range exported.FindAllStringSubmatch(printed.String(), -1) {
+		env = append(env, m[1]+"="+os.Expand(m[2], os.Getenv))
+	}
+	ran := 0
+	for line := range strings.Lines(printed.String()) {
+		command, ok := strings.CutPrefix(line, "  dayfly ")
+		if !ok || strings.Contains(command, "curl") {
+			continue
+		}
+		sh := exec.CommandContext(ctx, "sh", "-c", "dayfly "+command)
+		sh.Env = env
+		if out, err := sh.CombinedOutput(); err != nil {
+			t.Errorf("dayfly %s%v\n%s", command, err, out)
+		}
+		ran++
+	}
+	if ran < 8 {
+		t.Errorf("only %d commands in:\n%s", ran, printed.String())
+	}
+	stop()
+	dev.Wait() // its error is that we stopped it; the exit code is dev's own
+	if code := dev.ProcessState.ExitCode(); code != 0 {
+		t.Errorf("dev ended with exit code %d after Ctrl-C", code)
+	}
+	wantEmpty(t, tmp)
+}
+
+// shortTemp is a temporary folder whose path leaves room for unix sockets.
+func shortTemp(t *testing.T) string {
+	t.Helper()
+	dir := must(os.MkdirTemp("", "df"))(t)
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
+func wantEmpty(t *testing.T, dir string) {
+	t.Helper()
+	for _, e := range must(os.ReadDir(dir))(t) {
+		t.Errorf("left behind: %s", e.Name())
+	}
+}
