@@ -1,17 +1,11 @@
 package brokerd
 
 import (
-	"context"
-	"fmt"
 	"math"
 
 	"github.com/dayflyhq/dayfly/broker"
 	"github.com/dayflyhq/dayfly/broker/boltstore"
 	"github.com/prometheus/client_golang/prometheus"
-	"go.opentelemetry.io/contrib/instrumentation/google.golang.org/grpc/otelgrpc"
-	"go.opentelemetry.io/otel/exporters/otlp/otlptrace/otlptracegrpc"
-	sdktrace "go.opentelemetry.io/otel/sdk/trace"
-	"google.golang.org/grpc"
 )
 
 // metrics are the broker's collectors. None has a label that a stranger can choose.
@@ -88,18 +82,4 @@ func (m *metrics) watch(b *broker.Broker, s *boltstore.Store) {
 	}
 	gauge("dayfly_store_bytes", "Size of the store's file.", stat(func(st boltstore.Stats) float64 { return float64(st.File) }))
 	gauge("dayfly_store_waiting", "Calls that wait for a commit.", stat(func(st boltstore.Stats) float64 { return float64(st.Waiting) }))
-}
-
-// serverOptions counts and traces the calls of the gRPC server. Traces go to an OTLP
-// collector; without one there are none.
-func (m *metrics) serverOptions(collector string) ([]grpc.ServerOption, error) {
-	if collector == "" {
-		return nil, nil
-	}
-	exporter, err := otlptracegrpc.New(context.Background(), otlptracegrpc.WithEndpointURL(collector))
-	if err != nil {
-		return nil, fmt.Errorf("connecting to the trace collector: %w", err)
-	}
-	provider := sdktrace.NewTracerProvider(sdktrace.WithBatcher(exporter))
-	return []grpc.ServerOption{grpc.StatsHandler(otelgrpc.NewServerHandler(otelgrpc.WithTracerProvider(provider)))}, nil
 }

@@ -28,7 +28,6 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 	"golang.org/x/sync/errgroup"
-	"google.golang.org/grpc"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 )
 
@@ -111,6 +110,7 @@ type daemon struct {
 	broker   *broker.Broker
 	registry *prometheus.Registry
 	metrics  *metrics
+	traces   traces
 }
 
 func (d *daemon) run(ctx context.Context) (err error) {
@@ -137,6 +137,9 @@ func (d *daemon) open(ctx context.Context) error {
 	d.policy, err = policy.Load(ctx, policy.Config{Dir: d.cfg.Policy, Log: d.log, OnReload: d.metrics.policyReloaded})
 	if err != nil {
 		return fmt.Errorf("loading policy from %s: %w", d.cfg.Policy, err)
+	}
+	if d.traces, err = newTraces(ctx, d.cfg.Traces); err != nil {
+		return err
 	}
 	d.store, err = boltstore.Open(boltstore.Config{Path: d.cfg.Store, Log: d.log, OnCommit: d.metrics.committed})
 	return err
@@ -206,6 +209,9 @@ func (d *daemon) serve(ctx context.Context) error {
 		for _, s := range servers {
 			s.stop(graceful)
 		}
+		if err := d.traces.shutdown(graceful); err != nil {
+			d.log.WarnContext(graceful, "sending the last traces failed", "err", err)
+		}
 		stopCore()
 		return nil
 	})
@@ -251,12 +257,8 @@ type server struct {
 }
 
 func (d *daemon) servers(l *listeners) ([]server, error) {
-	stats, err := d.telemetry()
-	if err != nil {
-		return nil, err
-	}
 	main, err := rpc.NewServer(rpc.Config{
-		Broker: d.broker, SVIDs: d.svids, Bundle: d.svids, Log: d.log, Options: stats,
+		Broker: d.broker, SVIDs: d.svids, Bundle: d.svids, Log: d.log, Options: d.traces.serverOptions(),
 		TrustDomains: append([]spiffeid.TrustDomain{d.id.TrustDomain()}, d.cfg.TrustDomains...),
 	})
 	if err != nil {
@@ -271,14 +273,14 @@ func (d *daemon) servers(l *listeners) ([]server, error) {
 		servers = append(servers, grpcServer(glass, l.breakGlass))
 	}
 	if l.public != nil {
-		h, err := web.Public(web.PublicConfig{Issuer: d.cfg.Issuer, Keys: d.broker.Keys, Algorithm: d.cfg.Algorithm, Log: d.log})
+		h, err := web.Public(web.PublicConfig{Issuer: d.cfg.Issuer, Keys: d.broker.Keys, Algorithm: d.cfg.Algorithm, TracerProvider: d.traces.tracer(), Log: d.log})
 		if err != nil {
 			return nil, err
 		}
 		servers = append(servers, webServer(func(ctx context.Context) error { return web.Serve(ctx, l.public, h, d.log) }))
 	}
 	if l.admin != nil {
-		h, err := web.Admin(web.AdminConfig{Ready: d.problems, Metrics: d.registry, Log: d.log})
+		h, err := web.Admin(web.AdminConfig{Ready: d.problems, Metrics: d.registry, TracerProvider: d.traces.tracer(), Log: d.log})
 		if err != nil {
 			return nil, err
 		}
@@ -398,9 +400,4 @@ func (l *listeners) close() {
 			ln.Close() // a second time for those that a server closed
 		}
 	}
-}
-
-// telemetry returns the options that count and trace calls.
-func (d *daemon) telemetry() ([]grpc.ServerOption, error) {
-	return d.metrics.serverOptions(d.cfg.Traces)
 }
