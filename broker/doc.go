@@ -11,7 +11,7 @@
 //     commit is conditional on the log since then (TestAdmit, TestOvertakenByRevocation).
 //   - A child never outlives or exceeds its parent (TestExchangeOnlyNarrows).
 //   - A dead ancestor kills every descendant, and nothing derives from it
-//     (TestExchangeRefusals; proto/revocation's TestAcceptedExactlyWhen...).
+//     (TestExchangeRefusals; TestDeadAncestor; proto/revocation's TestCausalRevocation).
 //   - Every standing lock must admit the caller; the newest does not win
 //     (TestEveryLockMustAdmit). A lift ends one lock, by its number, and revives nothing
 //     (TestLiftRevivesNothing).
