@@ -157,10 +157,7 @@ func (d *daemon) assemble(ctx context.Context) error {
 	}
 	d.broker, err = broker.New(broker.Config{
 		Issuer: d.cfg.Issuer, Store: d.store, Policy: decider{d.policy}, MaxTTL: d.cfg.MaxTTL,
-		Signer: func() (broker.Signer, bool) {
-			s, ok := d.ring.Current()
-			return broker.Signer{Public: s.Public, Sign: s.Sign}, ok
-		},
+		Signer: d.signer,
 		VerifyKey: func(k feed.Key, at time.Time) error {
 			return keys.VerifyKey(d.cfg.Issuer, k, d.svids, spiffeid.MatchID(d.id), at)
 		},
@@ -178,6 +175,18 @@ func (d *daemon) assemble(ctx context.Context) error {
 		return fmt.Errorf("loading the store: %w", err)
 	}
 	return nil
+}
+
+// signer is the ring's current key, for the broker.
+func (d *daemon) signer() (broker.Signer, bool) {
+	s, ok := d.ring.Current()
+	return broker.Signer{Public: s.Public, Sign: func(u token.Unsigned) (token.Secret, error) {
+		secret, err := s.Sign(u)
+		if errors.Is(err, keys.ErrRevoked) || errors.Is(err, keys.ErrReplaced) {
+			return token.Secret{}, broker.ErrNoSigningKey // it went while the grant was recorded
+		}
+		return secret, err
+	}}, ok
 }
 
 // serve runs everything until ctx ends or something fails, and stops in order: no new
