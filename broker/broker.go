@@ -178,7 +178,13 @@ func (b *Broker) follow(ctx context.Context, until uint64) error {
 		if until > 0 {
 			recorded = rec.Details.Time
 		}
-		verify := func(k feed.Key) error { return b.cfg.VerifyKey(k, recorded) }
+		verify := func(k feed.Key) error {
+			err := b.cfg.VerifyKey(k, recorded)
+			if err != nil {
+				b.cfg.Log.ErrorContext(ctx, "a key record that no broker vouches for", "sequence", rec.Seq, "key", k.Public.ID.String(), "err", err)
+			}
+			return err
+		}
 		if err := b.state.apply(rec, b.cfg.Boot(), verify); err != nil {
 			return err
 		}
@@ -276,8 +282,8 @@ func (b *Broker) foreignKeys() []revocation.Selector {
 	defer b.state.mu.RUnlock()
 	var foreign []revocation.Selector
 	for _, rec := range b.state.records {
-		if rec.Key == nil || rec.Seq < b.state.log.Horizon().Seq {
-			continue
+		if rec.Key == nil || rec.Seq < b.state.eraSeq {
+			continue // keys of earlier eras are dead with them
 		}
 		id := rec.Key.Public.ID
 		if _, ok := b.state.keys[id]; !ok && !b.state.set.KeyRevoked(id) {

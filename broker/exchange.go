@@ -13,7 +13,7 @@ import (
 // Exchange makes a derived credential out of a presented one: always delegation, only
 // narrower, never longer.
 func (b *Broker) Exchange(ctx context.Context, c Caller, req Request) (*Credential, error) {
-	return b.once(ctx, c, req, func() (*Credential, error) {
+	return b.once(ctx, ActionExchange, c, req, func() (*Credential, error) {
 		cred, e, err := b.exchange(ctx, c, req)
 		if err != nil {
 			return nil, b.refuse(e, err)

@@ -32,7 +32,7 @@ type Credential struct {
 
 // Issue gives the caller a root credential.
 func (b *Broker) Issue(ctx context.Context, c Caller, req Request) (*Credential, error) {
-	return b.once(ctx, c, req, func() (*Credential, error) {
+	return b.once(ctx, ActionIssue, c, req, func() (*Credential, error) {
 		cred, e, err := b.issue(ctx, c, req)
 		if err != nil {
 			return nil, b.refuse(e, err)

@@ -115,6 +115,13 @@ func (b *Broker) keeper(now feed.Instant) func(Record) bool {
 			keep[seq] = true
 		}
 	}
+	for seq, rec := range s.records {
+		// A lift stays as long as its lock's record, or the lock would stand again
+		// after a restart.
+		if rec.Lift != nil && (keep[rec.Lift.Lock] || revokesKey(s.records[rec.Lift.Lock])) {
+			keep[seq] = true
+		}
+	}
 	return func(rec Record) bool {
 		return keep[rec.Seq] || rec.Era != nil || revokesKey(rec)
 	}

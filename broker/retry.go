@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/json"
+	"fmt"
 	"sync"
 	"time"
 )
@@ -31,7 +32,7 @@ type retriedAnswer struct {
 // once runs issue, or returns the credential that the same caller got for the same key
 // and request, while that is good. A failure is not kept: whoever waited for it tries
 // for itself.
-func (b *Broker) once(ctx context.Context, c Caller, req Request, issue func() (*Credential, error)) (*Credential, error) {
+func (b *Broker) once(ctx context.Context, action Action, c Caller, req Request, issue func() (*Credential, error)) (*Credential, error) {
 	if req.IdempotencyKey == "" || len(req.IdempotencyKey) > MaxKeyLength || b.checkWorkload(c) != nil {
 		return issue()
 	}
@@ -49,7 +50,7 @@ func (b *Broker) once(ctx context.Context, c Caller, req Request, issue func() (
 		case <-a.done:
 			if a.cred != nil {
 				if state, _ := b.GrantState(a.cred.Grant); state == GrantLive {
-					return a.cred, nil
+					return b.repeat(ctx, action, c, req, a.cred)
 				}
 				b.retries.forget(key, a) // it was revoked since: whether there is another is asked anew
 			}
@@ -106,4 +107,32 @@ func (r *retries) forget(key string, a *retriedAnswer) {
 	if r.answers[key] == a {
 		delete(r.answers, key)
 	}
+}
+
+// repeat gives a credential out again if policy still allows it: a decision is never
+// remembered.
+func (b *Broker) repeat(ctx context.Context, action Action, c Caller, req Request, cred *Credential) (*Credential, error) {
+	e := b.entry(action, c)
+	e.Audience, e.Scopes, e.Grant = cred.Grant.Audience, cred.Grant.Scopes, cred.Grant.ID().String()
+	q := Question{
+		Action: action, Caller: c, Time: b.cfg.Now(),
+		Audience: req.Audience, Scopes: req.Scopes, TTL: req.TTL, Binding: req.Binding,
+	}
+	if !req.Subject.IsZero() {
+		parent, err := b.subject(ctx, c, req.Subject)
+		if err != nil {
+			return nil, b.refuse(e, err)
+		}
+		q.Parent = &parent.Claims
+	}
+	d, err := b.decide(ctx, q)
+	e.Rule = d.Rule
+	if err != nil {
+		return nil, b.refuse(e, err)
+	}
+	e.Outcome, e.Message = "allowed", "repeated"
+	if err := b.cfg.Audit(e); err != nil {
+		return nil, fmt.Errorf("writing the audit: %w", err)
+	}
+	return cred, nil
 }

@@ -63,6 +63,7 @@ type state struct {
 	set     *revocation.Set
 	keys    map[token.KeyID]feed.Key
 	keySeq  map[token.KeyID]uint64
+	eraSeq  uint64 // number of the record that began the era
 	records map[uint64]Record
 	known   map[uint64]feed.Instant // when this process first knew each record
 	locks   map[uint64]*Lock
@@ -99,6 +100,7 @@ func (s *state) apply(rec Record, now feed.Instant, verify func(feed.Key) error)
 	}
 	if rec.Era != nil {
 		s.set = revocation.NewSet(rec.Era.Era)
+		s.eraSeq = rec.Seq
 		clear(s.keys) // private halves died with their era
 		clear(s.keySeq)
 	}

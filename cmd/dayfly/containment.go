@@ -194,7 +194,7 @@ func (a *app) writeReceipts(w io.Writer, receipts []*dayflyv1.Receipt) {
 		case dayflyv1.ReceiptState_RECEIPT_STATE_PENDING:
 			when = "closes by " + at(r.GetClosesAt()) + " if it stays silent"
 		case dayflyv1.ReceiptState_RECEIPT_STATE_UNBOUNDED:
-			when = "accepts when stale, until expiry at " + at(r.GetClosesAt())
+			when = "accepts when stale: bounded by expiry alone"
 		}
 		instance := r.GetInstance()
 		if len(r.GetVia()) > 0 {

@@ -40,9 +40,13 @@ func (a *app) dev(ctx context.Context) error {
 		return err
 	}
 	fmt.Fprint(a.stdout, env)
-	<-ctx.Done()
-	fmt.Fprintln(a.stderr, "stopping")
-	return nil
+	select {
+	case <-ctx.Done():
+		fmt.Fprintln(a.stderr, "stopping")
+		return nil
+	case <-box.BrokerEnded():
+		return failf(exitFailure, "start dayfly dev again", "the broker's process ended: %s", box.Log("broker"))
+	}
 }
 
 // startDev starts everything and returns what to print.

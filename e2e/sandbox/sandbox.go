@@ -163,6 +163,9 @@ func (s *Sandbox) StartBroker(ctx context.Context) error {
 	return s.writeBrokerConfig(s.Info.GRPC, s.Info.Public, s.Info.Admin)
 }
 
+// BrokerEnded is closed when the broker's process has ended, however it did.
+func (s *Sandbox) BrokerEnded() <-chan struct{} { return s.broker.done }
+
 // KillBroker ends the broker with SIGKILL.
 func (s *Sandbox) KillBroker() { s.broker.kill() }
 
