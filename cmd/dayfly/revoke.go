@@ -264,10 +264,27 @@ func (a *app) record(ctx context.Context, client *sdk.Client, req *dayflyv1.Revo
 	if printErr := a.print(resp, func(w io.Writer) { a.writeContainment(w, r, resp.GetContainment()) }); printErr != nil {
 		return printErr
 	}
+	a.noteNothing(ctx, client, req.GetSelectors())
 	if err != nil {
 		return failf(exitIncomplete, fmt.Sprintf("dayfly revocations show %d", sequence), "revocation %d is recorded, but its receipts can't be watched: %w", sequence, err)
 	}
 	return a.complete(sequence, resp.GetContainment())
+}
+
+// noteNothing says so when nothing alive matched what was revoked: at 3 a.m. a typo
+// must not look like success. It is asked after the revoke, so it delays nothing, and
+// says nothing where it can't be known.
+func (a *app) noteNothing(ctx context.Context, client *sdk.Client, selectors []*dayflyv1.Selector) {
+	limited, cancel := a.call(ctx)
+	defer cancel()
+	grants := dayflyv1.NewGrantServiceClient(client.Conn())
+	for _, s := range selectors {
+		page, err := grants.ListGrants(limited, &dayflyv1.ListGrantsRequest{DerivedFrom: s, PageSize: 1})
+		if err != nil || len(page.GetGrants()) > 0 {
+			return
+		}
+	}
+	a.notef("no live grant matched: if you expected some, check the spelling (dayfly grants list)")
 }
 
 // revokeOnce sends the same request until it is answered or the timeout is over; its
