@@ -382,8 +382,13 @@ func TestRelayRefuses(t *testing.T) {
 		}
 		return nil
 	})
-	f.follow(func(s *wire.Subscription) { s.Instance = "verifier-5" }).welcome()
-	f.follow(func(s *wire.Subscription) { s.Instance = "verifier-6" })
+	for _, instance := range []string{"verifier-5", "verifier-6"} {
+		// The agent may not have noticed yet that an earlier stream has ended.
+		eventually(t, instance+" to be welcomed", func() error {
+			_, err := f.follow(func(s *wire.Subscription) { s.Instance = instance }).stream.Recv()
+			return err
+		})
+	}
 	if err := f.follow(func(s *wire.Subscription) { s.Instance = "verifier-7" }).end(); reason(err) != "TOO_MANY_STREAMS" {
 		t.Errorf("too many: %v", err)
 	}

@@ -16,6 +16,9 @@ import (
 	"github.com/dayflyhq/dayfly/sdk/verify"
 	"github.com/spf13/cobra"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 )
 
 // demoTimeout bounds the whole demo; it takes some seconds.
@@ -426,6 +429,9 @@ func (d *demo) restart(ctx context.Context) error {
 		return err
 	}
 	d.observe("the broker serves again on the same store and address", d.box.Info.GRPC, true, time.Since(started))
+	if err := d.redialed(ctx); err != nil {
+		return err
+	}
 	started = time.Now()
 	_, err := d.payments.Issue(ctx, sdk.Request{Audience: "orders"})
 	d.observe("the lock stands", says(err), errors.Is(err, sdk.ErrIdentityLocked), time.Since(started))
@@ -451,6 +457,28 @@ func (d *demo) restart(ctx context.Context) error {
 	}
 	d.refused(ctx, "the revocation stands", sandbox.Payments, d.orders, d.token.Token, verify.TokenRevoked)
 	return nil
+}
+
+// redialed waits until every client has a connection again: one that dialed while the
+// broker was away pauses before it dials anew.
+func (d *demo) redialed(ctx context.Context) error {
+	for _, c := range []*sdk.Client{d.payments, d.ordersClient, d.reports, d.alice} {
+		_, err := healthpb.NewHealthClient(c.Conn()).Check(ctx, &healthpb.HealthCheckRequest{}, grpc.WaitForReady(true))
+		if err != nil {
+			return err
+		}
+	}
+	// The agent stands between: its own connection is what counts.
+	for {
+		_, err := d.payments.Issue(ctx, sdk.Request{Audience: "orders"})
+		var refused *sdk.Error
+		if !errors.As(err, &refused) || refused.Code != codes.Unavailable || ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if err := waitUntil(ctx, time.Now().Add(50*time.Millisecond)); err != nil {
+			return err
+		}
+	}
 }
 
 // reconnected waits until every verifier accepts a token that the new process signed:
