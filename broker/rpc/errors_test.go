@@ -11,6 +11,7 @@ import (
 	"go/token"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -190,7 +191,7 @@ func TestUnknownErrors(t *testing.T) {
 func agentReasons(t *testing.T) []reason {
 	t.Helper()
 	byName := map[string]reason{}
-	for _, f := range files(t, "../../agent") {
+	for _, f := range inOrder(files(t, "../../agent")) {
 		ast.Inspect(f, func(n ast.Node) bool {
 			call, ok := n.(*ast.CallExpr)
 			if !ok || len(call.Args) < 4 {
@@ -230,7 +231,7 @@ func score(r reason) int {
 func verifierReasons(t *testing.T) []reason {
 	t.Helper()
 	byName := map[string]reason{}
-	for _, f := range files(t, "../../sdk/verify") {
+	for _, f := range inOrder(files(t, "../../sdk/verify")) {
 		ast.Inspect(f, func(n ast.Node) bool {
 			v, ok := n.(*ast.ValueSpec)
 			if !ok || len(v.Values) != 1 {
@@ -247,6 +248,16 @@ func verifierReasons(t *testing.T) []reason {
 		})
 	}
 	return sorted(byName)
+}
+
+// inOrder returns the files by name: a reason that is given in two of them must come out
+// the same in every run.
+func inOrder(byPath map[string]*ast.File) []*ast.File {
+	var out []*ast.File
+	for _, path := range slices.Sorted(maps.Keys(byPath)) {
+		out = append(out, byPath[path])
+	}
+	return out
 }
 
 func sorted(byName map[string]reason) []reason {
