@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"time"
 
+	"github.com/dayflyhq/dayfly/proto/boottime"
 	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
 	"github.com/dayflyhq/dayfly/proto/feed"
 	"github.com/dayflyhq/dayfly/proto/token"
@@ -130,7 +131,7 @@ func (c *Config) setDefaults() {
 		c.Now = time.Now
 	}
 	if c.Boot == nil {
-		c.Boot = bootTime
+		c.Boot = boottime.Now
 	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)

@@ -71,7 +71,6 @@ var house = []room{
 	{path: "proto/token", direct: noIO, closure: ground, except: spiffeID},
 	{path: "proto/revocation", direct: noIO, closure: ground, except: spiffeID},
 	{path: "proto/feed", direct: noIO, closure: ground, except: spiffeID},
-	{path: "proto/boottime", closure: ground, except: spiffeID},                                   // the clock that runs through suspend, which broker, agent and verifier measure with
 	{path: "proto/wire", closure: append(slices.Clip(light), ban{module + "/sdk", bothEnds})},     // the one translation between wire messages and the ground floor's values
 	{path: "proto/boottime", closure: append(slices.Clip(light), ban{module + "/sdk", bothEnds})}, // the clock that staleness is measured with, on every machine
 	{path: "broker", direct: core, closure: core},
