@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 
+	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
 	"github.com/dayflyhq/dayfly/sdk"
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
@@ -12,15 +13,29 @@ import (
 
 // refuse makes a refusal of the agent's own, in the form that the broker's have.
 func refuse(code codes.Code, reason, message, hint string) error {
-	info := &errdetails.ErrorInfo{Domain: sdk.ErrorDomain, Reason: reason}
+	var metadata map[string]string
 	if hint != "" {
-		info.Metadata = map[string]string{"hint": hint}
+		metadata = map[string]string{"hint": hint}
 	}
+	return refusal(code, reason, message, metadata)
+}
+
+func refusal(code codes.Code, reason, message string, metadata map[string]string) error {
 	s := status.New(code, message)
-	if detailed, err := s.WithDetails(info); err == nil {
+	if detailed, err := s.WithDetails(&errdetails.ErrorInfo{Domain: sdk.ErrorDomain, Reason: reason, Metadata: metadata}); err == nil {
 		s = detailed
 	}
 	return s.Err()
+}
+
+// refusedBelow is the broker's refusal of a verifier below, as the broker would have
+// given it to the verifier itself.
+func refusedBelow(m *dayflyv1.RelayRefusal) error {
+	code := codes.Code(uint32(m.GetCode()))
+	if code == codes.OK || code > codes.Unauthenticated {
+		code = codes.PermissionDenied
+	}
+	return refusal(code, m.GetReason(), m.GetMessage(), m.GetMetadata())
 }
 
 // upstreamError is what a caller hears of a call to the broker that failed: the

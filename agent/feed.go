@@ -358,15 +358,25 @@ func (s *session) receive(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		if pong := m.GetPong(); pong != nil {
-			err = s.answered(pong)
-		} else {
+		switch {
+		case m.GetPong() != nil:
+			err = s.answered(m.GetPong())
+		case m.GetRelayRefusal() != nil:
+			s.refused(ctx, m.GetRelayRefusal())
+		default:
 			err = s.deliver(ctx, m)
 		}
 		if err != nil {
 			return err
 		}
 	}
+}
+
+func (s *session) refused(ctx context.Context, m *dayflyv1.RelayRefusal) {
+	s.log.WarnContext(ctx, "the broker refuses a verifier below", "path", pathKey(m.GetPath()), "reason", m.GetReason(), "message", m.GetMessage())
+	s.k.mu.Lock()
+	defer s.k.mu.Unlock()
+	s.k.refuse(m)
 }
 
 func (s *session) answered(m *dayflyv1.Pong) error {

@@ -66,7 +66,8 @@ type broker struct {
 	refuse  error // of Issue
 	follow  error // of a Follow
 	norelay bool
-	silent  bool // no pongs
+	silent  bool   // no pongs
+	below   string // the instance that it refuses behind a relay
 	age     time.Duration
 	gate    chan struct{} // Issue waits for it, if not nil
 	server  *grpc.Server
@@ -282,7 +283,7 @@ func (s feedServer) Follow(stream grpc.BidiStreamingServer[dayflyv1.FollowReques
 	}}}); err != nil {
 		return err
 	}
-	pings := make(chan []byte, 1024)
+	asked := make(chan *dayflyv1.FollowRequest, 1024)
 	ended := make(chan error, 1)
 	go func() {
 		for {
@@ -292,15 +293,15 @@ func (s feedServer) Follow(stream grpc.BidiStreamingServer[dayflyv1.FollowReques
 				return
 			}
 			b.up <- m
-			if p := m.GetPing(); p != nil {
-				pings <- p.GetNonce()
+			if m.GetPing() != nil || m.GetRelayReport() != nil {
+				asked <- m
 			}
 		}
 	}()
-	return b.feed(stream, feed.NewCursor(sub.Position), pings, ended)
+	return b.feed(stream, feed.NewCursor(sub.Position), asked, ended)
 }
 
-func (b *broker) feed(stream grpc.BidiStreamingServer[dayflyv1.FollowRequest, dayflyv1.FollowResponse], cursor *feed.Cursor, pings <-chan []byte, ended <-chan error) error {
+func (b *broker) feed(stream grpc.BidiStreamingServer[dayflyv1.FollowRequest, dayflyv1.FollowResponse], cursor *feed.Cursor, asked <-chan *dayflyv1.FollowRequest, ended <-chan error) error {
 	for {
 		b.mu.Lock()
 		d, ok := cursor.Next(&b.log, 100)
@@ -314,14 +315,8 @@ func (b *broker) feed(stream grpc.BidiStreamingServer[dayflyv1.FollowRequest, da
 		}
 		select {
 		case <-changed:
-		case nonce := <-pings:
-			b.mu.Lock()
-			silent, head, age := b.silent, b.log.Head(), b.age
-			b.mu.Unlock()
-			if silent {
-				continue
-			}
-			if err := stream.Send(wire.PongMessage(wire.Pong{Nonce: string(nonce), Head: head, Age: age})); err != nil {
+		case m := <-asked:
+			if err := b.answer(stream, m); err != nil {
 				return err
 			}
 		case err := <-ended:
@@ -331,6 +326,27 @@ func (b *broker) feed(stream grpc.BidiStreamingServer[dayflyv1.FollowRequest, da
 			return err
 		}
 	}
+}
+
+func (b *broker) answer(stream grpc.BidiStreamingServer[dayflyv1.FollowRequest, dayflyv1.FollowResponse], m *dayflyv1.FollowRequest) error {
+	b.mu.Lock()
+	silent, head, age, below := b.silent, b.log.Head(), b.age, b.below
+	b.mu.Unlock()
+	if p := m.GetPing(); p != nil && !silent {
+		return stream.Send(wire.PongMessage(wire.Pong{Nonce: string(p.GetNonce()), Head: head, Age: age}))
+	}
+	for _, v := range m.GetRelayReport().GetVerifiers() {
+		if v.GetPath()[len(v.GetPath())-1] != below || v.GetGone() {
+			continue
+		}
+		err := stream.Send(&dayflyv1.FollowResponse{Message: &dayflyv1.FollowResponse_RelayRefusal{RelayRefusal: &dayflyv1.RelayRefusal{
+			Path: v.GetPath(), Code: int32(codes.PermissionDenied), Reason: "POLICY_DENIED", Message: "not for you", Metadata: map[string]string{"hint": "ask"},
+		}}})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // sent waits for a message up that fits.

@@ -128,24 +128,41 @@ func (k *knowledge) join(v *verifier) bool {
 	return true
 }
 
-// leave marks all that a stream spoke for as gone; mu is held.
+// leave marks all that a stream spoke for as gone; mu is held. A relay may have answered
+// those behind it since it last said so, but not later than it was answered itself.
 func (k *knowledge) leave(d *downstream) {
+	if d.self == nil {
+		return
+	}
+	k.gen++
 	for _, v := range k.below {
-		if v.owner == d {
-			v.gone, v.dirty = true, true
+		if v.owner == d && !v.gone {
+			v.gone, v.dirty, v.gen = true, true, k.gen
+			v.answered, v.ever = max(v.answered, d.self.answered), v.ever || d.self.ever
 		}
 	}
 	k.kick()
 }
 
-// forget drops those that are gone, reported as such and closed by now. It reports
-// whether there is room; mu is held.
+// forget drops those that are gone, closed by now, and known to the broker as both. It
+// reports whether there is room; mu is held.
 func (k *knowledge) forget() bool {
 	now := k.boot()
 	for key, v := range k.below {
-		if v.gone && !v.dirty && now.Sub(v.answered) > v.bound {
+		if v.gone && v.gen <= k.confirmed && now.Sub(v.answered) > v.bound {
 			delete(k.below, key)
 		}
 	}
 	return len(k.below) < maxBelow
+}
+
+// refuse ends the following of one below whom the broker refused, or passes the
+// refusal on to the relay that it stands behind; mu is held.
+func (k *knowledge) refuse(m *dayflyv1.RelayRefusal) {
+	v := k.below[pathKey(m.GetPath())]
+	if v == nil || v.gone || len(v.owner.refusals) == maxBelow {
+		return
+	}
+	v.owner.refusals = append(v.owner.refusals, m)
+	k.ring()
 }

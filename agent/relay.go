@@ -130,7 +130,8 @@ type downstream struct {
 	need     uint64 // the generation that must be confirmed before a ping is answered
 	cursor   *feed.Cursor
 	welcomed bool
-	left     bool // the handler has returned: the reader must not join any more
+	refusals []*dayflyv1.RelayRefusal // of the broker, for those that this stream speaks for
+	left     bool                     // the handler has returned: the reader must not join any more
 	nonces   []string
 }
 
@@ -145,6 +146,16 @@ func (d *downstream) next() (*dayflyv1.FollowResponse, <-chan struct{}, error) {
 	}
 	if k.refused != nil || k.welcome != nil && !k.relays {
 		return nil, nil, refuse(codes.PermissionDenied, "RELAY_NOT_ALLOWED", "policy does not let this agent's identity relay the feed", "ask the policy's owner for relay: true under verifiers")
+	}
+	if len(d.refusals) > 0 {
+		m := d.refusals[0]
+		d.refusals = d.refusals[1:]
+		if len(m.GetPath()) == 1 {
+			return nil, nil, refusedBelow(m)
+		}
+		return &dayflyv1.FollowResponse{Message: &dayflyv1.FollowResponse_RelayRefusal{RelayRefusal: &dayflyv1.RelayRefusal{
+			Path: m.GetPath()[1:], Code: m.GetCode(), Reason: m.GetReason(), Message: m.GetMessage(), Metadata: m.GetMetadata(),
+		}}}, nil, nil
 	}
 	if !d.welcomed {
 		if k.welcome == nil || d.need > k.confirmed {

@@ -15,6 +15,7 @@ import (
 	"github.com/dayflyhq/dayfly/proto/wire"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/durationpb"
 )
 
@@ -330,6 +331,70 @@ func TestRelayBehindRelay(t *testing.T) {
 	if err := liar.end(); reason(err) != "FEED_MESSAGE_INVALID" {
 		t.Errorf("a relay report from no relay: %v", err)
 	}
+}
+
+// Whom the broker refuses is never welcomed and hears why, like one that follows the
+// broker itself; a relay below is told whom it concerns, and nobody else is.
+func TestRefusedBelow(t *testing.T) {
+	noLeaks(t)
+	td := newDomain(t)
+	b := newBroker(t, td)
+	b.set(func(b *broker) { b.below = "refused-1" })
+	f := start(t, td, b, nil)
+	good := f.follow(nil)
+	good.welcome()
+	bad := f.follow(func(s *wire.Subscription) { s.Instance = "refused-1" })
+	if _, err := bad.stream.Recv(); reason(err) != "POLICY_DENIED" || status.Code(err) != codes.PermissionDenied || !strings.Contains(err.Error(), "not for you") {
+		t.Errorf("the refused one got %v", err)
+	}
+	b.sent("that it has gone", func(m *dayflyv1.FollowRequest) bool { return relayed(m, "refused-1").GetGone() })
+
+	r := f.follow(func(s *wire.Subscription) { s.Instance, s.Relay, s.Audiences = "relay-001", true, nil })
+	r.welcome()
+	r.send(&dayflyv1.FollowRequest{Message: &dayflyv1.FollowRequest_RelayReport{RelayReport: &dayflyv1.RelayReport{
+		Verifiers: []*dayflyv1.RelayedVerifier{{
+			Path: []string{"refused-1"}, Audiences: []string{"ledger"}, MaxStaleness: durationpb.New(time.Second), LastAnswerAge: durationpb.New(0),
+		}},
+	}}})
+	r.ping()
+	told := 0
+	m := r.recv()
+	for ; m.GetPong() == nil; m = r.recv() {
+		if got := m.GetRelayRefusal(); got != nil {
+			told++
+			if len(got.GetPath()) != 1 || got.GetPath()[0] != "refused-1" || got.GetReason() != "POLICY_DENIED" || got.GetMetadata()["hint"] != "ask" {
+				t.Errorf("passed on %v", got)
+			}
+		}
+	}
+	if told == 0 {
+		t.Error("a pong, and no refusal before it")
+	}
+	good.ping()
+	good.pong()
+}
+
+// One that left is forgotten only once the broker knows that it did.
+func TestGoneIsReported(t *testing.T) {
+	noLeaks(t)
+	td := newDomain(t)
+	b := newBroker(t, td)
+	f := start(t, td, b, nil)
+	v := f.follow(func(s *wire.Subscription) { s.Bound = 500 * time.Millisecond })
+	v.welcome()
+	v.ping()
+	v.pong()
+	b.set(func(b *broker) { b.silent = true })
+	v.cancel()
+	gone := func(m *dayflyv1.FollowRequest) bool { return relayed(m, "verifier-1").GetGone() }
+	m := b.sent("that it has gone", gone)
+	if relayed(m, "verifier-1").GetLastAnswerAge().AsDuration() == 0 {
+		t.Error("it was answered long ago, and reported as if just now")
+	}
+	time.Sleep(time.Second) // one-sided: past its bound, a forgetful agent would say it no more
+	b.stop()
+	b.restart()
+	b.sent("that it has gone, to the next stream", gone)
 }
 
 // end receives until the stream ends.

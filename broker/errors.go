@@ -93,6 +93,7 @@ var (
 	ErrStoreLost      = &Refusal{Unavailable, "STORE_UNAVAILABLE", "the store can't be written now", "try again; the broker reopens it by itself", nil}
 	ErrNoSigningKey   = &Refusal{Unavailable, "NO_SIGNING_KEY", "the broker has no published signing key yet", "try again in a moment", nil}
 	ErrBusy           = &Refusal{Unavailable, "BUSY", "revocations keep arriving faster than this request could be recorded", "try again", nil}
+	ErrRosterFull     = &Refusal{Exhausted, "ROSTER_FULL", "this identity has too many verifiers that may still accept tokens", "those that are gone leave once their staleness bound has passed", nil}
 	ErrTooManyStreams = &Refusal{Exhausted, "TOO_MANY_STREAMS", "this identity follows the feed with too many streams", "close some, or follow through one agent per host", nil}
 )
 

@@ -9,6 +9,7 @@ const (
 	ForgetAfter = forgetAfter
 	MaxStreams  = maxStreams
 	MaxRelayed  = maxRelayed
+	MaxRoster   = maxRoster
 	MaxUses     = maxUses
 	GrantsKept  = grantsKept
 	RetryWindow = retryWindow

@@ -293,7 +293,8 @@ func TestRelay(t *testing.T) {
 	report := func(change func(*broker.RelayedVerifier)) error {
 		rv := good
 		change(&rv)
-		return relay.Relayed(ctx, []broker.RelayedVerifier{rv})
+		_, err := relay.Relayed(ctx, []broker.RelayedVerifier{rv})
+		return err
 	}
 	if err := report(func(*broker.RelayedVerifier) {}); err != nil {
 		t.Fatal(err)
@@ -314,6 +315,7 @@ func TestRelay(t *testing.T) {
 		"a malformed audience":    func(v *broker.RelayedVerifier) { v.Audiences = []string{"a b"} },
 		"no bound":                func(v *broker.RelayedVerifier) { v.MaxStaleness = 0 },
 		"a bound out of range":    func(v *broker.RelayedVerifier) { v.MaxStaleness = 2 * time.Hour },
+		"a negative age":          func(v *broker.RelayedVerifier) { v.LastAnswerAge = -1 },
 		"a receipt not delivered": func(v *broker.RelayedVerifier) { v.Acknowledged = r.Position },
 		"a receipt of a wrong sum": func(v *broker.RelayedVerifier) {
 			v.Acknowledged.Sum[3] ^= 1
@@ -323,11 +325,11 @@ func TestRelay(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	if err := relay.Relayed(ctx, make([]broker.RelayedVerifier, broker.MaxRelayed+1)); !errors.Is(err, broker.ErrFeedRejected) {
+	if _, err := relay.Relayed(ctx, make([]broker.RelayedVerifier, broker.MaxRelayed+1)); !errors.Is(err, broker.ErrFeedRejected) {
 		t.Errorf("a report too large: %v", err)
 	}
 	verifier := w.follow("orders", "instance-1", time.Second)
-	if err := verifier.Relayed(ctx, nil); !errors.Is(err, broker.ErrFeedRejected) {
+	if _, err := verifier.Relayed(ctx, nil); !errors.Is(err, broker.ErrFeedRejected) {
 		t.Errorf("a report of one that is no relay: %v", err)
 	}
 	verifier.Close()
@@ -384,7 +386,7 @@ func TestLongNamesOnRoster(t *testing.T) {
 	for i := range path {
 		path[i] = strings.Repeat(fmt.Sprint(i), 64)
 	}
-	if err := f.Relayed(ctx, []broker.RelayedVerifier{{Path: path, MaxStaleness: time.Second}}); err != nil {
+	if _, err := f.Relayed(ctx, []broker.RelayedVerifier{{Path: path, MaxStaleness: time.Second}}); err != nil {
 		t.Fatal(err)
 	}
 	w.restart()

@@ -1,12 +1,12 @@
 package broker
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
-	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -15,8 +15,13 @@ import (
 	"github.com/dayflyhq/dayfly/proto/token"
 )
 
-// maxStreams bounds the streams of one identity: an autoscaled set shares one.
-const maxStreams = 1024
+const (
+	// maxStreams bounds the streams of one identity: an autoscaled set shares one.
+	maxStreams = 1024
+	// maxRoster bounds the entries of one identity, those behind its relays included.
+	// A new one takes the place of those that have closed.
+	maxRoster = 16 << 10
+)
 
 // maxAudiences bounds the names that one verifier answers to.
 const maxAudiences = 64
@@ -33,6 +38,10 @@ type Subscriber struct {
 
 // roster is feed.Roster with a lock, a store behind it and a bell.
 type roster struct {
+	// dropping is held for reading while verifiers are enrolled, and for writing
+	// while some are dropped.
+	dropping sync.RWMutex
+
 	mu      sync.Mutex
 	feed    feed.Roster
 	streams map[string]int // by identity
@@ -62,12 +71,13 @@ type storedVerifier struct {
 	Era          token.Era     `json:"era,omitempty"`
 	Seq          uint64        `json:"seq,omitempty"`
 	Sum          []byte        `json:"sum,omitempty"`
+	Gone         bool          `json:"gone,omitempty"`
 }
 
 func observe(v feed.Verifier) Observation {
 	b, err := json.Marshal(storedVerifier{
 		v.ID.Identity, v.ID.Instance, v.ID.Via, v.Audiences, v.Bound, v.AcceptsStale,
-		v.Acked.Era, v.Acked.Seq, v.Acked.Sum[:],
+		v.Acked.Era, v.Acked.Seq, v.Acked.Sum[:], v.Gone,
 	})
 	if err != nil {
 		panic("internal error: marshalling a roster entry: " + err.Error())
@@ -101,8 +111,8 @@ func (b *Broker) loadRoster(ctx context.Context) error {
 		}
 		v := feed.Verifier{
 			ID:        feed.VerifierID{Identity: s.Identity, Instance: s.Instance, Via: s.Via},
-			Audiences: s.Audiences, Bound: s.Bound, AcceptsStale: s.AcceptsStale, AckedAt: now,
-			Acked: feed.Position{Era: s.Era, Seq: s.Seq},
+			Audiences: s.Audiences, Bound: s.Bound, AcceptsStale: s.AcceptsStale,
+			Acked: feed.Position{Era: s.Era, Seq: s.Seq}, Answered: now, Gone: s.Gone,
 		}
 		copy(v.Acked.Sum[:], s.Sum)
 		b.roster.feed.Join(v, now)
@@ -117,6 +127,7 @@ type Follower struct {
 	id     feed.VerifierID
 	bound  time.Duration
 	relay  bool
+	below  map[feed.VerifierID]string // whom policy let follow through this relay, on what terms
 
 	mu     sync.Mutex // guards cursor
 	cursor *feed.Cursor
@@ -217,26 +228,97 @@ func (b *Broker) join(ctx context.Context, v feed.Verifier) error {
 		return ErrTooManyStreams
 	}
 	r.streams[v.ID.Identity]++
-	v = r.merged(v)
 	r.mu.Unlock()
-	if err := b.cfg.Store.Observe(ctx, observe(v)); err != nil {
+	err := b.enrol(ctx, v)
+	if err != nil {
 		b.leave(v.ID.Identity)
-		return storeRefusal(err)
+	}
+	return err
+}
+
+// enrol records verifiers of one identity, durably, before the roster counts on it.
+// What the roster has already costs no write.
+func (b *Broker) enrol(ctx context.Context, verifiers ...feed.Verifier) error {
+	r := &b.roster
+	if !r.hasRoom(verifiers) {
+		identity := verifiers[0].ID.Identity
+		err := b.drop(ctx, func(f *feed.Roster) []feed.VerifierID { return f.MakeRoom(identity, b.cfg.Boot()) })
+		switch {
+		case err != nil:
+			return err
+		case !r.hasRoom(verifiers):
+			return ErrRosterFull
+		}
+	}
+	r.dropping.RLock()
+	defer r.dropping.RUnlock()
+	var observations []Observation
+	r.mu.Lock()
+	for i, v := range verifiers {
+		old, known := r.feed.Get(v.ID)
+		if known {
+			// It may still live by the larger of its bounds after our restart.
+			v.Bound = max(v.Bound, old.Bound)
+			if old.Acked.Compare(v.Acked) > 0 {
+				v.Acked = old.Acked
+			}
+			verifiers[i] = v
+		}
+		if o := observe(v); !known || !bytes.Equal(o.Value, observe(old).Value) {
+			observations = append(observations, o)
+		}
+	}
+	r.mu.Unlock()
+	if len(observations) > 0 {
+		if err := b.cfg.Store.Observe(ctx, observations...); err != nil {
+			return storeRefusal(err)
+		}
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.feed.Join(v, b.cfg.Boot())
-	r.ring()
+	now := b.cfg.Boot()
+	for _, v := range verifiers {
+		r.feed.Join(v, now)
+	}
+	if len(observations) > 0 {
+		r.ring()
+	}
 	return nil
 }
 
-// merged is what the store keeps of a verifier that joins again: the larger of its two
-// bounds, which it may still live by after our restart. The caller holds the lock.
-func (r *roster) merged(v feed.Verifier) feed.Verifier {
-	if old, ok := r.feed.Get(v.ID); ok {
-		v.Bound = max(v.Bound, old.Bound)
+// hasRoom reports whether an identity's new entries have a place.
+func (r *roster) hasRoom(verifiers []feed.Verifier) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	wanted := r.feed.LenOf(verifiers[0].ID.Identity)
+	for _, v := range verifiers {
+		if _, known := r.feed.Get(v.ID); !known {
+			wanted++
+		}
 	}
-	return v
+	return wanted <= maxRoster
+}
+
+// drop takes entries off the roster and out of the store. Nobody is enrolled meanwhile:
+// a deletion must not overtake the same verifier's return.
+func (b *Broker) drop(ctx context.Context, which func(*feed.Roster) []feed.VerifierID) error {
+	r := &b.roster
+	r.dropping.Lock()
+	defer r.dropping.Unlock()
+	r.mu.Lock()
+	dropped := which(&r.feed)
+	if len(dropped) > 0 {
+		r.ring()
+	}
+	r.mu.Unlock()
+	if len(dropped) == 0 {
+		return nil
+	}
+	deletions := make([]Observation, len(dropped))
+	for i, id := range dropped {
+		deletions[i].Key = rosterKey(id)
+	}
+	return storeRefusal(b.cfg.Store.Observe(ctx, deletions...))
 }
 
 func (b *Broker) leave(identity string) {
@@ -335,72 +417,6 @@ func (b *Broker) acknowledge(ctx context.Context, id feed.VerifierID, p feed.Pos
 		return nil
 	}
 	return storeRefusal(b.cfg.Store.Observe(ctx, observe(v)))
-}
-
-// A RelayedVerifier is what a relay repeats of one below it.
-type RelayedVerifier struct {
-	Path          []string // instances, the relays' first, its own last
-	Audiences     []string
-	MaxStaleness  time.Duration
-	AcceptsStale  bool
-	Acknowledged  feed.Position
-	LastAnswerAge time.Duration
-}
-
-// maxRelayed bounds the verifiers that one relay may report in one message.
-const maxRelayed = 1024
-
-// Relayed takes a relay's report of those below it. Their receipts count as that
-// relay's word.
-func (f *Follower) Relayed(ctx context.Context, verifiers []RelayedVerifier) error {
-	if err := f.Check(); err != nil {
-		return err
-	}
-	if !f.relay || len(verifiers) > maxRelayed {
-		return ErrFeedRejected.because("a relay report from one that is no relay, or too large")
-	}
-	below := make([]feed.Verifier, len(verifiers))
-	observations := make([]Observation, len(verifiers))
-	r := &f.b.roster
-	for i, rv := range verifiers {
-		v, err := f.relayed(rv)
-		if err != nil {
-			return err
-		}
-		r.mu.Lock()
-		below[i] = r.merged(v)
-		r.mu.Unlock()
-		observations[i] = observe(below[i])
-	}
-	if err := f.b.cfg.Store.Observe(ctx, observations...); err != nil {
-		return storeRefusal(err)
-	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	now := f.b.cfg.Boot()
-	for _, v := range below {
-		r.feed.Join(v, now)
-	}
-	r.ring()
-	return nil
-}
-
-func (f *Follower) relayed(rv RelayedVerifier) (feed.Verifier, error) {
-	bad := func(a string) bool { return token.ValidateAudience(a) != nil }
-	if len(rv.Path) == 0 || len(rv.Path) > 8 || !f.delivered(rv.Acknowledged) ||
-		rv.MaxStaleness < MinStaleness || rv.MaxStaleness > MaxStaleness ||
-		slices.ContainsFunc(rv.Path, func(s string) bool { return !validInstance(s) }) ||
-		len(rv.Audiences) > maxAudiences || slices.ContainsFunc(rv.Audiences, bad) {
-		return feed.Verifier{}, ErrFeedRejected.because("a relay report with an impossible entry")
-	}
-	last := len(rv.Path) - 1
-	return feed.Verifier{
-		ID: feed.VerifierID{
-			Identity: f.id.Identity, Instance: rv.Path[last],
-			Via: strings.Join(append([]string{f.id.Instance}, rv.Path[:last]...), "/"),
-		},
-		Audiences: rv.Audiences, Bound: rv.MaxStaleness, AcceptsStale: rv.AcceptsStale, Acked: rv.Acknowledged,
-	}, nil
 }
 
 // A Use is a verifier's aggregate of one grant, one peer and one outcome.

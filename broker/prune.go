@@ -43,20 +43,14 @@ func (b *Broker) Prune(ctx context.Context) error {
 	}
 	b.roster.mu.Lock()
 	maps.DeleteFunc(b.roster.contained, func(seq uint64, _ feed.Instant) bool { return seq <= horizon.Seq })
-	gone := b.roster.feed.Expire(now, forgetAfter)
-	if len(gone) > 0 {
-		b.roster.ring()
-	}
 	b.roster.mu.Unlock()
-	deletions, err := b.oldUses(ctx)
+	err := b.drop(ctx, func(r *feed.Roster) []feed.VerifierID { return r.Expire(now, forgetAfter) })
 	if err != nil {
 		return err
 	}
-	for _, id := range gone {
-		deletions = append(deletions, Observation{Key: rosterKey(id)})
-	}
-	if len(deletions) == 0 {
-		return nil
+	deletions, err := b.oldUses(ctx)
+	if err != nil || len(deletions) == 0 {
+		return err
 	}
 	return b.cfg.Store.Observe(ctx, deletions...)
 }

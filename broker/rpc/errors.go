@@ -46,14 +46,19 @@ func toStatus(ctx context.Context, log *slog.Logger, method string, err error) e
 }
 
 func refusalStatus(r *broker.Refusal) error {
+	code, metadata := codeAndMetadata(r)
+	s := status.New(code, r.Message)
+	if detailed, err := s.WithDetails(&errdetails.ErrorInfo{Domain: Domain, Reason: r.Reason, Metadata: metadata}); err == nil {
+		s = detailed
+	}
+	return s.Err()
+}
+
+func codeAndMetadata(r *broker.Refusal) (codes.Code, map[string]string) {
 	metadata := map[string]string{}
 	maps.Copy(metadata, r.Metadata)
 	if r.Hint != "" {
 		metadata["hint"] = r.Hint
 	}
-	s := status.New(codeOf[r.Kind], r.Message)
-	if detailed, err := s.WithDetails(&errdetails.ErrorInfo{Domain: Domain, Reason: r.Reason, Metadata: metadata}); err == nil {
-		s = detailed
-	}
-	return s.Err()
+	return codeOf[r.Kind], metadata
 }

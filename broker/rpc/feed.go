@@ -16,9 +16,9 @@ import (
 const (
 	// eventsPerMessage keeps a message well below what receivers accept.
 	eventsPerMessage = 256
-	// pongsWaiting bounds the answers that wait for a slow reader; beyond it, its own
+	// answersWaiting bounds the answers that wait for a slow reader; beyond it, its own
 	// pings wait.
-	pongsWaiting = 8
+	answersWaiting = 8
 )
 
 type feedService struct {
@@ -54,7 +54,7 @@ func (s *feedService) Follow(stream followStream) error {
 	if err != nil {
 		return err
 	}
-	up := &upstream{handlers: s.handlers, stream: stream, follower: f, pongs: make(chan *dayflyv1.FollowResponse, pongsWaiting)}
+	up := &upstream{handlers: s.handlers, stream: stream, follower: f, answers: make(chan *dayflyv1.FollowResponse, answersWaiting)}
 	// The reader ends when the handler returns, because Recv then does.
 	ended := make(chan error, 1)
 	go func() { ended <- up.read(ctx) }()
@@ -101,8 +101,8 @@ func (s *feedService) send(ctx context.Context, stream followStream, f *broker.F
 		}
 		select {
 		case <-changed:
-		case pong := <-up.pongs:
-			if err := stream.Send(pong); err != nil {
+		case m := <-up.answers:
+			if err := stream.Send(m); err != nil {
 				return err
 			}
 		case err := <-ended:
@@ -122,7 +122,7 @@ type upstream struct {
 	*handlers
 	stream   followStream
 	follower *broker.Follower
-	pongs    chan *dayflyv1.FollowResponse
+	answers  chan *dayflyv1.FollowResponse
 }
 
 func (u *upstream) read(ctx context.Context) error {
@@ -157,7 +157,13 @@ func (u *upstream) take(ctx context.Context, m *dayflyv1.FollowRequest) error {
 		if err != nil {
 			return feedInvalid(err)
 		}
-		return u.follower.Relayed(ctx, relayed)
+		refused, err := u.follower.Relayed(ctx, relayed)
+		for _, r := range refused {
+			if err := u.answer(ctx, relayRefusal(r)); err != nil {
+				return err
+			}
+		}
+		return err
 	}
 	return broker.ErrFeedRejected
 }
@@ -171,13 +177,25 @@ func (u *upstream) ping(ctx context.Context, m *dayflyv1.Ping) error {
 	if err != nil {
 		return err
 	}
-	pong := wire.PongMessage(wire.Pong{Nonce: nonce, Head: proof.Head, Age: proof.Age, Horizon: proof.Horizon})
+	return u.answer(ctx, wire.PongMessage(wire.Pong{Nonce: nonce, Head: proof.Head, Age: proof.Age, Horizon: proof.Horizon}))
+}
+
+// answer hands a message to the sender, in the order of the questions: a refusal of one
+// below a relay goes before the pong of any later ping.
+func (u *upstream) answer(ctx context.Context, m *dayflyv1.FollowResponse) error {
 	select {
-	case u.pongs <- pong:
+	case u.answers <- m:
 		return nil
 	case <-ctx.Done():
 		return ctx.Err()
 	}
+}
+
+func relayRefusal(r broker.RelayedRefusal) *dayflyv1.FollowResponse {
+	code, metadata := codeAndMetadata(r.Refusal)
+	return &dayflyv1.FollowResponse{Message: &dayflyv1.FollowResponse_RelayRefusal{RelayRefusal: &dayflyv1.RelayRefusal{
+		Path: r.Path, Code: int32(code), Reason: r.Refusal.Reason, Message: r.Refusal.Message, Metadata: metadata,
+	}}}
 }
 
 func feedInvalid(err error) error {
@@ -229,9 +247,15 @@ func toRelayed(ms []*dayflyv1.RelayedVerifier) ([]broker.RelayedVerifier, error)
 		if err != nil {
 			return nil, err
 		}
+		age := time.Duration(0)
+		if m.GetLastAnswerAge() != nil {
+			if age, err = wire.ToDuration(m.GetLastAnswerAge()); err != nil {
+				return nil, err
+			}
+		}
 		out[i] = broker.RelayedVerifier{
 			Path: m.GetPath(), Audiences: m.GetAudiences(), MaxStaleness: bound, AcceptsStale: accepts,
-			Acknowledged: acked, LastAnswerAge: m.GetLastAnswerAge().AsDuration(),
+			Acknowledged: acked, LastAnswerAge: age, Gone: m.GetGone(),
 		}
 	}
 	return out, nil

@@ -220,3 +220,42 @@ func TestShutdown(t *testing.T) {
 		t.Errorf("after it: %v", err)
 	}
 }
+
+// A relay hears of whom policy refuses before the answer to its next ping, and goes on.
+func TestRelayRefusal(t *testing.T) {
+	w := newWorld(t)
+	w.policy.mu.Lock()
+	w.policy.noLedger = true
+	w.policy.mu.Unlock()
+	sub := subscription()
+	sub.Relay, sub.Audiences = true, nil
+	s := w.follow(w.as(payments), sub)
+	verifier := func(instance, audience string) *dayflyv1.RelayedVerifier {
+		return &dayflyv1.RelayedVerifier{
+			Path: []string{instance}, Audiences: []string{audience}, MaxStaleness: durationpb.New(time.Second),
+			OnStale: dayflyv1.OnStale_ON_STALE_REFUSE,
+		}
+	}
+	for _, m := range []*dayflyv1.FollowRequest{
+		{Message: &dayflyv1.FollowRequest_RelayReport{RelayReport: &dayflyv1.RelayReport{Verifiers: []*dayflyv1.RelayedVerifier{
+			verifier("instance-0002", "orders"), verifier("instance-0003", "ledger"),
+		}}}},
+		ping("nonce-01"),
+	} {
+		if err := s.Send(m); err != nil {
+			t.Fatal(err)
+		}
+	}
+	m, err := s.Recv()
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := m.GetRelayRefusal()
+	if got == nil || got.GetPath()[0] != "instance-0003" || codes.Code(got.GetCode()) != codes.PermissionDenied ||
+		got.GetReason() != "POLICY_DENIED" || got.GetMessage() == "" || got.GetMetadata()["hint"] == "" {
+		t.Fatalf("got %v, want the refusal", m)
+	}
+	if m, err := s.Recv(); err != nil || m.GetPong() == nil {
+		t.Fatalf("got %v, %v, want the pong", m, err)
+	}
+}

@@ -10,6 +10,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"net"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -60,8 +61,9 @@ func (c *clock) advance(d time.Duration) {
 
 // policy says yes, to whoever isn't denied.
 type policy struct {
-	mu     sync.Mutex
-	denied map[spiffeid.ID]bool
+	mu       sync.Mutex
+	denied   map[spiffeid.ID]bool
+	noLedger bool // nobody may follow for it
 }
 
 func (p *policy) Decide(_ context.Context, q broker.Question) (broker.Decision, error) {
@@ -71,7 +73,8 @@ func (p *policy) Decide(_ context.Context, q broker.Question) (broker.Decision, 
 	if len(scopes) == 0 {
 		scopes = []string{"read"}
 	}
-	return broker.Decision{Allow: !p.denied[q.Caller.ID], Scopes: scopes, TTL: broker.DefaultTTL}, nil
+	denied := p.denied[q.Caller.ID] || p.noLedger && slices.Contains(q.Audiences, "ledger")
+	return broker.Decision{Allow: !denied, Scopes: scopes, TTL: broker.DefaultTTL}, nil
 }
 func (p *policy) AnswersTo(spiffeid.ID, string) bool { return true }
 func (p *policy) Audience(name string) (broker.Audience, bool) {

@@ -33,6 +33,8 @@ type Verifier struct {
 	// Answered is when one of its pings was last answered: it can be fresh as of no
 	// later moment.
 	Answered Instant
+	// Gone: the relay that it stood behind says that it answers it no more.
+	Gone bool
 }
 
 // A Roster knows every verifier that may accept tokens. Not safe for concurrent use.
@@ -41,33 +43,42 @@ type Verifier struct {
 // "All have confirmed" is true of verifiers behind a relay because a relay answers the
 // pings of nobody whom the broker hasn't recorded.
 type Roster struct {
-	verifiers map[VerifierID]*Verifier
+	verifiers  map[VerifierID]*Verifier
+	identities map[string]int // entries of each
 }
 
 // Join adds a verifier or takes over its new data; what it acknowledged before under
 // the same ID stands, and so does the larger of two bounds, which it may still live
-// by. Now counts as an answer: from here on it may become fresh.
+// by. Now counts as an answer: from here on it may become fresh. Of one that is gone
+// its Answered counts, which is not after now.
 func (r *Roster) Join(v Verifier, now Instant) {
 	if r.verifiers == nil {
-		r.verifiers = map[VerifierID]*Verifier{}
+		r.verifiers, r.identities = map[VerifierID]*Verifier{}, map[string]int{}
 	}
 	v.AckedAt = now
-	if old, ok := r.verifiers[v.ID]; ok {
+	old, ok := r.verifiers[v.ID]
+	if ok {
 		if old.Acked.Compare(v.Acked) >= 0 {
 			v.Acked, v.AckedAt = old.Acked, old.AckedAt
 		}
 		v.Bound = max(v.Bound, old.Bound)
-		v.Answered = max(v.Answered, old.Answered)
+	} else {
+		r.identities[v.ID.Identity]++
 	}
-	v.Answered = max(v.Answered, now)
+	if !v.Gone {
+		v.Answered = now
+	}
 	r.verifiers[v.ID] = &v
 }
 
 // closes returns from when a verifier refuses everything if it stays silent. One
 // behind a relay may have been answered without the broker having heard of it yet, but
-// never with younger knowledge than the relay's own last answer.
+// never with younger knowledge than the relay's own last answer; unless it is gone.
 func (r *Roster) closes(v *Verifier) Instant {
 	answered := v.Answered
+	if v.Gone {
+		return answered.Add(v.Bound)
+	}
 	if nearest, _, _ := strings.Cut(v.ID.Via, "/"); nearest != "" {
 		if relay, ok := r.verifiers[VerifierID{Identity: v.ID.Identity, Instance: nearest}]; ok {
 			answered = max(answered, relay.Answered)
@@ -106,18 +117,33 @@ func (r *Roster) Get(id VerifierID) (Verifier, bool) {
 // Len returns the number of entries.
 func (r *Roster) Len() int { return len(r.verifiers) }
 
+// LenOf returns the number of an identity's entries.
+func (r *Roster) LenOf(identity string) int { return r.identities[identity] }
+
 // Expire drops, and returns, those that have been closed for longer than keep.
 func (r *Roster) Expire(now Instant, keep time.Duration) []VerifierID {
-	var gone []VerifierID
+	return r.drop(func(v *Verifier) bool { return now.Sub(r.closes(v)) > keep })
+}
+
+// MakeRoom drops, and returns, those of an identity that are closed by now.
+func (r *Roster) MakeRoom(identity string, now Instant) []VerifierID {
+	return r.drop(func(v *Verifier) bool { return v.ID.Identity == identity && now > r.closes(v) })
+}
+
+func (r *Roster) drop(which func(*Verifier) bool) []VerifierID {
+	var dropped []VerifierID
 	for id, v := range r.verifiers {
-		if now.Sub(r.closes(v)) > keep {
-			gone = append(gone, id)
+		if which(v) {
+			dropped = append(dropped, id)
 		}
 	}
-	for _, id := range gone {
+	for _, id := range dropped {
 		delete(r.verifiers, id)
+		if r.identities[id.Identity]--; r.identities[id.Identity] == 0 {
+			delete(r.identities, id.Identity)
+		}
 	}
-	return gone
+	return dropped
 }
 
 // A ReceiptState is what is known of one verifier and one revocation.

@@ -120,3 +120,41 @@ func TestClosedBehindRelay(t *testing.T) {
 		t.Errorf("expired %v", gone)
 	}
 }
+
+// One that its relay answers no more closes by its own last answer, not by the relay's.
+func TestGone(t *testing.T) {
+	var r feed.Roster
+	below := feed.VerifierID{Identity: "i", Instance: "v", Via: "r"}
+	r.Join(feed.Verifier{ID: id("r"), Bound: time.Second}, at(0))
+	r.Join(feed.Verifier{ID: below, Bound: 2 * time.Second}, at(0))
+	r.Join(feed.Verifier{ID: below, Bound: 2 * time.Second, Gone: true, Answered: at(1)}, at(2))
+	r.Answered(id("r"), at(9))
+	if got := state(t, r.Containment(pos(5), at(1), at(9)), "v"); got.State != feed.Closed || got.At != at(3) {
+		t.Errorf("%s at %v, want closed since 3 s", got.State, got.At)
+	}
+	r.Join(feed.Verifier{ID: below, Bound: 2 * time.Second}, at(9))
+	if got := state(t, r.Containment(pos(5), at(1), at(9)), "v"); got.State != feed.Pending || got.At != at(11) {
+		t.Errorf("%s at %v, want pending till 11 s", got.State, got.At)
+	}
+}
+
+func TestMakeRoom(t *testing.T) {
+	var r feed.Roster
+	other := feed.VerifierID{Identity: "other", Instance: "a"}
+	for _, v := range []feed.VerifierID{id("a"), id("b"), other} {
+		r.Join(feed.Verifier{ID: v, Bound: time.Second}, at(0))
+	}
+	r.Answered(id("b"), at(1))
+	if r.LenOf("i") != 2 || r.LenOf("other") != 1 || r.LenOf("nobody") != 0 {
+		t.Errorf("lengths %d, %d, %d", r.LenOf("i"), r.LenOf("other"), r.LenOf("nobody"))
+	}
+	if got := r.MakeRoom("i", at(1)); len(got) != 0 {
+		t.Errorf("dropped %v at their bound", got)
+	}
+	if got := r.MakeRoom("i", at(1)+1); len(got) != 1 || got[0] != id("a") {
+		t.Errorf("dropped %v, want what has closed", got)
+	}
+	if r.LenOf("i") != 1 || r.Len() != 2 {
+		t.Errorf("lengths %d, %d", r.LenOf("i"), r.Len())
+	}
+}

@@ -690,6 +690,7 @@ type FollowResponse struct {
 	//	*FollowResponse_Snapshot
 	//	*FollowResponse_Events
 	//	*FollowResponse_Pong
+	//	*FollowResponse_RelayRefusal
 	Message       isFollowResponse_Message `protobuf_oneof:"message"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -768,6 +769,15 @@ func (x *FollowResponse) GetPong() *Pong {
 	return nil
 }
 
+func (x *FollowResponse) GetRelayRefusal() *RelayRefusal {
+	if x != nil {
+		if x, ok := x.Message.(*FollowResponse_RelayRefusal); ok {
+			return x.RelayRefusal
+		}
+	}
+	return nil
+}
+
 type isFollowResponse_Message interface {
 	isFollowResponse_Message()
 }
@@ -788,6 +798,10 @@ type FollowResponse_Pong struct {
 	Pong *Pong `protobuf:"bytes,4,opt,name=pong,proto3,oneof"`
 }
 
+type FollowResponse_RelayRefusal struct {
+	RelayRefusal *RelayRefusal `protobuf:"bytes,5,opt,name=relay_refusal,json=relayRefusal,proto3,oneof"`
+}
+
 func (*FollowResponse_Welcome) isFollowResponse_Message() {}
 
 func (*FollowResponse_Snapshot) isFollowResponse_Message() {}
@@ -795,6 +809,90 @@ func (*FollowResponse_Snapshot) isFollowResponse_Message() {}
 func (*FollowResponse_Events) isFollowResponse_Message() {}
 
 func (*FollowResponse_Pong) isFollowResponse_Message() {}
+
+func (*FollowResponse_RelayRefusal) isFollowResponse_Message() {}
+
+// RelayRefusal tells a relay that a verifier it reported may not follow. It precedes
+// the answer to every later ping, so a relay that welcomes only whom a proof after
+// their report covers never welcomes such a verifier. It hands the refusal on as the
+// verifier's own.
+type RelayRefusal struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As in the report.
+	Path []string `protobuf:"bytes,1,rep,name=path,proto3" json:"path,omitempty"`
+	// A google.rpc.Code, then what the status and its ErrorInfo hold.
+	Code          int32             `protobuf:"varint,2,opt,name=code,proto3" json:"code,omitempty"`
+	Reason        string            `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	Message       string            `protobuf:"bytes,4,opt,name=message,proto3" json:"message,omitempty"`
+	Metadata      map[string]string `protobuf:"bytes,5,rep,name=metadata,proto3" json:"metadata,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RelayRefusal) Reset() {
+	*x = RelayRefusal{}
+	mi := &file_dayfly_v1_feed_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RelayRefusal) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RelayRefusal) ProtoMessage() {}
+
+func (x *RelayRefusal) ProtoReflect() protoreflect.Message {
+	mi := &file_dayfly_v1_feed_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RelayRefusal.ProtoReflect.Descriptor instead.
+func (*RelayRefusal) Descriptor() ([]byte, []int) {
+	return file_dayfly_v1_feed_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *RelayRefusal) GetPath() []string {
+	if x != nil {
+		return x.Path
+	}
+	return nil
+}
+
+func (x *RelayRefusal) GetCode() int32 {
+	if x != nil {
+		return x.Code
+	}
+	return 0
+}
+
+func (x *RelayRefusal) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *RelayRefusal) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
+}
+
+func (x *RelayRefusal) GetMetadata() map[string]string {
+	if x != nil {
+		return x.Metadata
+	}
+	return nil
+}
 
 // Welcome answers a Subscribe.
 type Welcome struct {
@@ -811,7 +909,7 @@ type Welcome struct {
 
 func (x *Welcome) Reset() {
 	*x = Welcome{}
-	mi := &file_dayfly_v1_feed_proto_msgTypes[9]
+	mi := &file_dayfly_v1_feed_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -823,7 +921,7 @@ func (x *Welcome) String() string {
 func (*Welcome) ProtoMessage() {}
 
 func (x *Welcome) ProtoReflect() protoreflect.Message {
-	mi := &file_dayfly_v1_feed_proto_msgTypes[9]
+	mi := &file_dayfly_v1_feed_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -836,7 +934,7 @@ func (x *Welcome) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Welcome.ProtoReflect.Descriptor instead.
 func (*Welcome) Descriptor() ([]byte, []int) {
-	return file_dayfly_v1_feed_proto_rawDescGZIP(), []int{9}
+	return file_dayfly_v1_feed_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Welcome) GetMaxStaleness() *durationpb.Duration {
@@ -876,7 +974,7 @@ type Snapshot struct {
 
 func (x *Snapshot) Reset() {
 	*x = Snapshot{}
-	mi := &file_dayfly_v1_feed_proto_msgTypes[10]
+	mi := &file_dayfly_v1_feed_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -888,7 +986,7 @@ func (x *Snapshot) String() string {
 func (*Snapshot) ProtoMessage() {}
 
 func (x *Snapshot) ProtoReflect() protoreflect.Message {
-	mi := &file_dayfly_v1_feed_proto_msgTypes[10]
+	mi := &file_dayfly_v1_feed_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -901,7 +999,7 @@ func (x *Snapshot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Snapshot.ProtoReflect.Descriptor instead.
 func (*Snapshot) Descriptor() ([]byte, []int) {
-	return file_dayfly_v1_feed_proto_rawDescGZIP(), []int{10}
+	return file_dayfly_v1_feed_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Snapshot) GetEvents() []*Event {
@@ -944,7 +1042,7 @@ type Events struct {
 
 func (x *Events) Reset() {
 	*x = Events{}
-	mi := &file_dayfly_v1_feed_proto_msgTypes[11]
+	mi := &file_dayfly_v1_feed_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -956,7 +1054,7 @@ func (x *Events) String() string {
 func (*Events) ProtoMessage() {}
 
 func (x *Events) ProtoReflect() protoreflect.Message {
-	mi := &file_dayfly_v1_feed_proto_msgTypes[11]
+	mi := &file_dayfly_v1_feed_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -969,7 +1067,7 @@ func (x *Events) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Events.ProtoReflect.Descriptor instead.
 func (*Events) Descriptor() ([]byte, []int) {
-	return file_dayfly_v1_feed_proto_rawDescGZIP(), []int{11}
+	return file_dayfly_v1_feed_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Events) GetEvents() []*Event {
@@ -1007,7 +1105,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_dayfly_v1_feed_proto_msgTypes[12]
+	mi := &file_dayfly_v1_feed_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1019,7 +1117,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_dayfly_v1_feed_proto_msgTypes[12]
+	mi := &file_dayfly_v1_feed_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1032,7 +1130,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_dayfly_v1_feed_proto_rawDescGZIP(), []int{12}
+	return file_dayfly_v1_feed_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Event) GetSequence() uint64 {
@@ -1136,7 +1234,7 @@ type RevocationEvent struct {
 
 func (x *RevocationEvent) Reset() {
 	*x = RevocationEvent{}
-	mi := &file_dayfly_v1_feed_proto_msgTypes[13]
+	mi := &file_dayfly_v1_feed_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1148,7 +1246,7 @@ func (x *RevocationEvent) String() string {
 func (*RevocationEvent) ProtoMessage() {}
 
 func (x *RevocationEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_dayfly_v1_feed_proto_msgTypes[13]
+	mi := &file_dayfly_v1_feed_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1161,7 +1259,7 @@ func (x *RevocationEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevocationEvent.ProtoReflect.Descriptor instead.
 func (*RevocationEvent) Descriptor() ([]byte, []int) {
-	return file_dayfly_v1_feed_proto_rawDescGZIP(), []int{13}
+	return file_dayfly_v1_feed_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *RevocationEvent) GetSelectors() []*Selector {
@@ -1181,7 +1279,7 @@ type LiftEvent struct {
 
 func (x *LiftEvent) Reset() {
 	*x = LiftEvent{}
-	mi := &file_dayfly_v1_feed_proto_msgTypes[14]
+	mi := &file_dayfly_v1_feed_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1193,7 +1291,7 @@ func (x *LiftEvent) String() string {
 func (*LiftEvent) ProtoMessage() {}
 
 func (x *LiftEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_dayfly_v1_feed_proto_msgTypes[14]
+	mi := &file_dayfly_v1_feed_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1206,7 +1304,7 @@ func (x *LiftEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LiftEvent.ProtoReflect.Descriptor instead.
 func (*LiftEvent) Descriptor() ([]byte, []int) {
-	return file_dayfly_v1_feed_proto_rawDescGZIP(), []int{14}
+	return file_dayfly_v1_feed_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *LiftEvent) GetLock() uint64 {
@@ -1235,7 +1333,7 @@ type KeyEvent struct {
 
 func (x *KeyEvent) Reset() {
 	*x = KeyEvent{}
-	mi := &file_dayfly_v1_feed_proto_msgTypes[15]
+	mi := &file_dayfly_v1_feed_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1247,7 +1345,7 @@ func (x *KeyEvent) String() string {
 func (*KeyEvent) ProtoMessage() {}
 
 func (x *KeyEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_dayfly_v1_feed_proto_msgTypes[15]
+	mi := &file_dayfly_v1_feed_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1260,7 +1358,7 @@ func (x *KeyEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeyEvent.ProtoReflect.Descriptor instead.
 func (*KeyEvent) Descriptor() ([]byte, []int) {
-	return file_dayfly_v1_feed_proto_rawDescGZIP(), []int{15}
+	return file_dayfly_v1_feed_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *KeyEvent) GetKeyId() string {
@@ -1308,7 +1406,7 @@ type EraEvent struct {
 
 func (x *EraEvent) Reset() {
 	*x = EraEvent{}
-	mi := &file_dayfly_v1_feed_proto_msgTypes[16]
+	mi := &file_dayfly_v1_feed_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1320,7 +1418,7 @@ func (x *EraEvent) String() string {
 func (*EraEvent) ProtoMessage() {}
 
 func (x *EraEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_dayfly_v1_feed_proto_msgTypes[16]
+	mi := &file_dayfly_v1_feed_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1333,7 +1431,7 @@ func (x *EraEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EraEvent.ProtoReflect.Descriptor instead.
 func (*EraEvent) Descriptor() ([]byte, []int) {
-	return file_dayfly_v1_feed_proto_rawDescGZIP(), []int{16}
+	return file_dayfly_v1_feed_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *EraEvent) GetEra() string {
@@ -1365,7 +1463,7 @@ type Pong struct {
 
 func (x *Pong) Reset() {
 	*x = Pong{}
-	mi := &file_dayfly_v1_feed_proto_msgTypes[17]
+	mi := &file_dayfly_v1_feed_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1377,7 +1475,7 @@ func (x *Pong) String() string {
 func (*Pong) ProtoMessage() {}
 
 func (x *Pong) ProtoReflect() protoreflect.Message {
-	mi := &file_dayfly_v1_feed_proto_msgTypes[17]
+	mi := &file_dayfly_v1_feed_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1390,7 +1488,7 @@ func (x *Pong) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pong.ProtoReflect.Descriptor instead.
 func (*Pong) Descriptor() ([]byte, []int) {
-	return file_dayfly_v1_feed_proto_rawDescGZIP(), []int{17}
+	return file_dayfly_v1_feed_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Pong) GetNonce() []byte {
@@ -1455,7 +1553,7 @@ type SignedHead struct {
 
 func (x *SignedHead) Reset() {
 	*x = SignedHead{}
-	mi := &file_dayfly_v1_feed_proto_msgTypes[18]
+	mi := &file_dayfly_v1_feed_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1467,7 +1565,7 @@ func (x *SignedHead) String() string {
 func (*SignedHead) ProtoMessage() {}
 
 func (x *SignedHead) ProtoReflect() protoreflect.Message {
-	mi := &file_dayfly_v1_feed_proto_msgTypes[18]
+	mi := &file_dayfly_v1_feed_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1480,7 +1578,7 @@ func (x *SignedHead) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignedHead.ProtoReflect.Descriptor instead.
 func (*SignedHead) Descriptor() ([]byte, []int) {
-	return file_dayfly_v1_feed_proto_rawDescGZIP(), []int{18}
+	return file_dayfly_v1_feed_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *SignedHead) GetStatement() []byte {
@@ -1519,7 +1617,7 @@ type HeadStatement struct {
 
 func (x *HeadStatement) Reset() {
 	*x = HeadStatement{}
-	mi := &file_dayfly_v1_feed_proto_msgTypes[19]
+	mi := &file_dayfly_v1_feed_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1531,7 +1629,7 @@ func (x *HeadStatement) String() string {
 func (*HeadStatement) ProtoMessage() {}
 
 func (x *HeadStatement) ProtoReflect() protoreflect.Message {
-	mi := &file_dayfly_v1_feed_proto_msgTypes[19]
+	mi := &file_dayfly_v1_feed_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1544,7 +1642,7 @@ func (x *HeadStatement) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeadStatement.ProtoReflect.Descriptor instead.
 func (*HeadStatement) Descriptor() ([]byte, []int) {
-	return file_dayfly_v1_feed_proto_rawDescGZIP(), []int{19}
+	return file_dayfly_v1_feed_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *HeadStatement) GetHead() *Position {
@@ -1640,13 +1738,23 @@ const file_dayfly_v1_feed_proto_rawDesc = "" +
 	"\facknowledged\x18\x05 \x01(\v2\x13.dayfly.v1.PositionR\facknowledged\x12A\n" +
 	"\x0flast_answer_age\x18\x06 \x01(\v2\x19.google.protobuf.DurationR\rlastAnswerAge\x12\x12\n" +
 	"\x04gone\x18\a \x01(\bR\x04gone\x12\x1a\n" +
-	"\bidentity\x18\b \x01(\tR\bidentity\"\xd2\x01\n" +
+	"\bidentity\x18\b \x01(\tR\bidentity\"\x92\x02\n" +
 	"\x0eFollowResponse\x12.\n" +
 	"\awelcome\x18\x01 \x01(\v2\x12.dayfly.v1.WelcomeH\x00R\awelcome\x121\n" +
 	"\bsnapshot\x18\x02 \x01(\v2\x13.dayfly.v1.SnapshotH\x00R\bsnapshot\x12+\n" +
 	"\x06events\x18\x03 \x01(\v2\x11.dayfly.v1.EventsH\x00R\x06events\x12%\n" +
-	"\x04pong\x18\x04 \x01(\v2\x0f.dayfly.v1.PongH\x00R\x04pongB\t\n" +
-	"\amessage\"\xa0\x01\n" +
+	"\x04pong\x18\x04 \x01(\v2\x0f.dayfly.v1.PongH\x00R\x04pong\x12>\n" +
+	"\rrelay_refusal\x18\x05 \x01(\v2\x17.dayfly.v1.RelayRefusalH\x00R\frelayRefusalB\t\n" +
+	"\amessage\"\xe8\x01\n" +
+	"\fRelayRefusal\x12\x12\n" +
+	"\x04path\x18\x01 \x03(\tR\x04path\x12\x12\n" +
+	"\x04code\x18\x02 \x01(\x05R\x04code\x12\x16\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\x12\x18\n" +
+	"\amessage\x18\x04 \x01(\tR\amessage\x12A\n" +
+	"\bmetadata\x18\x05 \x03(\v2%.dayfly.v1.RelayRefusal.MetadataEntryR\bmetadata\x1a;\n" +
+	"\rMetadataEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xa0\x01\n" +
 	"\aWelcome\x12>\n" +
 	"\rmax_staleness\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\fmaxStaleness\x12=\n" +
 	"\rmax_token_ttl\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\vmaxTokenTtl\x12\x16\n" +
@@ -1722,7 +1830,7 @@ func file_dayfly_v1_feed_proto_rawDescGZIP() []byte {
 	return file_dayfly_v1_feed_proto_rawDescData
 }
 
-var file_dayfly_v1_feed_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
+var file_dayfly_v1_feed_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
 var file_dayfly_v1_feed_proto_goTypes = []any{
 	(*FollowRequest)(nil),         // 0: dayfly.v1.FollowRequest
 	(*Subscribe)(nil),             // 1: dayfly.v1.Subscribe
@@ -1733,22 +1841,24 @@ var file_dayfly_v1_feed_proto_goTypes = []any{
 	(*RelayReport)(nil),           // 6: dayfly.v1.RelayReport
 	(*RelayedVerifier)(nil),       // 7: dayfly.v1.RelayedVerifier
 	(*FollowResponse)(nil),        // 8: dayfly.v1.FollowResponse
-	(*Welcome)(nil),               // 9: dayfly.v1.Welcome
-	(*Snapshot)(nil),              // 10: dayfly.v1.Snapshot
-	(*Events)(nil),                // 11: dayfly.v1.Events
-	(*Event)(nil),                 // 12: dayfly.v1.Event
-	(*RevocationEvent)(nil),       // 13: dayfly.v1.RevocationEvent
-	(*LiftEvent)(nil),             // 14: dayfly.v1.LiftEvent
-	(*KeyEvent)(nil),              // 15: dayfly.v1.KeyEvent
-	(*EraEvent)(nil),              // 16: dayfly.v1.EraEvent
-	(*Pong)(nil),                  // 17: dayfly.v1.Pong
-	(*SignedHead)(nil),            // 18: dayfly.v1.SignedHead
-	(*HeadStatement)(nil),         // 19: dayfly.v1.HeadStatement
-	(*durationpb.Duration)(nil),   // 20: google.protobuf.Duration
-	(OnStale)(0),                  // 21: dayfly.v1.OnStale
-	(*Position)(nil),              // 22: dayfly.v1.Position
-	(*timestamppb.Timestamp)(nil), // 23: google.protobuf.Timestamp
-	(*Selector)(nil),              // 24: dayfly.v1.Selector
+	(*RelayRefusal)(nil),          // 9: dayfly.v1.RelayRefusal
+	(*Welcome)(nil),               // 10: dayfly.v1.Welcome
+	(*Snapshot)(nil),              // 11: dayfly.v1.Snapshot
+	(*Events)(nil),                // 12: dayfly.v1.Events
+	(*Event)(nil),                 // 13: dayfly.v1.Event
+	(*RevocationEvent)(nil),       // 14: dayfly.v1.RevocationEvent
+	(*LiftEvent)(nil),             // 15: dayfly.v1.LiftEvent
+	(*KeyEvent)(nil),              // 16: dayfly.v1.KeyEvent
+	(*EraEvent)(nil),              // 17: dayfly.v1.EraEvent
+	(*Pong)(nil),                  // 18: dayfly.v1.Pong
+	(*SignedHead)(nil),            // 19: dayfly.v1.SignedHead
+	(*HeadStatement)(nil),         // 20: dayfly.v1.HeadStatement
+	nil,                           // 21: dayfly.v1.RelayRefusal.MetadataEntry
+	(*durationpb.Duration)(nil),   // 22: google.protobuf.Duration
+	(OnStale)(0),                  // 23: dayfly.v1.OnStale
+	(*Position)(nil),              // 24: dayfly.v1.Position
+	(*timestamppb.Timestamp)(nil), // 25: google.protobuf.Timestamp
+	(*Selector)(nil),              // 26: dayfly.v1.Selector
 }
 var file_dayfly_v1_feed_proto_depIdxs = []int32{
 	1,  // 0: dayfly.v1.FollowRequest.subscribe:type_name -> dayfly.v1.Subscribe
@@ -1756,50 +1866,52 @@ var file_dayfly_v1_feed_proto_depIdxs = []int32{
 	3,  // 2: dayfly.v1.FollowRequest.acknowledge:type_name -> dayfly.v1.Acknowledge
 	4,  // 3: dayfly.v1.FollowRequest.use_report:type_name -> dayfly.v1.UseReport
 	6,  // 4: dayfly.v1.FollowRequest.relay_report:type_name -> dayfly.v1.RelayReport
-	20, // 5: dayfly.v1.Subscribe.max_staleness:type_name -> google.protobuf.Duration
-	21, // 6: dayfly.v1.Subscribe.on_stale:type_name -> dayfly.v1.OnStale
-	22, // 7: dayfly.v1.Subscribe.position:type_name -> dayfly.v1.Position
-	18, // 8: dayfly.v1.Subscribe.newest_signed_head:type_name -> dayfly.v1.SignedHead
-	22, // 9: dayfly.v1.Acknowledge.position:type_name -> dayfly.v1.Position
+	22, // 5: dayfly.v1.Subscribe.max_staleness:type_name -> google.protobuf.Duration
+	23, // 6: dayfly.v1.Subscribe.on_stale:type_name -> dayfly.v1.OnStale
+	24, // 7: dayfly.v1.Subscribe.position:type_name -> dayfly.v1.Position
+	19, // 8: dayfly.v1.Subscribe.newest_signed_head:type_name -> dayfly.v1.SignedHead
+	24, // 9: dayfly.v1.Acknowledge.position:type_name -> dayfly.v1.Position
 	5,  // 10: dayfly.v1.UseReport.uses:type_name -> dayfly.v1.Use
-	23, // 11: dayfly.v1.Use.first_seen:type_name -> google.protobuf.Timestamp
-	23, // 12: dayfly.v1.Use.last_seen:type_name -> google.protobuf.Timestamp
+	25, // 11: dayfly.v1.Use.first_seen:type_name -> google.protobuf.Timestamp
+	25, // 12: dayfly.v1.Use.last_seen:type_name -> google.protobuf.Timestamp
 	7,  // 13: dayfly.v1.RelayReport.verifiers:type_name -> dayfly.v1.RelayedVerifier
-	20, // 14: dayfly.v1.RelayedVerifier.max_staleness:type_name -> google.protobuf.Duration
-	21, // 15: dayfly.v1.RelayedVerifier.on_stale:type_name -> dayfly.v1.OnStale
-	22, // 16: dayfly.v1.RelayedVerifier.acknowledged:type_name -> dayfly.v1.Position
-	20, // 17: dayfly.v1.RelayedVerifier.last_answer_age:type_name -> google.protobuf.Duration
-	9,  // 18: dayfly.v1.FollowResponse.welcome:type_name -> dayfly.v1.Welcome
-	10, // 19: dayfly.v1.FollowResponse.snapshot:type_name -> dayfly.v1.Snapshot
-	11, // 20: dayfly.v1.FollowResponse.events:type_name -> dayfly.v1.Events
-	17, // 21: dayfly.v1.FollowResponse.pong:type_name -> dayfly.v1.Pong
-	20, // 22: dayfly.v1.Welcome.max_staleness:type_name -> google.protobuf.Duration
-	20, // 23: dayfly.v1.Welcome.max_token_ttl:type_name -> google.protobuf.Duration
-	12, // 24: dayfly.v1.Snapshot.events:type_name -> dayfly.v1.Event
-	22, // 25: dayfly.v1.Snapshot.horizon:type_name -> dayfly.v1.Position
-	22, // 26: dayfly.v1.Snapshot.position:type_name -> dayfly.v1.Position
-	12, // 27: dayfly.v1.Events.events:type_name -> dayfly.v1.Event
-	22, // 28: dayfly.v1.Events.horizon:type_name -> dayfly.v1.Position
-	13, // 29: dayfly.v1.Event.revocation:type_name -> dayfly.v1.RevocationEvent
-	14, // 30: dayfly.v1.Event.lift:type_name -> dayfly.v1.LiftEvent
-	15, // 31: dayfly.v1.Event.key:type_name -> dayfly.v1.KeyEvent
-	16, // 32: dayfly.v1.Event.era:type_name -> dayfly.v1.EraEvent
-	24, // 33: dayfly.v1.RevocationEvent.selectors:type_name -> dayfly.v1.Selector
-	22, // 34: dayfly.v1.Pong.head:type_name -> dayfly.v1.Position
-	20, // 35: dayfly.v1.Pong.age:type_name -> google.protobuf.Duration
-	22, // 36: dayfly.v1.Pong.horizon:type_name -> dayfly.v1.Position
-	18, // 37: dayfly.v1.Pong.signed_head:type_name -> dayfly.v1.SignedHead
-	22, // 38: dayfly.v1.HeadStatement.head:type_name -> dayfly.v1.Position
-	22, // 39: dayfly.v1.HeadStatement.horizon:type_name -> dayfly.v1.Position
-	20, // 40: dayfly.v1.HeadStatement.age:type_name -> google.protobuf.Duration
-	23, // 41: dayfly.v1.HeadStatement.signed_at:type_name -> google.protobuf.Timestamp
-	0,  // 42: dayfly.v1.FeedService.Follow:input_type -> dayfly.v1.FollowRequest
-	8,  // 43: dayfly.v1.FeedService.Follow:output_type -> dayfly.v1.FollowResponse
-	43, // [43:44] is the sub-list for method output_type
-	42, // [42:43] is the sub-list for method input_type
-	42, // [42:42] is the sub-list for extension type_name
-	42, // [42:42] is the sub-list for extension extendee
-	0,  // [0:42] is the sub-list for field type_name
+	22, // 14: dayfly.v1.RelayedVerifier.max_staleness:type_name -> google.protobuf.Duration
+	23, // 15: dayfly.v1.RelayedVerifier.on_stale:type_name -> dayfly.v1.OnStale
+	24, // 16: dayfly.v1.RelayedVerifier.acknowledged:type_name -> dayfly.v1.Position
+	22, // 17: dayfly.v1.RelayedVerifier.last_answer_age:type_name -> google.protobuf.Duration
+	10, // 18: dayfly.v1.FollowResponse.welcome:type_name -> dayfly.v1.Welcome
+	11, // 19: dayfly.v1.FollowResponse.snapshot:type_name -> dayfly.v1.Snapshot
+	12, // 20: dayfly.v1.FollowResponse.events:type_name -> dayfly.v1.Events
+	18, // 21: dayfly.v1.FollowResponse.pong:type_name -> dayfly.v1.Pong
+	9,  // 22: dayfly.v1.FollowResponse.relay_refusal:type_name -> dayfly.v1.RelayRefusal
+	21, // 23: dayfly.v1.RelayRefusal.metadata:type_name -> dayfly.v1.RelayRefusal.MetadataEntry
+	22, // 24: dayfly.v1.Welcome.max_staleness:type_name -> google.protobuf.Duration
+	22, // 25: dayfly.v1.Welcome.max_token_ttl:type_name -> google.protobuf.Duration
+	13, // 26: dayfly.v1.Snapshot.events:type_name -> dayfly.v1.Event
+	24, // 27: dayfly.v1.Snapshot.horizon:type_name -> dayfly.v1.Position
+	24, // 28: dayfly.v1.Snapshot.position:type_name -> dayfly.v1.Position
+	13, // 29: dayfly.v1.Events.events:type_name -> dayfly.v1.Event
+	24, // 30: dayfly.v1.Events.horizon:type_name -> dayfly.v1.Position
+	14, // 31: dayfly.v1.Event.revocation:type_name -> dayfly.v1.RevocationEvent
+	15, // 32: dayfly.v1.Event.lift:type_name -> dayfly.v1.LiftEvent
+	16, // 33: dayfly.v1.Event.key:type_name -> dayfly.v1.KeyEvent
+	17, // 34: dayfly.v1.Event.era:type_name -> dayfly.v1.EraEvent
+	26, // 35: dayfly.v1.RevocationEvent.selectors:type_name -> dayfly.v1.Selector
+	24, // 36: dayfly.v1.Pong.head:type_name -> dayfly.v1.Position
+	22, // 37: dayfly.v1.Pong.age:type_name -> google.protobuf.Duration
+	24, // 38: dayfly.v1.Pong.horizon:type_name -> dayfly.v1.Position
+	19, // 39: dayfly.v1.Pong.signed_head:type_name -> dayfly.v1.SignedHead
+	24, // 40: dayfly.v1.HeadStatement.head:type_name -> dayfly.v1.Position
+	24, // 41: dayfly.v1.HeadStatement.horizon:type_name -> dayfly.v1.Position
+	22, // 42: dayfly.v1.HeadStatement.age:type_name -> google.protobuf.Duration
+	25, // 43: dayfly.v1.HeadStatement.signed_at:type_name -> google.protobuf.Timestamp
+	0,  // 44: dayfly.v1.FeedService.Follow:input_type -> dayfly.v1.FollowRequest
+	8,  // 45: dayfly.v1.FeedService.Follow:output_type -> dayfly.v1.FollowResponse
+	45, // [45:46] is the sub-list for method output_type
+	44, // [44:45] is the sub-list for method input_type
+	44, // [44:44] is the sub-list for extension type_name
+	44, // [44:44] is the sub-list for extension extendee
+	0,  // [0:44] is the sub-list for field type_name
 }
 
 func init() { file_dayfly_v1_feed_proto_init() }
@@ -1820,8 +1932,9 @@ func file_dayfly_v1_feed_proto_init() {
 		(*FollowResponse_Snapshot)(nil),
 		(*FollowResponse_Events)(nil),
 		(*FollowResponse_Pong)(nil),
+		(*FollowResponse_RelayRefusal)(nil),
 	}
-	file_dayfly_v1_feed_proto_msgTypes[12].OneofWrappers = []any{
+	file_dayfly_v1_feed_proto_msgTypes[13].OneofWrappers = []any{
 		(*Event_Revocation)(nil),
 		(*Event_Lift)(nil),
 		(*Event_Key)(nil),
@@ -1833,7 +1946,7 @@ func file_dayfly_v1_feed_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dayfly_v1_feed_proto_rawDesc), len(file_dayfly_v1_feed_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   20,
+			NumMessages:   22,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

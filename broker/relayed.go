@@ -1,0 +1,130 @@
+package broker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/dayflyhq/dayfly/proto/feed"
+	"github.com/dayflyhq/dayfly/proto/token"
+)
+
+// A RelayedVerifier is what a relay repeats of one below it.
+type RelayedVerifier struct {
+	Path         []string // instances, the relays' first, its own last
+	Audiences    []string
+	MaxStaleness time.Duration
+	AcceptsStale bool
+	Acknowledged feed.Position
+	// LastAnswerAge is how long ago the relay last answered one of its pings.
+	LastAnswerAge time.Duration
+	// Gone: the relay answers it no more.
+	Gone bool
+}
+
+// A RelayedRefusal is why one of those below a relay may not follow.
+type RelayedRefusal struct {
+	Path    []string
+	Refusal *Refusal
+}
+
+// maxRelayed bounds the verifiers that one relay may report in one message.
+const maxRelayed = 1024
+
+// Relayed takes a relay's report of those below it: their receipts count as that
+// relay's word. Whom policy refuses is not on the roster, so the relay must be told
+// before any later ping of its own is answered.
+func (f *Follower) Relayed(ctx context.Context, verifiers []RelayedVerifier) ([]RelayedRefusal, error) {
+	if err := f.Check(); err != nil {
+		return nil, err
+	}
+	if !f.relay || len(verifiers) > maxRelayed {
+		return nil, ErrFeedRejected.because("a relay report from one that is no relay, or too large")
+	}
+	var refused []RelayedRefusal
+	var below []feed.Verifier
+	for _, rv := range verifiers {
+		v, err := f.relayed(rv)
+		if err != nil {
+			return nil, err
+		}
+		if v.Gone {
+			if f.b.enrolled(v.ID) {
+				below = append(below, v)
+			}
+			continue
+		}
+		err = f.admit(ctx, v)
+		var refusal *Refusal
+		switch {
+		case errors.As(err, &refusal):
+			refused = append(refused, RelayedRefusal{rv.Path, refusal})
+		case err != nil:
+			return nil, err
+		default:
+			below = append(below, v)
+		}
+	}
+	if len(below) == 0 {
+		return refused, nil
+	}
+	return refused, f.b.enrol(ctx, below...)
+}
+
+func (b *Broker) enrolled(id feed.VerifierID) bool {
+	b.roster.mu.Lock()
+	defer b.roster.mu.Unlock()
+	_, ok := b.roster.feed.Get(id)
+	return ok
+}
+
+// admit asks policy about one below, once on this stream for the same terms: as a
+// verifier of the relay's identity, which is the workload's that it stands beside.
+func (f *Follower) admit(ctx context.Context, v feed.Verifier) error {
+	terms := fmt.Sprint(v.Bound, v.AcceptsStale, v.Audiences) // an audience holds no space
+	if f.below[v.ID] == terms {
+		return nil
+	}
+	e := f.b.entry(ActionFollow, f.caller)
+	e.Message = "behind a relay: " + v.ID.Via + "/" + v.ID.Instance
+	d, err := f.b.decide(ctx, Question{
+		Action: ActionFollow, Caller: f.caller, Time: f.b.cfg.Now(),
+		Audiences: v.Audiences, MaxStaleness: v.Bound, AcceptsStale: v.AcceptsStale,
+	})
+	e.Rule = d.Rule
+	if err != nil {
+		return f.b.refuse(e, err)
+	}
+	e.Outcome = "allowed"
+	if err := f.b.cfg.Audit(e); err != nil {
+		return fmt.Errorf("writing the audit: %w", err)
+	}
+	if f.below == nil || len(f.below) >= maxRoster {
+		f.below = map[feed.VerifierID]string{}
+	}
+	f.below[v.ID] = terms
+	return nil
+}
+
+func (f *Follower) relayed(rv RelayedVerifier) (feed.Verifier, error) {
+	bad := func(a string) bool { return token.ValidateAudience(a) != nil }
+	if len(rv.Path) == 0 || len(rv.Path) > 8 || !f.delivered(rv.Acknowledged) ||
+		rv.MaxStaleness < MinStaleness || rv.MaxStaleness > MaxStaleness || rv.LastAnswerAge < 0 ||
+		slices.ContainsFunc(rv.Path, func(s string) bool { return !validInstance(s) }) ||
+		len(rv.Audiences) > maxAudiences || slices.ContainsFunc(rv.Audiences, bad) {
+		return feed.Verifier{}, ErrFeedRejected.because("a relay report with an impossible entry")
+	}
+	last := len(rv.Path) - 1
+	return feed.Verifier{
+		ID: feed.VerifierID{
+			Identity: f.id.Identity, Instance: rv.Path[last],
+			Via: strings.Join(append([]string{f.id.Instance}, rv.Path[:last]...), "/"),
+		},
+		Audiences: rv.Audiences, Bound: rv.MaxStaleness, AcceptsStale: rv.AcceptsStale, Acked: rv.Acknowledged,
+		// The report was under way for a while: later than it was, which is safe.
+		Answered: f.b.cfg.Boot().Add(-min(rv.LastAnswerAge, forgetAfter)), Gone: rv.Gone,
+	}, nil
+}
