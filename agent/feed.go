@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	mathrand "math/rand/v2"
+	"slices"
 	"time"
 
 	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
@@ -18,7 +19,6 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/protobuf/proto"
-	"google.golang.org/protobuf/types/known/durationpb"
 )
 
 const (
@@ -108,8 +108,8 @@ func (f *follower) note(err error, denied bool) {
 // pause is random up to a third of the smallest bound that depends on this stream, so
 // that a fleet doesn't reconnect at once and nobody closes for it.
 func (f *follower) pause(err error, denied bool) time.Duration {
-	longest := f.k.bound(f.bound) / 3
 	f.k.mu.Lock()
+	longest := f.k.relay.Bound(f.bound) / 3
 	if f.k.welcome == nil {
 		longest = min(longest, firstPause)
 	}
@@ -133,7 +133,7 @@ func (f *follower) follow(ctx context.Context, relay bool) error {
 		return err
 	}
 	f.k.mu.Lock()
-	known := f.k.view.Position()
+	known := f.k.relay.View.Position()
 	f.k.mu.Unlock()
 	err = stream.Send(&dayflyv1.FollowRequest{Message: &dayflyv1.FollowRequest_Subscribe{Subscribe: wire.Subscribe(wire.Subscription{
 		Instance: f.instance, Audiences: f.audiences, Bound: f.bound, Position: known, Relay: relay,
@@ -178,28 +178,19 @@ func (f *follower) begin(stream upstream, w *dayflyv1.Welcome, relay bool) *sess
 	k := f.k
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.fresh.Reconnected()
+	k.relay.Connected(relay)
 	k.welcome, k.relays, k.refused = w, relay, nil
-	for _, v := range k.below {
-		v.dirty = true // this broker hears of everyone, whatever an earlier one heard
-	}
 	k.ring()
-	f.log.Info("following the feed", "issuer", w.GetIssuer(), "position", k.view.Position().String(), "relay", relay)
-	return &session{follower: f, stream: stream, relay: relay, pings: map[string]uint64{}, heard: k.boot()}
+	f.log.Info("following the feed", "issuer", w.GetIssuer(), "position", k.relay.View.Position().String(), "relay", relay)
+	return &session{follower: f, stream: stream, heard: k.boot()}
 }
 
 // session is one welcomed stream. send is its only sender, receive its only receiver.
 type session struct {
 	*follower
 	stream upstream
-	relay  bool
 	acked  feed.Position // on this stream, after its first report; of send alone
-
-	// Guarded by knowledge.mu.
-	pings  map[string]uint64 // nonce to the generation that was reported before it
-	asked  uint64            // the highest of them
-	pinged feed.Instant
-	heard  feed.Instant
+	heard  feed.Instant  // when an answer last came; guarded by knowledge.mu
 }
 
 // send reports, acknowledges and pings until ctx ends.
@@ -232,27 +223,24 @@ func (s *session) flush() (time.Duration, error) {
 	if err := s.acknowledge(); err != nil {
 		return 0, err
 	}
-	if err := s.report(false); err != nil {
+	if err := s.changes(); err != nil {
 		return 0, err
 	}
 	if err := s.passUses(); err != nil {
 		return 0, err
 	}
-	bound := s.k.bound(s.bound)
-	interval := bound / feed.PingsPerBound
 	s.k.mu.Lock()
 	now := s.k.boot()
-	silent := now.Sub(s.heard) > max(bound, minSilence)
-	due := now.Sub(s.pinged) >= interval || s.asked < s.k.gen
-	wait := interval - now.Sub(s.pinged)
+	silent := now.Sub(s.heard) > max(s.k.relay.Bound(s.bound), minSilence)
+	wait := s.k.relay.Due(s.bound, now)
 	s.k.mu.Unlock()
 	switch {
 	case silent:
 		return 0, errors.New("the broker no longer answers on this stream")
-	case !due:
+	case wait > 0:
 		return wait, nil
 	}
-	return interval, s.ping()
+	return 0, s.ping()
 }
 
 // ping asks for a proof. Before it goes the report of everyone who may be answered from
@@ -261,12 +249,11 @@ func (s *session) ping() error {
 	nonce := make([]byte, 16)
 	_, _ = rand.Read(nonce) // never fails
 	s.k.mu.Lock()
-	now, gen := s.k.boot(), s.k.gen
-	s.k.fresh.Sent(string(nonce), now)
-	s.pings[string(nonce)] = gen
-	s.asked, s.pinged = gen, now
+	now := s.k.boot()
+	entries := s.k.relay.Report(now, true)
+	s.k.relay.Ping(string(nonce), now)
 	s.k.mu.Unlock()
-	if err := s.report(true); err != nil {
+	if err := s.report(entries); err != nil {
 		return err
 	}
 	return s.up(&dayflyv1.FollowRequest{Message: &dayflyv1.FollowRequest_Ping{Ping: &dayflyv1.Ping{Nonce: nonce}}})
@@ -275,7 +262,7 @@ func (s *session) ping() error {
 // acknowledge confirms what is applied, if that is news.
 func (s *session) acknowledge() error {
 	s.k.mu.Lock()
-	at := s.k.view.Position()
+	at := s.k.relay.View.Position()
 	s.k.mu.Unlock()
 	if at == s.acked {
 		return nil
@@ -284,42 +271,26 @@ func (s *session) acknowledge() error {
 	return s.up(&dayflyv1.FollowRequest{Message: &dayflyv1.FollowRequest_Acknowledge{Acknowledge: &dayflyv1.Acknowledge{Position: wire.Position(at)}}})
 }
 
-// report tells what changed below, or all that lives there.
-func (s *session) report(all bool) error {
-	if !s.relay {
-		return nil
-	}
+// changes tells what changed below.
+func (s *session) changes() error {
 	s.k.mu.Lock()
-	now := s.k.boot()
-	var entries []*dayflyv1.RelayedVerifier
-	for _, v := range s.k.below {
-		if v.dirty || all && !v.gone {
-			entries = append(entries, v.message(now))
-			v.dirty = false
-		}
-	}
-	s.k.forget()
+	entries := s.k.relay.Report(s.k.boot(), false)
 	s.k.mu.Unlock()
-	for len(entries) > 0 {
-		n := min(len(entries), reportedAtOnce)
-		m := &dayflyv1.RelayReport{Verifiers: entries[:n]}
-		if err := s.up(&dayflyv1.FollowRequest{Message: &dayflyv1.FollowRequest_RelayReport{RelayReport: m}}); err != nil {
-			return err // the next stream reports everything anew
-		}
-		entries = entries[n:]
-	}
-	return nil
+	return s.report(entries)
 }
 
-func (v *verifier) message(now feed.Instant) *dayflyv1.RelayedVerifier {
-	m := &dayflyv1.RelayedVerifier{
-		Path: v.path, Audiences: v.audiences, MaxStaleness: durationpb.New(v.bound), OnStale: wire.OnStale(v.accepts),
-		Acknowledged: wire.Position(v.acked), LastAnswerAge: durationpb.New(0), Gone: v.gone,
+// report sends entries; if the stream breaks, the next one reports everything anew.
+func (s *session) report(entries []feed.Relayed) error {
+	for batch := range slices.Chunk(entries, reportedAtOnce) {
+		m := &dayflyv1.RelayReport{}
+		for _, r := range batch {
+			m.Verifiers = append(m.Verifiers, wire.Relayed(r))
+		}
+		if err := s.up(&dayflyv1.FollowRequest{Message: &dayflyv1.FollowRequest_RelayReport{RelayReport: m}}); err != nil {
+			return err
+		}
 	}
-	if v.ever {
-		m.LastAnswerAge = durationpb.New(max(0, now.Sub(v.answered)))
-	}
-	return m
+	return nil
 }
 
 // passUses passes on the use reports of those below.
@@ -373,7 +344,7 @@ func (s *session) receive(ctx context.Context) error {
 }
 
 func (s *session) refused(ctx context.Context, m *dayflyv1.RelayRefusal) {
-	s.log.WarnContext(ctx, "the broker refuses a verifier below", "path", pathKey(m.GetPath()), "reason", m.GetReason(), "message", m.GetMessage())
+	s.log.WarnContext(ctx, "the broker refuses a verifier below", "path", m.GetPath(), "reason", m.GetReason(), "message", m.GetMessage())
 	s.k.mu.Lock()
 	defer s.k.mu.Unlock()
 	s.k.refuse(m)
@@ -387,22 +358,10 @@ func (s *session) answered(m *dayflyv1.Pong) error {
 	k := s.k
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	gen, ok := s.pings[pong.Nonce]
-	delete(s.pings, pong.Nonce)
-	asOf, err := k.fresh.Answered(pong.Nonce, pong.Head, pong.Age, k.view.Position())
-	if err != nil {
-		return fmt.Errorf("%w: %v", feed.ErrMalformed, err)
-	}
+	err = k.relay.Answered(pong.Nonce, pong.Head, pong.Age)
 	s.heard = k.boot()
-	if err := k.view.CheckHead(pong.Head, asOf); err != nil {
-		k.ring()
-		return err
-	}
-	if ok && s.relay {
-		k.confirmed = max(k.confirmed, gen)
-	}
 	k.ring()
-	return nil
+	return err
 }
 
 // deliver applies records, drops what they kill and then lets the receipt go.
@@ -413,10 +372,7 @@ func (s *session) deliver(ctx context.Context, m *dayflyv1.FollowResponse) error
 	}
 	k := s.k
 	k.mu.Lock()
-	err = k.view.Apply(d, k.boot())
-	if err == nil {
-		k.fresh.Applied(k.view.Position())
-	}
+	err = k.relay.Deliver(d, k.boot())
 	k.ring()
 	k.mu.Unlock()
 	if err != nil {

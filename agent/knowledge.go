@@ -1,8 +1,6 @@
 package agent
 
 import (
-	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -18,43 +16,22 @@ type knowledge struct {
 	boot func() feed.Instant
 
 	mu      sync.Mutex
-	view    feed.View
-	fresh   feed.Freshness
+	relay   feed.Relay
 	welcome *dayflyv1.Welcome // the broker's newest, nil before the first
 	relays  bool              // the broker lets this identity relay
 	refused error             // why the broker does not let it follow, nil if it does
+	streams map[*feed.Downstream]*downstream
 
-	// below is everyone who learns from here, by path.
-	below map[string]*verifier
-	// gen counts what must be reported before it may be answered; a proof that was
-	// asked for after the report of number n confirms up to n. Confirmed reports are on
-	// the broker's roster, durably, whatever stream comes next.
-	gen, confirmed uint64
-	uses           []*dayflyv1.Use // reports on their way up
-	usesDropped    uint64
+	uses        []*dayflyv1.Use // reports on their way up
+	usesDropped uint64
 
 	changed chan struct{} // closed at every change that a stream below may wait for
 	work    chan struct{} // has an element when there is something to send up
 }
 
-// A verifier is one that learns from this agent, itself or through another relay.
-type verifier struct {
-	path      []string
-	audiences []string
-	bound     time.Duration
-	accepts   bool
-	acked     feed.Position
-	answered  feed.Instant // when one of its pings was last answered
-	ever      bool         // answered at all
-	gen       uint64
-	dirty     bool // not reported as it is now
-	gone      bool
-	owner     *downstream
-}
-
 func newKnowledge(boot func() feed.Instant) *knowledge {
 	return &knowledge{
-		boot: boot, below: map[string]*verifier{},
+		boot: boot, streams: map[*feed.Downstream]*downstream{},
 		changed: make(chan struct{}), work: make(chan struct{}, 1),
 	}
 }
@@ -77,92 +54,23 @@ func (k *knowledge) kick() {
 func (k *knowledge) judge(sub revocation.Subject) revocation.Verdict {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	return k.view.Judge(sub)
+	return k.relay.View.Judge(sub)
 }
 
 // age returns how old the knowledge is, false before the first proof.
 func (k *knowledge) age() (time.Duration, bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	return k.fresh.Age(k.boot())
-}
-
-// bound returns the smallest bound of the agent's own and of those below: what the
-// pings above must be frequent enough for.
-func (k *knowledge) bound(own time.Duration) time.Duration {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	for _, v := range k.below {
-		if !v.gone {
-			own = min(own, v.bound)
-		}
-	}
-	return own
-}
-
-func pathKey(path []string) string { return strings.Join(path, "/") }
-
-// join takes in a verifier, or takes over its new data; mu is held. What it acknowledged
-// under the same instance stands. It returns false if there are too many.
-func (k *knowledge) join(v *verifier) bool {
-	key := pathKey(v.path)
-	old, known := k.below[key]
-	switch {
-	case !known:
-		if len(k.below) >= maxBelow && !k.forget() {
-			return false
-		}
-	case old.acked.Compare(v.acked) > 0:
-		v.acked = old.acked
-	}
-	k.gen++
-	v.gen, v.dirty = k.gen, true
-	if known {
-		v.answered, v.ever = old.answered, old.ever
-		if !old.gone && v.bound <= old.bound && (!v.accepts || old.accepts) && slices.Equal(v.audiences, old.audiences) {
-			v.gen = old.gen // every report named it, with no smaller a bound
-		}
-	}
-	k.below[key] = v
-	k.kick()
-	return true
-}
-
-// leave marks all that a stream spoke for as gone; mu is held. A relay may have answered
-// those behind it since it last said so, but not later than it was answered itself.
-func (k *knowledge) leave(d *downstream) {
-	if d.self == nil {
-		return
-	}
-	k.gen++
-	for _, v := range k.below {
-		if v.owner == d && !v.gone {
-			v.gone, v.dirty, v.gen = true, true, k.gen
-			v.answered, v.ever = max(v.answered, d.self.answered), v.ever || d.self.ever
-		}
-	}
-	k.kick()
-}
-
-// forget drops those that are gone, closed by now, and known to the broker as both. It
-// reports whether there is room; mu is held.
-func (k *knowledge) forget() bool {
-	now := k.boot()
-	for key, v := range k.below {
-		if v.gone && v.gen <= k.confirmed && now.Sub(v.answered) > v.bound {
-			delete(k.below, key)
-		}
-	}
-	return len(k.below) < maxBelow
+	return k.relay.Fresh.Age(k.boot())
 }
 
 // refuse ends the following of one below whom the broker refused, or passes the
 // refusal on to the relay that it stands behind; mu is held.
 func (k *knowledge) refuse(m *dayflyv1.RelayRefusal) {
-	v := k.below[pathKey(m.GetPath())]
-	if v == nil || v.gone || len(v.owner.refusals) == maxBelow {
+	d := k.streams[k.relay.Refused(m.GetPath())]
+	if d == nil || len(d.refusals) == maxRefusals {
 		return
 	}
-	v.owner.refusals = append(v.owner.refusals, m)
+	d.refusals = append(d.refusals, m)
 	k.ring()
 }

@@ -55,5 +55,5 @@ func ready(s Status) uint64 {
 func (k *knowledge) len() int {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	return len(k.below)
+	return k.relay.Len()
 }

@@ -82,9 +82,9 @@ func (a *Agent) checkFeed() Check {
 	c := Check{Name: "feed"}
 	a.k.mu.Lock()
 	defer a.k.mu.Unlock()
-	age, known := a.k.fresh.Age(a.k.boot())
+	age, known := a.k.relay.Fresh.Age(a.k.boot())
 	switch {
-	case a.k.view.Err() != nil:
+	case a.k.relay.View.Err() != nil:
 		c.Message = "the log has two histories: an operator must look"
 	case a.k.refused != nil:
 		c.Message = sdk.FromRPC(a.k.refused).Error()
@@ -93,7 +93,7 @@ func (a *Agent) checkFeed() Check {
 	case age > a.cfg.MaxStaleness:
 		c.Message = fmt.Sprintf("the newest proof is %v old, the bound is %v", age.Round(time.Millisecond), a.cfg.MaxStaleness)
 	default:
-		c.OK, c.Message = true, a.k.view.Position().String()
+		c.OK, c.Message = true, a.k.relay.View.Position().String()
 	}
 	return c
 }

@@ -18,18 +18,13 @@ import (
 const (
 	// DefaultMaxStreams is how many verifiers may follow at once.
 	DefaultMaxStreams = 256
-	// maxBelow bounds the verifiers reported upwards, those behind other relays
-	// included.
-	maxBelow = 4096
-	// maxPath bounds the relays between a verifier and this agent.
-	maxPath = 7
 	// subscribeWithin is how long a new stream may be silent.
 	subscribeWithin = 10 * time.Second
 	// eventsAtOnce keeps a message well below what receivers accept.
 	eventsAtOnce = 256
-	// maxNonces bounds the pings of one stream that wait for an answer: the oldest are
-	// forgotten, as verifiers forget theirs.
-	maxNonces = 64
+	// maxRefusals bounds the refusals that wait for a relay below. One that was dropped
+	// comes again with the answer to the next report.
+	maxRefusals = 4096
 	// maxUses bounds the use reports that wait for the broker, maxUsesAtOnce those of
 	// one message.
 	maxUses       = 4096
@@ -125,23 +120,17 @@ type downstream struct {
 	subscribed chan struct{} // closed by the Subscribe
 	replaced   chan struct{} // closed when another stream takes the instance over
 
-	self     *verifier // nil before the Subscribe
-	relay    bool
-	need     uint64 // the generation that must be confirmed before a ping is answered
-	cursor   *feed.Cursor
-	welcomed bool
+	feed     *feed.Downstream         // nil before the Subscribe
 	refusals []*dayflyv1.RelayRefusal // of the broker, for those that this stream speaks for
 	left     bool                     // the handler has returned: the reader must not join any more
-	nonces   []string
 }
 
-// next returns the message to send now, or the channel to wait at. Records go before
-// answers: an answer is worth something only to one who has applied up to its head.
+// next returns the message to send now, or the channel to wait at.
 func (d *downstream) next() (*dayflyv1.FollowResponse, <-chan struct{}, error) {
 	k := d.k
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if err := k.view.Err(); err != nil {
+	if err := k.relay.View.Err(); err != nil {
 		return nil, nil, refuse(codes.FailedPrecondition, "FEED_FORKED", "the log has two histories: nothing is relayed", "an operator must look")
 	}
 	if k.refused != nil || k.welcome != nil && !k.relays {
@@ -157,46 +146,18 @@ func (d *downstream) next() (*dayflyv1.FollowResponse, <-chan struct{}, error) {
 			Path: m.GetPath()[1:], Code: m.GetCode(), Reason: m.GetReason(), Message: m.GetMessage(), Metadata: m.GetMetadata(),
 		}}}, nil, nil
 	}
-	if !d.welcomed {
-		if k.welcome == nil || d.need > k.confirmed {
-			return nil, k.changed, nil
-		}
-		d.welcomed = true
-		return d.welcome(), nil, nil
+	m, ok := d.feed.Next(k.boot(), eventsAtOnce)
+	switch {
+	case !ok:
+		return nil, k.changed, nil
+	case m.Welcome:
+		return &dayflyv1.FollowResponse{Message: &dayflyv1.FollowResponse_Welcome{Welcome: &dayflyv1.Welcome{
+			MaxStaleness: durationpb.New(d.feed.Bound()), MaxTokenTtl: k.welcome.GetMaxTokenTtl(), Issuer: k.welcome.GetIssuer(),
+		}}}, nil, nil
+	case m.Delivery != nil:
+		return wire.Delivery(*m.Delivery), nil, nil
 	}
-	if k.view.Position().Era != 0 {
-		if delivery, ok := d.cursor.Next(k.view.Log(), eventsAtOnce); ok {
-			return wire.Delivery(delivery), nil, nil
-		}
-		if m := d.pong(); m != nil {
-			return m, nil, nil
-		}
-	}
-	return nil, k.changed, nil
-}
-
-func (d *downstream) welcome() *dayflyv1.FollowResponse {
-	w := d.k.welcome
-	return &dayflyv1.FollowResponse{Message: &dayflyv1.FollowResponse_Welcome{Welcome: &dayflyv1.Welcome{
-		MaxStaleness: durationpb.New(d.self.bound), MaxTokenTtl: w.GetMaxTokenTtl(), Issuer: w.GetIssuer(),
-	}}}
-}
-
-// pong answers the oldest ping, if there is a proof to answer from, with the age of the
-// agent's own knowledge; mu is held.
-func (d *downstream) pong() *dayflyv1.FollowResponse {
-	if len(d.nonces) == 0 || d.need > d.k.confirmed {
-		return nil
-	}
-	now := d.k.boot()
-	age, known := d.k.fresh.Age(now)
-	if !known {
-		return nil
-	}
-	nonce := d.nonces[0]
-	d.nonces = d.nonces[1:]
-	d.self.answered, d.self.ever = now, true
-	return wire.PongMessage(wire.Pong{Nonce: nonce, Head: d.k.view.Position(), Age: age, Horizon: d.k.view.Log().Horizon()})
+	return wire.PongMessage(wire.Pong{Nonce: m.Answer.Nonce, Head: m.Answer.Head, Age: m.Answer.Age, Horizon: m.Answer.Horizon}), nil, nil
 }
 
 // read takes what the verifier sends until the stream ends.
@@ -216,7 +177,7 @@ func (d *downstream) take(m *dayflyv1.FollowRequest) error {
 	if sub := m.GetSubscribe(); sub != nil {
 		return d.subscribe(sub)
 	}
-	if d.self == nil { // written by this goroutine alone
+	if d.feed == nil { // written by this goroutine alone
 		return feedInvalid("the first message must be a Subscribe")
 	}
 	switch {
@@ -238,31 +199,37 @@ func (d *downstream) subscribe(m *dayflyv1.Subscribe) error {
 	switch {
 	case err != nil:
 		return feedInvalid(err.Error())
-	case d.self != nil:
+	case d.feed != nil:
 		return feedInvalid("a second Subscribe")
 	case sub.SignedHeads:
 		return refuse(codes.InvalidArgument, "SIGNED_HEADS_UNSUPPORTED", "this relay gives no signed heads", "follow without them over the agent's unix socket, or follow the broker")
 	}
-	v := &verifier{path: []string{sub.Instance}, audiences: sub.Audiences, bound: sub.Bound, accepts: sub.AcceptsStale, owner: d}
 	k := d.k
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if d.left {
 		return io.EOF
 	}
-	if at, ok := k.view.Log().At(sub.Position.Seq); ok && at == sub.Position {
-		v.acked = at
+	self := feed.Relayed{Path: []string{sub.Instance}, Audiences: sub.Audiences, Bound: sub.Bound, AcceptsStale: sub.AcceptsStale, Acked: sub.Position}
+	stream, replaced, err := k.relay.Follow(self, sub.Relay, k.boot())
+	if err != nil {
+		return belowRefused(err)
 	}
-	if old := k.below[pathKey(v.path)]; old != nil && !old.gone && old.owner != nil {
-		close(old.owner.replaced)
+	if old := k.streams[replaced]; old != nil {
+		close(old.replaced)
 	}
-	if !k.join(v) {
+	d.feed, k.streams[stream] = stream, d
+	close(d.subscribed)
+	k.kick()
+	return nil
+}
+
+// belowRefused is what one below hears of a message that the relay didn't take.
+func belowRefused(err error) error {
+	if errors.Is(err, feed.ErrCrowded) {
 		return refuse(codes.ResourceExhausted, "TOO_MANY_STREAMS", "too many verifiers are known to this agent", "wait until those that are gone have closed")
 	}
-	d.self, d.relay, d.need = v, sub.Relay, v.gen
-	d.cursor = feed.NewCursor(sub.Position)
-	close(d.subscribed)
-	return nil
+	return feedInvalid(err.Error())
 }
 
 func (d *downstream) ping(m *dayflyv1.Ping) error {
@@ -272,10 +239,7 @@ func (d *downstream) ping(m *dayflyv1.Ping) error {
 	}
 	d.k.mu.Lock()
 	defer d.k.mu.Unlock()
-	if len(d.nonces) == maxNonces {
-		d.nonces = append(d.nonces[:0], d.nonces[1:]...)
-	}
-	d.nonces = append(d.nonces, nonce)
+	d.feed.Ping(nonce)
 	d.k.ring()
 	return nil
 }
@@ -289,27 +253,12 @@ func (d *downstream) acknowledge(m *dayflyv1.Acknowledge) error {
 	}
 	d.k.mu.Lock()
 	defer d.k.mu.Unlock()
-	if err := d.delivered(p); err != nil {
-		return err
+	news, err := d.feed.Acknowledge(p)
+	if err != nil {
+		return feedInvalid(err.Error())
 	}
-	if d.credible(p) && p.Compare(d.self.acked) > 0 {
-		d.self.acked, d.self.dirty = p, true
+	if news {
 		d.k.kick()
-	}
-	return nil
-}
-
-// credible reports whether the agent knows of the position itself. A verifier that came
-// here from elsewhere may be ahead; its receipt counts once the agent has caught up and
-// the verifier says so again. mu is held.
-func (d *downstream) credible(p feed.Position) bool {
-	return p.Compare(d.k.view.Position()) <= 0
-}
-
-// delivered refuses a receipt for what this stream hasn't given; mu is held.
-func (d *downstream) delivered(p feed.Position) error {
-	if at, known := d.k.view.Log().At(p.Seq); d.credible(p) && p.Compare(d.cursor.Position()) > 0 || known && p.ForkOf(at) {
-		return feedInvalid("a receipt for what was not delivered on this stream")
 	}
 	return nil
 }
@@ -330,71 +279,21 @@ func (d *downstream) use(m *dayflyv1.UseReport) {
 	d.k.kick()
 }
 
-// relayed takes the report of a relay below. Its own pings wait until the broker has
-// heard of whoever is new in it.
+// relayed takes the report of a relay below.
 func (d *downstream) relayed(m *dayflyv1.RelayReport) error {
-	if !d.relay {
-		return feedInvalid("a relay report from one that is no relay")
-	}
-	for _, rv := range m.GetVerifiers() {
-		v, err := d.toVerifier(rv)
-		if err != nil {
-			return err
-		}
-		if err := d.admit(v); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func (d *downstream) toVerifier(m *dayflyv1.RelayedVerifier) (*verifier, error) {
-	if n := len(m.GetPath()); n == 0 || n > maxPath {
-		return nil, feedInvalid("a path of 1 to 7 instances")
-	}
-	for _, instance := range m.GetPath() {
-		if !wire.ValidInstance(instance) {
-			return nil, feedInvalid("a path of instances")
-		}
-	}
-	sub, err := wire.ToSubscription(&dayflyv1.Subscribe{
-		Instance: m.GetPath()[len(m.GetPath())-1], Audiences: m.GetAudiences(), MaxStaleness: m.GetMaxStaleness(),
-		OnStale: m.GetOnStale(), Position: m.GetAcknowledged(), Relay: true,
-	})
+	below, err := wire.ToRelayed(m.GetVerifiers())
 	if err != nil {
-		return nil, feedInvalid(err.Error())
+		return feedInvalid(err.Error())
 	}
-	age := time.Duration(0)
-	if m.GetLastAnswerAge() != nil {
-		if age, err = wire.ToDuration(m.GetLastAnswerAge()); err != nil {
-			return nil, feedInvalid(err.Error())
-		}
-	}
-	return &verifier{
-		path: append([]string{d.self.path[0]}, m.GetPath()...), audiences: sub.Audiences, bound: sub.Bound,
-		accepts: sub.AcceptsStale, acked: sub.Position, answered: d.k.boot().Add(-age), ever: true, gone: m.GetGone(), owner: d,
-	}, nil
-}
-
-func (d *downstream) admit(v *verifier) error {
-	k := d.k
-	k.mu.Lock()
-	defer k.mu.Unlock()
+	d.k.mu.Lock()
+	defer d.k.mu.Unlock()
 	if d.left {
 		return io.EOF
 	}
-	if err := d.delivered(v.acked); err != nil {
-		return err
+	if err := d.feed.Report(below, d.k.boot()); err != nil {
+		return belowRefused(err)
 	}
-	if !d.credible(v.acked) {
-		v.acked = feed.Position{}
-	}
-	answered := v.answered
-	if !k.join(v) {
-		return refuse(codes.ResourceExhausted, "TOO_MANY_STREAMS", "too many verifiers are known to this agent", "wait until those that are gone have closed")
-	}
-	v.answered, v.ever = max(v.answered, answered), true
-	d.need = max(d.need, v.gen)
+	d.k.kick()
 	return nil
 }
 
@@ -402,5 +301,9 @@ func (d *downstream) leave() {
 	d.k.mu.Lock()
 	defer d.k.mu.Unlock()
 	d.left = true
-	d.k.leave(d)
+	if d.feed != nil {
+		d.feed.Leave()
+		delete(d.k.streams, d.feed)
+		d.k.kick()
+	}
 }

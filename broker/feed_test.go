@@ -289,14 +289,14 @@ func TestRelay(t *testing.T) {
 	relay := subscribe(feed.Position{})
 	var view feed.View
 	at := drain(t, relay, &view)
-	good := broker.RelayedVerifier{Path: []string{"verifier-1"}, Audiences: []string{"orders"}, MaxStaleness: 2 * time.Second, Acknowledged: at}
-	report := func(change func(*broker.RelayedVerifier)) error {
+	good := feed.Relayed{Path: []string{"verifier-1"}, Audiences: []string{"orders"}, Bound: 2 * time.Second, Acked: at}
+	report := func(change func(*feed.Relayed)) error {
 		rv := good
 		change(&rv)
-		_, err := relay.Relayed(ctx, []broker.RelayedVerifier{rv})
+		_, err := relay.Relayed(ctx, []feed.Relayed{rv})
 		return err
 	}
-	if err := report(func(*broker.RelayedVerifier) {}); err != nil {
+	if err := report(func(*feed.Relayed) {}); err != nil {
 		t.Fatal(err)
 	}
 	rec := w.revoke(broker.LockNone, revocation.Identity(id("payments")))
@@ -304,28 +304,28 @@ func TestRelay(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for name, change := range map[string]func(*broker.RelayedVerifier){
-		"no path": func(v *broker.RelayedVerifier) { v.Path = nil },
-		"a long path": func(v *broker.RelayedVerifier) {
+	for name, change := range map[string]func(*feed.Relayed){
+		"no path": func(v *feed.Relayed) { v.Path = nil },
+		"a long path": func(v *feed.Relayed) {
 			v.Path = strings.Split("verifier-1 "+strings.Repeat("relay-00x ", 7)+"v", " ")
 		},
-		"a path with a bar":       func(v *broker.RelayedVerifier) { v.Path = []string{"verifier|1"} },
-		"a path with a slash":     func(v *broker.RelayedVerifier) { v.Path = []string{"relay/0001/verifier"} },
-		"an empty instance":       func(v *broker.RelayedVerifier) { v.Path = []string{""} },
-		"a malformed audience":    func(v *broker.RelayedVerifier) { v.Audiences = []string{"a b"} },
-		"no bound":                func(v *broker.RelayedVerifier) { v.MaxStaleness = 0 },
-		"a bound out of range":    func(v *broker.RelayedVerifier) { v.MaxStaleness = 2 * time.Hour },
-		"a negative age":          func(v *broker.RelayedVerifier) { v.LastAnswerAge = -1 },
-		"a receipt not delivered": func(v *broker.RelayedVerifier) { v.Acknowledged = r.Position },
-		"a receipt of a wrong sum": func(v *broker.RelayedVerifier) {
-			v.Acknowledged.Sum[3] ^= 1
+		"a path with a bar":       func(v *feed.Relayed) { v.Path = []string{"verifier|1"} },
+		"a path with a slash":     func(v *feed.Relayed) { v.Path = []string{"relay/0001/verifier"} },
+		"an empty instance":       func(v *feed.Relayed) { v.Path = []string{""} },
+		"a malformed audience":    func(v *feed.Relayed) { v.Audiences = []string{"a b"} },
+		"no bound":                func(v *feed.Relayed) { v.Bound = 0 },
+		"a bound out of range":    func(v *feed.Relayed) { v.Bound = 2 * time.Hour },
+		"a negative age":          func(v *feed.Relayed) { v.LastAnswerAge = -1 },
+		"a receipt not delivered": func(v *feed.Relayed) { v.Acked = r.Position },
+		"a receipt of a wrong sum": func(v *feed.Relayed) {
+			v.Acked.Sum[3] ^= 1
 		},
 	} {
 		if err := report(change); !errors.Is(err, broker.ErrFeedRejected) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	if _, err := relay.Relayed(ctx, make([]broker.RelayedVerifier, broker.MaxRelayed+1)); !errors.Is(err, broker.ErrFeedRejected) {
+	if _, err := relay.Relayed(ctx, make([]feed.Relayed, broker.MaxRelayed+1)); !errors.Is(err, broker.ErrFeedRejected) {
 		t.Errorf("a report too large: %v", err)
 	}
 	verifier := w.follow("orders", "instance-1", time.Second)
@@ -342,7 +342,7 @@ func TestRelay(t *testing.T) {
 	if s := w.state(rec, "verifier-1"); s != feed.Pending {
 		t.Errorf("the relay's own receipt counted for one below it: %s", s)
 	}
-	if err := report(func(v *broker.RelayedVerifier) { v.Acknowledged = at }); err != nil {
+	if err := report(func(v *feed.Relayed) { v.Acked = at }); err != nil {
 		t.Fatal(err)
 	}
 	if s := w.state(rec, "verifier-1"); s != feed.Confirmed {
@@ -386,7 +386,7 @@ func TestLongNamesOnRoster(t *testing.T) {
 	for i := range path {
 		path[i] = strings.Repeat(fmt.Sprint(i), 64)
 	}
-	if _, err := f.Relayed(ctx, []broker.RelayedVerifier{{Path: path, MaxStaleness: time.Second}}); err != nil {
+	if _, err := f.Relayed(ctx, []feed.Relayed{{Path: path, Bound: time.Second}}); err != nil {
 		t.Fatal(err)
 	}
 	w.restart()

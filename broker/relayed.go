@@ -6,24 +6,10 @@ import (
 	"fmt"
 	"slices"
 	"strings"
-	"time"
 
 	"github.com/dayflyhq/dayfly/proto/feed"
 	"github.com/dayflyhq/dayfly/proto/token"
 )
-
-// A RelayedVerifier is what a relay repeats of one below it.
-type RelayedVerifier struct {
-	Path         []string // instances, the relays' first, its own last
-	Audiences    []string
-	MaxStaleness time.Duration
-	AcceptsStale bool
-	Acknowledged feed.Position
-	// LastAnswerAge is how long ago the relay last answered one of its pings.
-	LastAnswerAge time.Duration
-	// Gone: the relay answers it no more.
-	Gone bool
-}
 
 // A RelayedRefusal is why one of those below a relay may not follow.
 type RelayedRefusal struct {
@@ -37,7 +23,7 @@ const maxRelayed = 1024
 // Relayed takes a relay's report of those below it: their receipts count as that
 // relay's word. Whom policy refuses is not on the roster, so the relay must be told
 // before any later ping of its own is answered.
-func (f *Follower) Relayed(ctx context.Context, verifiers []RelayedVerifier) ([]RelayedRefusal, error) {
+func (f *Follower) Relayed(ctx context.Context, verifiers []feed.Relayed) ([]RelayedRefusal, error) {
 	if err := f.Check(); err != nil {
 		return nil, err
 	}
@@ -109,10 +95,10 @@ func (f *Follower) admit(ctx context.Context, v feed.Verifier) error {
 	return nil
 }
 
-func (f *Follower) relayed(rv RelayedVerifier) (feed.Verifier, error) {
+func (f *Follower) relayed(rv feed.Relayed) (feed.Verifier, error) {
 	bad := func(a string) bool { return token.ValidateAudience(a) != nil }
-	if len(rv.Path) == 0 || len(rv.Path) > 8 || !f.delivered(rv.Acknowledged) ||
-		rv.MaxStaleness < MinStaleness || rv.MaxStaleness > MaxStaleness || rv.LastAnswerAge < 0 ||
+	if len(rv.Path) == 0 || len(rv.Path) > feed.MaxPath || !f.delivered(rv.Acked) ||
+		rv.Bound < MinStaleness || rv.Bound > MaxStaleness || rv.LastAnswerAge < 0 ||
 		slices.ContainsFunc(rv.Path, func(s string) bool { return !validInstance(s) }) ||
 		len(rv.Audiences) > maxAudiences || slices.ContainsFunc(rv.Audiences, bad) {
 		return feed.Verifier{}, ErrFeedRejected.because("a relay report with an impossible entry")
@@ -123,7 +109,7 @@ func (f *Follower) relayed(rv RelayedVerifier) (feed.Verifier, error) {
 			Identity: f.id.Identity, Instance: rv.Path[last],
 			Via: strings.Join(append([]string{f.id.Instance}, rv.Path[:last]...), "/"),
 		},
-		Audiences: rv.Audiences, Bound: rv.MaxStaleness, AcceptsStale: rv.AcceptsStale, Acked: rv.Acknowledged,
+		Audiences: rv.Audiences, Bound: rv.Bound, AcceptsStale: rv.AcceptsStale, Acked: rv.Acked,
 		// The report was under way for a while: later than it was, which is safe.
 		Answered: f.b.cfg.Boot().Add(-min(rv.LastAnswerAge, forgetAfter)), Gone: rv.Gone,
 	}, nil

@@ -21,7 +21,7 @@ func (w *world) relay(instance string) *broker.Follower {
 	return f
 }
 
-func (w *world) report(f *broker.Follower, verifiers ...broker.RelayedVerifier) []broker.RelayedRefusal {
+func (w *world) report(f *broker.Follower, verifiers ...feed.Relayed) []broker.RelayedRefusal {
 	w.t.Helper()
 	refused, err := f.Relayed(ctx, verifiers)
 	if err != nil {
@@ -30,8 +30,8 @@ func (w *world) report(f *broker.Follower, verifiers ...broker.RelayedVerifier) 
 	return refused
 }
 
-func below(instance string) broker.RelayedVerifier {
-	return broker.RelayedVerifier{Path: []string{instance}, Audiences: []string{"orders"}, MaxStaleness: 2 * time.Second}
+func below(instance string) feed.Relayed {
+	return feed.Relayed{Path: []string{instance}, Audiences: []string{"orders"}, Bound: 2 * time.Second}
 }
 
 // Policy is asked about every verifier behind a relay, as about the relay's identity,
@@ -56,7 +56,7 @@ func TestRelayedNeedPolicy(t *testing.T) {
 	wide, open, long := below("verifier-2"), below("verifier-3"), below("verifier-4")
 	wide.Audiences = []string{"orders", "ledger"}
 	open.AcceptsStale = true
-	long.MaxStaleness = time.Minute
+	long.Bound = time.Minute
 	refused := w.report(f, below("verifier-1"), wide, open, long)
 	var names []string
 	for _, r := range refused {
@@ -85,7 +85,7 @@ func TestRelayedNeedPolicy(t *testing.T) {
 		t.Errorf("the same terms: refused %v, policy was asked %d times", got, asked)
 	}
 	raised := below("verifier-1")
-	raised.MaxStaleness = time.Minute
+	raised.Bound = time.Minute
 	if got := w.report(f, raised); len(got) != 1 || asked != 1 {
 		t.Errorf("other terms: refused %v, policy was asked %d times", got, asked)
 	}
@@ -145,14 +145,14 @@ func TestRosterFull(t *testing.T) {
 	w := newWorld(t)
 	f := w.relay("relay-0001")
 	for n := 1; n < broker.MaxRoster; {
-		var batch []broker.RelayedVerifier
+		var batch []feed.Relayed
 		for len(batch) < broker.MaxRelayed && n < broker.MaxRoster {
 			batch = append(batch, below(fmt.Sprintf("verifier-%d", n)))
 			n++
 		}
 		w.report(f, batch...)
 	}
-	if _, err := f.Relayed(ctx, []broker.RelayedVerifier{below("one-too-many")}); err != nil {
+	if _, err := f.Relayed(ctx, []feed.Relayed{below("one-too-many")}); err != nil {
 		refused(t, err, broker.ErrRosterFull)
 	} else {
 		t.Error("one too many was let in")

@@ -153,7 +153,7 @@ func (u *upstream) take(ctx context.Context, m *dayflyv1.FollowRequest) error {
 	case m.GetUseReport() != nil:
 		return u.follower.Report(ctx, toUses(m.GetUseReport().GetUses()), m.GetUseReport().GetDropped())
 	case m.GetRelayReport() != nil:
-		relayed, err := toRelayed(m.GetRelayReport().GetVerifiers())
+		relayed, err := wire.ToRelayed(m.GetRelayReport().GetVerifiers())
 		if err != nil {
 			return feedInvalid(err)
 		}
@@ -230,33 +230,4 @@ func toUses(ms []*dayflyv1.Use) []broker.Use {
 		}
 	}
 	return uses
-}
-
-func toRelayed(ms []*dayflyv1.RelayedVerifier) ([]broker.RelayedVerifier, error) {
-	out := make([]broker.RelayedVerifier, len(ms))
-	for i, m := range ms {
-		bound, err := wire.ToDuration(m.GetMaxStaleness())
-		if err != nil {
-			return nil, err
-		}
-		acked, err := wire.ToPosition(m.GetAcknowledged())
-		if err != nil {
-			return nil, err
-		}
-		accepts, err := wire.ToOnStale(m.GetOnStale())
-		if err != nil {
-			return nil, err
-		}
-		age := time.Duration(0)
-		if m.GetLastAnswerAge() != nil {
-			if age, err = wire.ToDuration(m.GetLastAnswerAge()); err != nil {
-				return nil, err
-			}
-		}
-		out[i] = broker.RelayedVerifier{
-			Path: m.GetPath(), Audiences: m.GetAudiences(), MaxStaleness: bound, AcceptsStale: accepts,
-			Acknowledged: acked, LastAnswerAge: age, Gone: m.GetGone(),
-		}
-	}
-	return out, nil
 }

@@ -10,6 +10,7 @@
 //   - Log holds the records and hands them out by Cursor.
 //   - View applies what a cursor gives, and judges tokens.
 //   - Freshness turns pings and their answers into "fresh as of".
+//   - Relay is a view that others follow: whom it may answer, and what goes up before.
 //   - Roster adds up receipts into containment.
 //
 // The serving half, for each stream:
@@ -19,8 +20,7 @@
 //		send(delivery)
 //	}
 //
-// The following half; a relay serves view.Log() in turn, and answers pings with
-// view.Position() and fresh.Age(now):
+// The following half:
 //
 //	err := view.Apply(delivery, now)        // ErrGap: subscribe again from view.Position()
 //	fresh.Applied(view.Position())          // then acknowledge that position

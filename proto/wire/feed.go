@@ -284,3 +284,49 @@ func ToPong(m *dayflyv1.Pong) (Pong, error) {
 	}
 	return p, nil
 }
+
+// Relayed makes the message of what a relay says of one below.
+func Relayed(r feed.Relayed) *dayflyv1.RelayedVerifier {
+	return &dayflyv1.RelayedVerifier{
+		Path: r.Path, Audiences: r.Audiences, MaxStaleness: durationpb.New(r.Bound), OnStale: OnStale(r.AcceptsStale),
+		Acknowledged: Position(r.Acked), LastAnswerAge: durationpb.New(r.LastAnswerAge), Gone: r.Gone,
+	}
+}
+
+// ToRelayed reads a relay's report.
+func ToRelayed(ms []*dayflyv1.RelayedVerifier) ([]feed.Relayed, error) {
+	out := make([]feed.Relayed, len(ms))
+	for i, m := range ms {
+		var err error
+		if out[i], err = toRelayed(m); err != nil {
+			return nil, err
+		}
+	}
+	return out, nil
+}
+
+func toRelayed(m *dayflyv1.RelayedVerifier) (feed.Relayed, error) {
+	n := len(m.GetPath())
+	if n == 0 || n > feed.MaxPath {
+		return feed.Relayed{}, malformed("a path of %d instances, not 1 to %d", n, feed.MaxPath)
+	}
+	for _, instance := range m.GetPath() {
+		if !ValidInstance(instance) {
+			return feed.Relayed{}, malformed("a path with what is no instance")
+		}
+	}
+	sub, err := ToSubscription(&dayflyv1.Subscribe{
+		Instance: m.GetPath()[n-1], Audiences: m.GetAudiences(), MaxStaleness: m.GetMaxStaleness(),
+		OnStale: m.GetOnStale(), Position: m.GetAcknowledged(), Relay: true, // which may name no audience
+	})
+	if err != nil {
+		return feed.Relayed{}, err
+	}
+	r := feed.Relayed{Path: m.GetPath(), Audiences: sub.Audiences, Bound: sub.Bound, AcceptsStale: sub.AcceptsStale, Acked: sub.Position, Gone: m.GetGone()}
+	if m.GetLastAnswerAge() != nil {
+		if r.LastAnswerAge, err = ToDuration(m.GetLastAnswerAge()); err != nil {
+			return feed.Relayed{}, err
+		}
+	}
+	return r, nil
+}

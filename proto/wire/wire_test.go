@@ -370,3 +370,28 @@ func FuzzSubscribe(f *testing.F) {
 		}
 	})
 }
+
+// FuzzRelayReport: whatever a relay says of those below it is read without a panic, and
+// read again the same.
+func FuzzRelayReport(f *testing.F) {
+	b, err := proto.Marshal(wire.Relayed(feed.Relayed{
+		Path: []string{"relay-01", "verifier1"}, Audiences: []string{"a"}, Bound: time.Second, Acked: feed.Position{Era: 1}, LastAnswerAge: time.Second, Gone: true,
+	}))
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(b)
+	f.Fuzz(func(t *testing.T, b []byte) {
+		var m dayflyv1.RelayedVerifier
+		if proto.Unmarshal(b, &m) != nil {
+			return
+		}
+		rs, err := wire.ToRelayed([]*dayflyv1.RelayedVerifier{&m})
+		if err != nil {
+			return
+		}
+		if again, err := wire.ToRelayed([]*dayflyv1.RelayedVerifier{wire.Relayed(rs[0])}); err != nil || !reflect.DeepEqual(again, rs) {
+			t.Errorf("got %+v, %v, want %+v", again, err, rs)
+		}
+	})
+}

@@ -1,0 +1,364 @@
+package feed
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+)
+
+const (
+	// MaxPath bounds the instances from a verifier up to the broker, its own included.
+	MaxPath = 8
+	// maxBelow bounds whom a relay reports upwards, those behind other relays included.
+	maxBelow = 4096
+	// maxNonces bounds the pings of one stream that wait for an answer: the oldest are
+	// forgotten, as verifiers forget theirs.
+	maxNonces = 64
+)
+
+// ErrCrowded: a relay has as many verifiers below it as it can report.
+var ErrCrowded = errors.New("too many verifiers below")
+
+// A Relayed is what a relay says upwards of one that learns from it.
+type Relayed struct {
+	// Path is the instances of the relays between and its own, nearest to the broker
+	// first.
+	Path         []string
+	Audiences    []string
+	Bound        time.Duration
+	AcceptsStale bool
+	// Acked is up to where it said to have applied everything.
+	Acked Position
+	// LastAnswerAge is how long ago one of its pings was last answered; 0 if none was.
+	LastAnswerAge time.Duration
+	// Gone: it is answered no more.
+	Gone bool
+}
+
+// A Relay learns the log from above and passes it on with the age of its own knowledge.
+// It answers nobody below whom the broker doesn't have on its roster: a new one, or one
+// whose terms grew, waits until a ping has come back that went up after the report which
+// named it. Whoever owns a relay sends what Report returns before each Ping.
+//
+// Like everything here it is one state machine for one goroutine or lock. The zero value
+// knows nothing and has nobody below.
+type Relay struct {
+	View  View
+	Fresh Freshness
+
+	below map[string]*learner // by path
+	// gen counts what must be reported before it may be answered; the answer to a ping
+	// that was sent when all up to number n was reported confirms n. What is confirmed is
+	// on the broker's roster, durably, whatever stream comes next.
+	gen, confirmed uint64
+
+	// Of the stream above.
+	relays bool              // it may report, and so relay
+	pings  map[string]uint64 // nonce to gen as it was sent
+	asked  uint64            // the highest of them
+	pinged Instant
+}
+
+// learner is one that learns here, itself or through another relay.
+type learner struct {
+	Relayed
+	answered Instant // when one of its pings was last answered
+	ever     bool    // answered at all
+	gen      uint64
+	dirty    bool // not reported as it is now
+	owner    *Downstream
+}
+
+func pathKey(path []string) string { return strings.Join(path, "/") }
+
+// Connected begins a stream above, after its welcome. The broker at its other end hears
+// of everyone, whatever an earlier one heard.
+func (r *Relay) Connected(relays bool) {
+	r.Fresh.Reconnected()
+	r.View.Reconnected()
+	r.relays, r.pings, r.asked = relays, map[string]uint64{}, 0
+	for _, l := range r.below {
+		l.dirty = true
+	}
+}
+
+// Ping notes a ping that goes up after a whole report.
+func (r *Relay) Ping(nonce string, now Instant) {
+	r.Fresh.Sent(nonce, now)
+	r.pings[nonce] = r.gen
+	r.asked, r.pinged = r.gen, now
+}
+
+// Due returns how long until the next ping: no time if somebody waits for it. Own is the
+// bound of whoever owns the relay; a smaller one below sets the pace.
+func (r *Relay) Due(own time.Duration, now Instant) time.Duration {
+	if r.asked < r.gen {
+		return 0
+	}
+	return max(0, r.pinged.Add(r.Bound(own)/PingsPerBound).Sub(now))
+}
+
+// Bound returns the smallest bound of the relay's own and of those below.
+func (r *Relay) Bound(own time.Duration) time.Duration {
+	for _, l := range r.below {
+		if !l.Gone {
+			own = min(own, l.Bound)
+		}
+	}
+	return own
+}
+
+// Report returns what changed below since the last report on this stream, and, before a
+// ping, everyone who may be answered from it: so the broker never takes one for closed
+// that isn't.
+func (r *Relay) Report(now Instant, ping bool) []Relayed {
+	if !r.relays {
+		return nil
+	}
+	var out []Relayed
+	for _, key := range slices.Sorted(maps.Keys(r.below)) {
+		l := r.below[key]
+		if l.dirty || ping && !l.Gone {
+			l.dirty = false
+			entry := l.Relayed
+			if l.ever {
+				entry.LastAnswerAge = max(0, now.Sub(l.answered))
+			}
+			out = append(out, entry)
+		}
+	}
+	r.forget(now)
+	return out
+}
+
+// Answered takes the answer to a ping. ErrFork closes the view for good.
+func (r *Relay) Answered(nonce string, head Position, age time.Duration) error {
+	gen, sent := r.pings[nonce]
+	delete(r.pings, nonce)
+	asOf, err := r.Fresh.Answered(nonce, head, age, r.View.Position())
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrMalformed, err)
+	}
+	if err := r.View.CheckHead(head, asOf); err != nil {
+		return err
+	}
+	if sent && r.relays {
+		r.confirmed = max(r.confirmed, gen)
+	}
+	return nil
+}
+
+// Deliver takes a delivery from above.
+func (r *Relay) Deliver(d Delivery, now Instant) error {
+	if err := r.View.Apply(d, now); err != nil {
+		return err
+	}
+	r.Fresh.Applied(r.View.Position())
+	return nil
+}
+
+// Len returns how many are below, those gone and not yet closed included.
+func (r *Relay) Len() int { return len(r.below) }
+
+// Refused returns the stream that speaks for one below whom the broker refused, nil if
+// none does any more. Where the path has more than one instance it is a relay's stream.
+func (r *Relay) Refused(path []string) *Downstream {
+	if l := r.below[pathKey(path)]; l != nil && !l.Gone {
+		return l.owner
+	}
+	return nil
+}
+
+// join takes in a learner, or takes over its new data. What it acknowledged before under
+// the same instance stands.
+func (r *Relay) join(l *learner, now Instant) error {
+	key := pathKey(l.Path)
+	old, known := r.below[key]
+	if !known && len(r.below) >= maxBelow {
+		if r.forget(now); len(r.below) >= maxBelow {
+			return ErrCrowded
+		}
+	}
+	l.dirty = true
+	if known {
+		if old.Acked.Compare(l.Acked) > 0 {
+			l.Acked = old.Acked
+		}
+		l.answered, l.ever = max(l.answered, old.answered), l.ever || old.ever
+	}
+	if known && !old.Gone && !l.Gone && l.Bound <= old.Bound && (!l.AcceptsStale || old.AcceptsStale) && slices.Equal(l.Audiences, old.Audiences) {
+		l.gen = old.gen // every report named it, with no smaller a bound
+	} else {
+		r.gen++
+		l.gen = r.gen
+	}
+	if r.below == nil {
+		r.below = map[string]*learner{}
+	}
+	r.below[key] = l
+	return nil
+}
+
+// forget drops those that are gone, closed by now, and known to the broker as both.
+func (r *Relay) forget(now Instant) {
+	maps.DeleteFunc(r.below, func(_ string, l *learner) bool {
+		return l.Gone && l.gen <= r.confirmed && now.Sub(l.answered) > l.Bound
+	})
+}
+
+// A Downstream is one stream below a relay.
+type Downstream struct {
+	relay  *Relay
+	self   *learner
+	relays bool   // it passes the feed on in turn
+	need   uint64 // the generation that must be confirmed before it is answered
+	cursor *Cursor
+	nonces []string
+
+	welcomed bool
+}
+
+// A Message is what a downstream sends next: exactly one of these.
+type Message struct {
+	Welcome  bool
+	Delivery *Delivery
+	Answer   *Answer
+}
+
+// An Answer to a ping.
+type Answer struct {
+	Nonce         string
+	Head, Horizon Position
+	Age           time.Duration // of the knowledge that it stands on
+}
+
+// Follow takes in one that begins to follow, whose path is its instance alone and whose
+// Acked is what it says to have. Another stream that spoke for the instance is returned:
+// it is replaced, and whoever owns it ends it.
+func (r *Relay) Follow(self Relayed, relays bool, now Instant) (*Downstream, *Downstream, error) {
+	d := &Downstream{relay: r, relays: relays, cursor: NewCursor(self.Acked)}
+	if at, ok := r.View.Log().At(self.Acked.Seq); !ok || at != self.Acked {
+		self.Acked = Position{}
+	}
+	var replaced *Downstream
+	if old := r.below[pathKey(self.Path)]; old != nil && !old.Gone {
+		replaced = old.owner
+	}
+	d.self = &learner{Relayed: self, owner: d}
+	if err := r.join(d.self, now); err != nil {
+		return nil, nil, err
+	}
+	d.need = d.self.gen
+	return d, replaced, nil
+}
+
+// Next returns what to send now, if anything. Records go before answers: an answer is
+// worth something only to one who has applied up to its head.
+func (d *Downstream) Next(now Instant, limit int) (Message, bool) {
+	r := d.relay
+	if !d.welcomed {
+		d.welcomed = d.need <= r.confirmed
+		return Message{Welcome: true}, d.welcomed
+	}
+	if r.View.Position().Era == 0 {
+		return Message{}, false
+	}
+	if delivery, ok := d.cursor.Next(r.View.Log(), limit); ok {
+		return Message{Delivery: &delivery}, true
+	}
+	age, known := r.Fresh.Age(now)
+	if len(d.nonces) == 0 || d.need > r.confirmed || !known {
+		return Message{}, false
+	}
+	nonce := d.nonces[0]
+	d.nonces = d.nonces[1:]
+	d.self.answered, d.self.ever = now, true
+	return Message{Answer: &Answer{Nonce: nonce, Head: r.View.Position(), Horizon: r.View.Log().Horizon(), Age: age}}, true
+}
+
+// Bound returns the bound that the relay reports for it.
+func (d *Downstream) Bound() time.Duration { return d.self.Bound }
+
+// Ping notes a ping to answer.
+func (d *Downstream) Ping(nonce string) {
+	if len(d.nonces) == maxNonces {
+		d.nonces = slices.Delete(d.nonces, 0, 1)
+	}
+	d.nonces = append(d.nonces, nonce)
+}
+
+// Acknowledge takes its receipt, for what was delivered here, and reports whether it is
+// news to pass on as its own.
+func (d *Downstream) Acknowledge(p Position) (bool, error) {
+	if err := d.delivered(p); err != nil {
+		return false, err
+	}
+	if !d.credible(p) || p.Compare(d.self.Acked) <= 0 {
+		return false, nil
+	}
+	d.self.Acked, d.self.dirty = p, true
+	return true, nil
+}
+
+// credible reports whether the relay knows of the position itself. A verifier that came
+// here from elsewhere may be ahead; its receipt counts once the relay has caught up and
+// the verifier says so again.
+func (d *Downstream) credible(p Position) bool { return p.Compare(d.relay.View.Position()) <= 0 }
+
+// delivered refuses a receipt for what this stream hasn't given.
+func (d *Downstream) delivered(p Position) error {
+	at, known := d.relay.View.Log().At(p.Seq)
+	if d.credible(p) && p.Compare(d.cursor.Position()) > 0 || known && p.ForkOf(at) {
+		return fmt.Errorf("%w: a receipt for what was not delivered on this stream", ErrMalformed)
+	}
+	return nil
+}
+
+// Report takes what a relay below says of its own; the pings of that relay wait until
+// the broker has heard of whoever is new.
+func (d *Downstream) Report(below []Relayed, now Instant) error {
+	if !d.relays {
+		return fmt.Errorf("%w: a relay report from one that is no relay", ErrMalformed)
+	}
+	for _, b := range below {
+		if err := d.report(b, now); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (d *Downstream) report(below Relayed, now Instant) error {
+	if len(below.Path) == 0 || len(below.Path) >= MaxPath {
+		return fmt.Errorf("%w: a path of %d instances below a relay", ErrMalformed, len(below.Path))
+	}
+	if err := d.delivered(below.Acked); err != nil {
+		return err
+	}
+	if !d.credible(below.Acked) {
+		below.Acked = Position{}
+	}
+	l := &learner{Relayed: below, answered: now.Add(-min(below.LastAnswerAge, maxAge)), ever: true, owner: d}
+	l.Path = append(slices.Clone(d.self.Path), below.Path...)
+	if err := d.relay.join(l, now); err != nil {
+		return err
+	}
+	d.need = max(d.need, l.gen)
+	return nil
+}
+
+// Leave ends the stream: all that it spoke for is gone. A relay may have answered those
+// behind it since it last said so, but not later than it was answered itself.
+func (d *Downstream) Leave() {
+	r := d.relay
+	r.gen++
+	for _, l := range r.below {
+		if l.owner == d && !l.Gone {
+			l.Gone, l.dirty, l.gen = true, true, r.gen
+			l.answered, l.ever = max(l.answered, d.self.answered), l.ever || d.self.ever
+		}
+	}
+}
