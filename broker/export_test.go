@@ -1,6 +1,8 @@
 package broker
 
 import (
+	"context"
+
 	"github.com/dayflyhq/dayfly/proto/token"
 )
 
@@ -21,3 +23,13 @@ var ErrOvertaken = errOvertaken
 
 // Admit is the condition on the head.
 func Admit(g *Grant, parent *token.Token, newer []Record) error { return admit(g, parent, newer) }
+
+// ApplyUntil applies what the store has up to a number, as Run does beside everything
+// else.
+func (b *Broker) ApplyUntil(ctx context.Context, seq uint64) error {
+	if err := b.follow(ctx, seq); err != nil {
+		return err
+	}
+	_, err := b.revokeForeignKeys(ctx)
+	return err
+}

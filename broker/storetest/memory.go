@@ -61,6 +61,19 @@ var _ broker.Store = (*Mem)(nil)
 // Reopen returns another store with the same contents, as after a restart.
 func (m *Mem) Reopen() *Mem { return &Mem{d: m.d, done: make(chan struct{})} }
 
+// Clone returns another store with a copy of the contents of now: an old file, once the
+// first has been written to.
+func (m *Mem) Clone() *Mem {
+	m.d.mu.Lock()
+	defer m.d.mu.Unlock()
+	d := &memory{
+		t: m.d.t, log: slices.Clone(m.d.log), head: m.d.head, horizon: m.d.horizon,
+		grants: maps.Clone(m.d.grants), prints: maps.Clone(m.d.prints), observed: maps.Clone(m.d.observed), news: make(chan struct{}),
+	}
+	d.free = sync.NewCond(&d.mu)
+	return &Mem{d: d, done: make(chan struct{})}
+}
+
 type memory struct {
 	t  testing.TB
 	mu sync.Mutex

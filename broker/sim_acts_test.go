@@ -1,0 +1,478 @@
+package broker_test
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/dayflyhq/dayfly/broker"
+	"github.com/dayflyhq/dayfly/proto/feed"
+	"github.com/dayflyhq/dayfly/proto/revocation"
+	"github.com/dayflyhq/dayfly/proto/token"
+)
+
+const simEpochLong = 100_000 * time.Hour
+
+// simLeaf is an SVID, as far as a broker looks at one.
+func simLeaf(s *sim, life time.Duration, what string) *x509.Certificate {
+	return &x509.Certificate{Raw: []byte(what), NotBefore: simTime(s.now), NotAfter: simTime(s.now + life)}
+}
+
+// rotate gives a workload a new SVID, whose issuer's clock is off by as much as is
+// allowed for.
+func (s *sim) rotate(c *simCaller) {
+	skew := time.Duration(s.rnd.Int64N(int64(40*time.Second))) - 20*time.Second
+	c.Leaf = simLeaf(s, simEpochLong, fmt.Sprint(c.ID, s.now, s.rnd.Uint64()))
+	c.Leaf.NotBefore = simTime(s.now + skew)
+	c.Peer = netip.MustParseAddrPort("127.0.0.1:1")
+	c.issued = s.now
+}
+
+// act does the next thing, and schedules the one after it.
+func (s *sim) act() {
+	if s.done >= simActions {
+		return
+	}
+	i := s.done
+	s.done, s.acted = s.done+1, true
+	if !s.skip[i] {
+		s.random(rand.New(rand.NewPCG(s.seed, uint64(1000+i))))
+	}
+	s.after(s.between(1500*time.Millisecond), s.act)
+}
+
+// random does one thing. It draws from its own source, so that leaving out other actions
+// changes it as little as possible.
+func (s *sim) random(r *rand.Rand) {
+	b := s.brokers[r.IntN(len(s.brokers))]
+	f := s.followers()[r.IntN(len(s.followers()))]
+	some := func(d time.Duration) time.Duration { return time.Duration(r.Int64N(int64(d))) }
+	switch n := r.IntN(100); {
+	case n < 26:
+		if r.IntN(3) == 0 {
+			s.inside = func() { s.revoke(s.brokers[r.IntN(len(s.brokers))], r) }
+		}
+		s.issue(b, r)
+		s.inside = nil
+	case n < 42:
+		if r.IntN(3) == 0 {
+			s.inside = func() { s.revoke(s.brokers[r.IntN(len(s.brokers))], r) }
+		}
+		s.exchange(b, r)
+		s.inside = nil
+	case n < 53:
+		s.revoke(b, r)
+	case n < 57:
+		s.lift(b, r)
+	case n < 60:
+		if b.b != nil {
+			b.kill()
+			s.after(some(90*time.Second), func() {
+				if b.b == nil {
+					b.start()
+				}
+			})
+		}
+	case n < 63:
+		s.restart(f)
+	case n < 68:
+		s.note("%s is cut off", f.name)
+		f.cut()
+	case n < 73:
+		if f.stream != nil {
+			f.stream.stalled = s.now + some(45*time.Second)
+			s.after(f.stream.stalled-s.now, func() {})
+			s.note("%s gets nothing for %s", f.name, f.stream.stalled-s.now)
+		}
+	case n < 76:
+		if f.stream != nil {
+			f.stream.delay = some(20 * time.Second)
+		}
+	case n < 80:
+		f.asleep = s.now + some(2*time.Minute)
+		s.note("%s sleeps for %s", f.name, f.asleep-s.now)
+		s.after(f.asleep-s.now, func() {})
+	case n < 82:
+		b.asleep = s.now + some(time.Minute)
+		s.note("%s sleeps for %s", b.name, b.asleep-s.now)
+		s.after(b.asleep-s.now, func() {})
+	case n < 85:
+		s.rotate(s.callers[r.IntN(len(s.callers))])
+	case n < 87:
+		s.thief(b, r)
+	case n < 88:
+		s.foreignKey(b)
+	case n < 90:
+		if b.up() && r.IntN(2) == 0 {
+			b.newKey()
+		}
+	case n < 92:
+		m := []*simMachine{&b.simMachine, &f.simMachine}[r.IntN(2)]
+		m.wall = []time.Duration{0, -3 * time.Hour, time.Hour, some(simSkew)}[r.IntN(4)]
+		s.note("the wall clock of %s is off by %s", m.name, m.wall)
+	case n < 95:
+		if b.up() {
+			s.prune(b)
+		}
+	case n < 97:
+		s.note("a long time passes")
+		s.jump(time.Hour + some(time.Hour))
+		for _, b := range s.brokers {
+			if b.up() {
+				_ = b.catchUp()
+				s.prune(b)
+			}
+		}
+	case n < 98:
+		s.lastStore, s.lastTruth = s.store.Clone(), s.simTruth.clone()
+		s.note("somebody keeps a copy of the store at %s", s.head())
+	case n < 99:
+		s.putBack(r.IntN(2) == 0)
+	default:
+		s.raise(f)
+	}
+}
+
+func (s *sim) head() feed.Position {
+	st, _ := s.store.Reopen().State(context.Background())
+	return st.Head
+}
+
+func (s *sim) restart(f *simFollower) {
+	s.note("%s restarts", f.name)
+	for _, x := range s.relays {
+		if &x.simFollower == f {
+			x.restart()
+		}
+	}
+	for _, x := range s.verifiers {
+		if &x.simFollower == f {
+			x.restart()
+		}
+	}
+}
+
+// raise gives a follower a larger bound while it runs.
+func (s *sim) raise(f *simFollower) {
+	f.bound = 30 * time.Second
+	f.cut()
+}
+
+func (s *sim) prune(b *simBroker) {
+	before := s.horizon()
+	if err := b.b.Prune(context.Background()); err != nil {
+		s.violation("internal: pruning: %v", err)
+	}
+	if after := s.horizon(); after != before {
+		s.counts["pruned"]++
+		s.note("%s prunes up to %s", b.name, after)
+	}
+}
+
+func (s *sim) horizon() feed.Position {
+	st, _ := s.store.Reopen().State(context.Background())
+	return st.Horizon
+}
+
+// someone is a workload, or a thief with a copy of its SVID.
+func (s *sim) someone(r *rand.Rand) simCaller {
+	if len(s.stolenSVIDs) > 0 && r.IntN(5) == 0 {
+		return s.stolenSVIDs[r.IntN(len(s.stolenSVIDs))]
+	}
+	return *s.callers[r.IntN(len(s.callers))]
+}
+
+func (s *sim) request(r *rand.Rand) broker.Request {
+	req := broker.Request{Audience: simAudience(simID(r.IntN(5)))}
+	if r.IntN(2) == 0 {
+		req.TTL = time.Duration(1+r.IntN(60)) * time.Minute
+	}
+	for _, scope := range []string{"read", "write", "admin"} {
+		if r.IntN(3) == 0 {
+			req.Scopes = append(req.Scopes, scope)
+		}
+	}
+	return req
+}
+
+func (s *sim) issue(b *simBroker, r *rand.Rand) {
+	if !b.up() {
+		return
+	}
+	c := s.someone(r)
+	cred, err := b.b.Issue(context.Background(), c.Caller, s.request(r))
+	s.issued(b, c, nil, cred, err)
+}
+
+func (s *sim) exchange(b *simBroker, r *rand.Rand) {
+	if !b.up() || len(s.tokens) == 0 {
+		return
+	}
+	parent := s.tokens[len(s.tokens)-1-r.IntN(min(len(s.tokens), 12))]
+	var c *simCaller
+	for _, other := range s.callers {
+		if simAudience(other.ID) == parent.claims.Audience {
+			c = other
+		}
+	}
+	if c == nil {
+		return
+	}
+	req := s.request(r)
+	req.Subject = parent.secret
+	if r.IntN(2) == 0 {
+		req.TTL, req.Scopes = 0, nil
+	}
+	cred, err := b.b.Exchange(context.Background(), c.Caller, req)
+	s.issued(b, *c, parent, cred, err)
+}
+
+// issued checks what a broker gave out.
+func (s *sim) issued(b *simBroker, c simCaller, parent *simToken, cred *broker.Credential, err error) {
+	if err != nil {
+		var refusal *broker.Refusal
+		if !errors.As(err, &refusal) {
+			s.violation("internal: %v", err)
+		} else {
+			s.counts["denied "+refusal.Reason]++
+			s.note("%s refuses %s: %v", b.name, c.ID, err)
+		}
+		return
+	}
+	what := "issued"
+	k := &simToken{name: fmt.Sprint("t", len(s.tokens)), secret: cred.Token, parent: parent, issued: s.now}
+	t, err := token.Parse(cred.Token.Reveal(), func(id token.KeyID) (token.PublicKey, bool) { return b.key.public, b.key.id == id })
+	if err != nil {
+		s.violation("internal: a credential that doesn't parse: %v", err)
+		return
+	}
+	k.claims = t.Claims
+	k.expires = s.now + t.Expires.Sub(b.Wall(s))
+	if parent != nil {
+		what = "exchanged"
+		k.name += " of " + parent.name
+		k.expires = min(k.expires, parent.expires)
+		s.checkNarrow(k, parent)
+		if parent.forged {
+			s.violation("I9: %s laundered the forged %s", b.name, parent.name)
+		}
+	}
+	s.counts[what]++
+	s.note("%s gives %s to %s for %s at %s, expires %s", b.name, k.name, c.ID, t.Audience, cred.Grant.Position, t.Expires.Sub(simTime(0)))
+	if g, err := b.store.Grant(context.Background(), t.Grant()); err != nil || g.Fingerprint != t.Fingerprint {
+		s.violation("P1: %s released %s, which is not on record: %v", b.name, k.name, err)
+	}
+	s.checkLocks(c, k)
+	s.tokens = append(s.tokens, k)
+	if len(s.tokens) > 60 {
+		s.tokens = slices.Delete(s.tokens, 5, 6) // some old ones stay: they must stay dead
+	}
+}
+
+func (s *sim) selector(r *rand.Rand) revocation.Selector {
+	must := func(sel revocation.Selector, err error) revocation.Selector {
+		if err != nil {
+			panic(err)
+		}
+		return sel
+	}
+	var k *simToken
+	if len(s.tokens) > 0 {
+		k = s.tokens[len(s.tokens)-1-r.IntN(min(len(s.tokens), 20))]
+	}
+	c := s.someone(r)
+	switch n := r.IntN(16); {
+	case n < 6:
+		return revocation.Identity(c.ID)
+	case n < 8:
+		return revocation.SVID(token.ThumbprintOf(c.Leaf))
+	case n < 10:
+		return must(revocation.Subtree([]string{"spiffe://example.org/ns/prod/*", "spiffe://example.org/ns/*"}[r.IntN(2)]))
+	case n < 11:
+		return revocation.TrustDomain(c.ID.TrustDomain())
+	case n < 12:
+		return must(revocation.Audience(simAudience(c.ID)))
+	case n < 14 && k != nil:
+		return revocation.Grant(k.claims.Lineage[r.IntN(len(k.claims.Lineage))].Grant)
+	case n < 15 && k != nil:
+		return revocation.Key(k.claims.Lineage[r.IntN(len(k.claims.Lineage))].Key)
+	case n == 15:
+		return revocation.Everything()
+	}
+	return revocation.Identity(c.ID)
+}
+
+func (s *sim) revoke(b *simBroker, r *rand.Rand) {
+	if !b.up() {
+		return
+	}
+	req := broker.Revoke{Reason: "sim", AllowEverything: true}
+	for range 1 + r.IntN(2) {
+		req.Selectors = append(req.Selectors, s.selector(r))
+	}
+	if slices.ContainsFunc(req.Selectors, revocation.Selector.Lockable) {
+		req.Lock = []broker.LockMode{broker.LockNone, broker.LockNone, broker.LockQuarantine, broker.LockReissue}[r.IntN(4)]
+		if req.Lock != broker.LockNone && r.IntN(4) == 0 {
+			req.LockEnds = b.Wall(s).Add(time.Duration(1+r.IntN(120)) * time.Minute)
+		}
+	}
+	rec, err := b.b.Revoke(context.Background(), simOperator, req)
+	if err != nil {
+		s.violation("internal: revoking: %v", err)
+		return
+	}
+	s.counts["revoked"]++
+	if rec.Details.Lock != broker.LockNone {
+		s.counts["locked"]++
+	}
+	if b.key != nil && b.b.KeyRevoked(b.key.id) {
+		b.newKey()
+	}
+}
+
+// simOperator needs no second person.
+var simOperator = broker.Caller{Local: "break-glass:uid=0"}
+
+func (s *sim) lift(b *simBroker, r *rand.Rand) {
+	if !b.up() {
+		return
+	}
+	locks := b.b.Locks()
+	if len(locks) == 0 {
+		return
+	}
+	l := locks[r.IntN(len(locks))]
+	if _, err := b.b.Lift(context.Background(), simOperator, l.Number, "sim", ""); err == nil {
+		s.counts["lifted"]++
+	} else {
+		var refusal *broker.Refusal
+		if !errors.As(err, &refusal) {
+			s.violation("internal: lifting: %v", err)
+		}
+	}
+}
+
+// thief copies an SVID, or a broker's key and writes with it what it likes.
+func (s *sim) thief(b *simBroker, r *rand.Rand) {
+	if r.IntN(2) == 0 {
+		s.stolenSVIDs = append(s.stolenSVIDs, *s.callers[r.IntN(len(s.callers))])
+		return
+	}
+	if !b.up() {
+		return
+	}
+	key := b.key
+	if s.stolen[key.id] == nil {
+		s.stolen[key.id] = key
+		s.note("a thief has key %s", key.id)
+	}
+	k, err := s.forge(key, b.b.Head(), r)
+	if err != nil {
+		s.violation("internal: forging: %v", err)
+		return
+	}
+	s.counts["forged"]++
+	s.tokens = append(s.tokens, k)
+	s.after(s.between(20*time.Second), func() {
+		if !b.up() || b.b.KeyRevoked(key.id) {
+			return
+		}
+		if b.key == key {
+			b.newKey()
+		}
+		if _, err := b.b.Revoke(context.Background(), simOperator, broker.Revoke{Selectors: []revocation.Selector{revocation.Key(key.id)}, Reason: "stolen"}); err != nil {
+			s.violation("internal: revoking a key: %v", err)
+		}
+	})
+}
+
+// forge makes a token that was never recorded, sometimes with a position to come.
+func (s *sim) forge(key *simKey, at feed.Position, r *rand.Rand) (*simToken, error) {
+	c := s.callers[r.IntN(len(s.callers))]
+	now := simTime(s.now).Truncate(time.Second)
+	id, err := token.NewGrantID(c.ID, now, simRand{r})
+	if err != nil {
+		return nil, err
+	}
+	position := at.Token()
+	if r.IntN(2) == 0 {
+		position.Rev += uint64(1 + r.IntN(5)) // and a sum that nobody knows yet
+	}
+	claims := token.Claims{
+		Issuer: issuer, Audience: simAudience(simID(r.IntN(5))), Scopes: []string{"admin"}, Transaction: "forged-transaction",
+		Lineage:  []token.Member{{Identity: c.ID, Grant: id, Key: key.id, SVID: token.ThumbprintOf(c.Leaf)}},
+		IssuedAt: now, NotBefore: now, Expires: now.Add(token.MaxTTL), Binding: token.BindingSPIFFE, Position: position,
+	}
+	u, err := token.Encode(&claims, token.ES256)
+	if err != nil {
+		return nil, err
+	}
+	secret, err := u.Sign(key.private)
+	return &simToken{name: fmt.Sprint("forged", len(s.tokens)), secret: secret, claims: claims, issued: s.now, expires: s.now + token.MaxTTL, forged: true}, err
+}
+
+// foreignKey is what a process does that can write the store: it inserts a key, and signs
+// with it.
+func (s *sim) foreignKey(b *simBroker) {
+	if s.keys == len(simKeys()) || !b.up() {
+		return
+	}
+	key := s.makeKey()
+	s.stolen[key.id] = key
+	_, err := b.store.Append(context.Background(), func(feed.Position) (broker.Record, error) {
+		k := simKeyRecord(key, "mine")
+		return broker.Record{Event: feed.Event{Key: &k}, Details: broker.Details{Time: b.Wall(s), Actor: "a thief"}}, nil
+	})
+	if err != nil {
+		s.violation("internal: inserting a key: %v", err)
+		return
+	}
+	k, err := s.forge(key, b.b.Head(), s.rnd)
+	if err != nil {
+		s.violation("internal: forging: %v", err)
+		return
+	}
+	s.note("a thief inserts key %s", key.id)
+	s.tokens = append(s.tokens, k)
+}
+
+// putBack puts an old copy of the store in place while the broker is down: by hand, or
+// as a restore does, in a new era.
+func (s *sim) putBack(era bool) {
+	b := s.brokers[0]
+	if s.shared || s.lastStore == nil {
+		return
+	}
+	if b.b != nil {
+		b.kill()
+	}
+	newest := s.head().Era
+	s.store = s.lastStore.Clone()
+	tokens, stolen := s.tokens, s.stolen
+	s.simTruth = s.lastTruth.clone()
+	s.tokens, s.stolen = tokens, stolen // what is out there is out there
+	if era {
+		rec := broker.Record{
+			Event:   feed.Event{Era: &feed.Era{Era: token.NextEra(newest, simTime(s.now))}},
+			Details: broker.Details{Time: simTime(s.now), Actor: "restore"},
+		}
+		store := s.store.Reopen()
+		rec, err := store.Append(context.Background(), func(feed.Position) (broker.Record, error) { return rec, nil })
+		if err != nil {
+			s.violation("internal: beginning an era: %v", err)
+			return
+		}
+		s.counts["era"]++
+		s.records = append(s.records, &simRecord{rec: rec, at: s.head(), committed: s.now})
+	} else {
+		s.counts["old copy"]++
+		s.forked = true
+	}
+	s.note("the store is put back to %s", s.head())
+	b.start()
+}
