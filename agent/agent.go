@@ -26,6 +26,9 @@ import (
 const (
 	// MaxRequestBytes is the largest message that a caller may send.
 	MaxRequestBytes = 64 << 10
+	// maxReceiveBytes is how much of a larger one is read over gRPC, so that its refusal
+	// can have a reason: beyond it gRPC itself answers ResourceExhausted.
+	maxReceiveBytes = 256 << 10
 	// stopWithin is how long calls under way may take to end at shutdown.
 	stopWithin = 5 * time.Second
 	// lookEvery is how often readiness is looked at: knowledge grows old by itself.
@@ -174,7 +177,7 @@ func New(cfg Config) (*Agent, error) {
 func (a *Agent) serveGRPC() {
 	a.grpc = grpc.NewServer(
 		grpc.Creds(peerCredentials{door{a.cfg.AllowedUIDs}}),
-		grpc.MaxRecvMsgSize(MaxRequestBytes),
+		grpc.MaxRecvMsgSize(maxReceiveBytes),
 		grpc.MaxConcurrentStreams(uint32(a.cfg.MaxStreams)+maxEntries),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
 		grpc.ChainUnaryInterceptor(admitUnary),

@@ -441,6 +441,20 @@ func TestLargeMessage(t *testing.T) {
 	for i := range scopes {
 		scopes[i] = fmt.Sprint(i)
 	}
+	_, err = dayflyv1.NewTokenServiceClient(f.conn()).Issue(t.Context(), &dayflyv1.IssueRequest{Audience: strings.Repeat("a", 65<<10)})
+	if reason(err) != "REQUEST_TOO_LARGE" || status.Code(err) != codes.InvalidArgument {
+		t.Errorf("65 KiB: %v", err)
+	}
+	stream, err := dayflyv1.NewFeedServiceClient(f.conn()).Follow(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := stream.Send(&dayflyv1.FollowRequest{Message: &dayflyv1.FollowRequest_Subscribe{Subscribe: &dayflyv1.Subscribe{Instance: strings.Repeat("a", 65<<10)}}}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := stream.Recv(); reason(err) != "REQUEST_TOO_LARGE" {
+		t.Errorf("65 KiB on the feed: %v", err)
+	}
 	_, err = dayflyv1.NewTokenServiceClient(f.conn()).Issue(t.Context(), &dayflyv1.IssueRequest{Audience: "orders", Scopes: scopes})
 	if reason(err) != "INVALID_REQUEST" {
 		t.Errorf("10,000 scopes: %v", err)

@@ -57,13 +57,14 @@ func upstreamError(err error) error {
 	if refusal.Reason != "" {
 		return refusal.GRPCStatus().Err()
 	}
-	switch refusal.Code {
-	case codes.Unavailable, codes.DeadlineExceeded:
+	if refusal.Code == codes.Unavailable || refusal.Code == codes.DeadlineExceeded {
 		return refuse(codes.Unavailable, "BROKER_UNREACHABLE", "the broker can't be reached now", "the agent keeps trying by itself; ask again, and see /readyz")
-	case codes.ResourceExhausted:
-		return refuse(codes.ResourceExhausted, "REQUEST_TOO_LARGE", "the request or its answer is too large", "ask for less")
 	}
 	return refusal.GRPCStatus().Err()
+}
+
+func tooLarge() error {
+	return refuse(codes.InvalidArgument, "REQUEST_TOO_LARGE", "the request is larger than 64 KiB", "a token has at most 2 KiB and 32 scopes")
 }
 
 func invalid(message string) error {

@@ -186,7 +186,7 @@ func exchangeRequest(r *http.Request) (*dayflyv1.ExchangeRequest, error) {
 	if err := dec.Decode(&body); err != nil {
 		var large *http.MaxBytesError
 		if errors.As(err, &large) {
-			return nil, refuse(codes.ResourceExhausted, "REQUEST_TOO_LARGE", "the request is larger than 64 KiB", "a token has at most 2 KiB")
+			return nil, tooLarge()
 		}
 		return nil, invalid("the body is not the JSON object that is wanted: subject_token, audience, scope, ttl, binding")
 	}

@@ -10,6 +10,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/peer"
+	"google.golang.org/protobuf/proto"
 )
 
 // A door decides by the kernel's peer credentials. Without a list, whom the socket's
@@ -79,6 +80,9 @@ func admitUnary(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handle gr
 	if err := admitted(ctx); err != nil {
 		return nil, err
 	}
+	if err := fits(req); err != nil {
+		return nil, err
+	}
 	return handle(ctx, req)
 }
 
@@ -86,5 +90,23 @@ func admitStream(srv any, stream grpc.ServerStream, _ *grpc.StreamServerInfo, ha
 	if err := admitted(stream.Context()); err != nil {
 		return err
 	}
-	return handle(srv, stream)
+	return handle(srv, &fitting{stream})
+}
+
+// fits refuses a message that is larger than a caller may send.
+func fits(m any) error {
+	if p, ok := m.(proto.Message); ok && proto.Size(p) > MaxRequestBytes {
+		return tooLarge()
+	}
+	return nil
+}
+
+// fitting is a stream of messages that fit.
+type fitting struct{ grpc.ServerStream }
+
+func (s *fitting) RecvMsg(m any) error {
+	if err := s.ServerStream.RecvMsg(m); err != nil {
+		return err
+	}
+	return fits(m)
 }

@@ -20,11 +20,15 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 )
 
@@ -388,12 +392,32 @@ var _ grpc.ClientConnInterface = (*rotating)(nil)
 
 // Invoke makes one call.
 func (r *rotating) Invoke(ctx context.Context, method string, args, reply any, opts ...grpc.CallOption) error {
+	if err := fits(args); err != nil {
+		return err
+	}
 	conn, err := (*Client)(r).acquire()
 	if err != nil {
 		return wrapf(err, "calling %s", method)
 	}
 	defer (*Client)(r).release(conn)
 	return FromRPC(conn.cc.Invoke(ctx, method, args, reply, opts...))
+}
+
+// fits refuses here what would be refused there: far beyond its limit a server can't say
+// why.
+func fits(m any) error {
+	if p, ok := m.(proto.Message); !ok || proto.Size(p) <= MaxSendBytes {
+		return nil
+	}
+	s := status.New(codes.InvalidArgument, "the request is larger than 64 KiB")
+	s, err := s.WithDetails(&errdetails.ErrorInfo{
+		Domain: ErrorDomain, Reason: ErrRequestTooLarge.Reason,
+		Metadata: map[string]string{hintKey: "ask for less: a token has at most 32 scopes, a revocation 64 selectors"},
+	})
+	if err != nil {
+		return err
+	}
+	return FromRPC(s.Err())
 }
 
 // NewStream begins a stream; the connection is held until it ends. As gRPC demands, the

@@ -303,6 +303,22 @@ func TestErrors(t *testing.T) {
 	}
 }
 
+// A call that no server would read is refused here, with a reason; nothing is sent.
+func TestRequestTooLarge(t *testing.T) {
+	s := &tokenServer{err: status.Error(codes.Internal, "it arrived")}
+	c := newClient(t, sdk.Config{Address: startAgent(t, s)})
+	for _, n := range []int{sdk.MaxSendBytes + 1, 5 << 20} {
+		_, err := c.Issue(t.Context(), sdk.Request{Audience: strings.Repeat("a", n)})
+		var e *sdk.Error
+		if !errors.Is(err, sdk.ErrRequestTooLarge) || !errors.As(err, &e) || e.Code != codes.InvalidArgument || e.Message == "" || e.Hint == "" || e.Temporary() {
+			t.Errorf("%d bytes: got %+v", n, err)
+		}
+		if details := e.GRPCStatus().Details(); len(details) != 1 {
+			t.Errorf("passed on it says %v", details)
+		}
+	}
+}
+
 func TestConfig(t *testing.T) {
 	td := newTrustDomain(t)
 	tests := []struct {

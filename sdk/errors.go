@@ -73,6 +73,7 @@ func (e *Error) Temporary() bool {
 // Error.Reason.
 var (
 	ErrInvalidRequest      = refusal(codes.InvalidArgument, "INVALID_REQUEST")
+	ErrRequestTooLarge     = refusal(codes.InvalidArgument, "REQUEST_TOO_LARGE")
 	ErrTokenTooLarge       = refusal(codes.InvalidArgument, "TOKEN_TOO_LARGE")
 	ErrSVIDExpired         = refusal(codes.Unauthenticated, "SVID_EXPIRED")
 	ErrPolicyDenied        = refusal(codes.PermissionDenied, "POLICY_DENIED")

@@ -13,6 +13,7 @@ import (
 	"github.com/dayflyhq/dayfly/broker"
 	"github.com/dayflyhq/dayfly/broker/rpc"
 	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
+	"github.com/dayflyhq/dayfly/proto/token"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
@@ -29,9 +30,14 @@ func TestMalformedCalls(t *testing.T) {
 	w := newWorld(t)
 	conn := w.as(payments)
 	tokens, revocations, grants := dayflyv1.NewTokenServiceClient(conn), dayflyv1.NewRevocationServiceClient(conn), dayflyv1.NewGrantServiceClient(conn)
-	many := make([]string, 3000)
-	for i := range many {
-		many[i] = fmt.Sprintf("scope-%d", i)
+	tenThousand := make([]string, 10_000)
+	for i := range tenThousand {
+		tenThousand[i] = fmt.Sprintf("scope-%d", i)
+	}
+	many := tenThousand[:3000]
+	long := make([]string, token.MaxScopes)
+	for i := range long {
+		long[i] = fmt.Sprintf("%0*d", token.MaxScopeBytes, i)
 	}
 	selectors := make([]*dayflyv1.Selector, broker.MaxSelectors+1)
 	for i := range selectors {
@@ -137,8 +143,11 @@ func TestMalformedCalls(t *testing.T) {
 			_, err := grants.ListGrants(ctx, &dayflyv1.ListGrantsRequest{PageToken: "!"})
 			return err
 		}, codes.InvalidArgument, "PAGE_TOKEN_INVALID", ""},
+		{"issue: a token that would be too large", issue(&dayflyv1.IssueRequest{Audience: "orders", Scopes: long}), codes.InvalidArgument, "TOKEN_TOO_LARGE", ""},
+		{"65 KiB", issue(&dayflyv1.IssueRequest{Audience: strings.Repeat("a", 65<<10)}), codes.InvalidArgument, "REQUEST_TOO_LARGE", ""},
+		// Above what is read gRPC itself answers, and has no room for a reason.
 		{"5 MB", issue(&dayflyv1.IssueRequest{Audience: strings.Repeat("a", 5<<20)}), codes.ResourceExhausted, "", ""},
-		{"10,000 scopes", issue(&dayflyv1.IssueRequest{Audience: "orders", Scopes: append(many, append(many, append(many, many...)...)...)}), codes.ResourceExhausted, "", ""},
+		{"10,000 scopes", issue(&dayflyv1.IssueRequest{Audience: "orders", Scopes: tenThousand}), codes.InvalidArgument, "REQUEST_TOO_LARGE", ""},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			e := refused(t, tc.call(soon(t)), tc.code, tc.reason)

@@ -150,7 +150,7 @@ func TestRoundTrip(t *testing.T) {
 		}
 	}
 	for _, e := range []*sdk.Error{
-		sdk.ErrInvalidRequest, sdk.ErrTokenTooLarge, sdk.ErrSVIDExpired, sdk.ErrPolicyDenied, sdk.ErrIdentityLocked, sdk.ErrSubjectMalformed,
+		sdk.ErrInvalidRequest, sdk.ErrRequestTooLarge, sdk.ErrTokenTooLarge, sdk.ErrSVIDExpired, sdk.ErrPolicyDenied, sdk.ErrIdentityLocked, sdk.ErrSubjectMalformed,
 		sdk.ErrSubjectExpired, sdk.ErrSubjectRevoked, sdk.ErrSubjectNotAddressed, sdk.ErrSubjectUnknown,
 	} {
 		i := slices.IndexFunc(all, func(r *broker.Refusal) bool { return r.Reason == e.Reason })
@@ -284,8 +284,11 @@ whose entry "hint" says what to do. The agent's HTTP/JSON socket gives the same 
 precise than those below; programs compare reasons and nothing else.
 
 A code of Unavailable, ResourceExhausted, Aborted or DeadlineExceeded is worth another try, with backoff; the
-others stay until somebody changes something. What has no reason comes from the transport: a message above 64 KiB is
-ResourceExhausted, and a fault of the broker is Internal with a fixed text and a line in its log.
+others stay until somebody changes something. What has no reason comes from the transport: no connection at all
+(Unavailable) for who proves no identity, ResourceExhausted for a message above 256 KiB, which is refused before it is
+read (above 64 KiB it is REQUEST_TOO_LARGE; the SDK gives that reason for any size), and Internal, with a fixed text and
+a line in its log, for a fault of the broker. What becomes of each kind of bad input, and which test holds it:
+[bad-input.md](bad-input.md).
 
 This page is generated from the code; a test keeps it so.
 

@@ -2,6 +2,7 @@ package rpc_test
 
 import (
 	"context"
+	"io"
 	"strings"
 	"testing"
 	"time"
@@ -185,6 +186,23 @@ func TestFeedMisuse(t *testing.T) {
 			refused(t, end(t, s), codes.InvalidArgument, "FEED_MESSAGE_INVALID")
 		})
 	}
+	large := func(n int) *dayflyv1.FollowRequest {
+		return report(&dayflyv1.Use{PeerIdentity: strings.Repeat("a", n)})
+	}
+	t.Run("too large a message", func(t *testing.T) {
+		s := w.follow(conn, subscription())
+		if err := s.Send(large(65 << 10)); err != nil {
+			t.Fatal(err)
+		}
+		refused(t, end(t, s), codes.InvalidArgument, "REQUEST_TOO_LARGE")
+	})
+	t.Run("far too large a message", func(t *testing.T) {
+		s := w.follow(conn, subscription())
+		if err := s.Send(large(5 << 20)); err != nil && err != io.EOF { // it may end while we send
+			t.Fatal(err)
+		}
+		refused(t, end(t, s), codes.ResourceExhausted, "")
+	})
 	w.follow(conn, subscription()) // and the next is served
 }
 

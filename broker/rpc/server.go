@@ -18,12 +18,17 @@ import (
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/reflection"
+	"google.golang.org/protobuf/proto"
 )
 
 // Limits of the transport.
 const (
 	// MaxRequestBytes is the largest message that a caller may send.
 	MaxRequestBytes = 64 << 10
+	// maxReceiveBytes is how much of a larger one is read, so that its refusal can have
+	// a reason: beyond it gRPC itself answers ResourceExhausted, before any code of ours
+	// sees the call. It is all that a connection's streams can make the broker hold.
+	maxReceiveBytes = 256 << 10
 	// maxStreamsPerConnection bounds the calls under way on one connection.
 	maxStreamsPerConnection = 1024
 	handshakeTimeout        = 10 * time.Second
@@ -91,7 +96,7 @@ type handlers struct {
 
 func (h *handlers) server(options []grpc.ServerOption) *Server {
 	options = append(options,
-		grpc.MaxRecvMsgSize(MaxRequestBytes),
+		grpc.MaxRecvMsgSize(maxReceiveBytes),
 		grpc.MaxConcurrentStreams(maxStreamsPerConnection),
 		grpc.ConnectionTimeout(handshakeTimeout),
 		grpc.WaitForHandlers(true),
@@ -127,12 +132,39 @@ func (h *handlers) unary(ctx context.Context, req any, info *grpc.UnaryServerInf
 	defer func() { err = h.finish(ctx, info.FullMethod, recover(), err) }()
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
+	if err := fits(req); err != nil {
+		return nil, err
+	}
 	return next(ctx, req)
 }
 
 func (h *handlers) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) (err error) {
 	defer func() { err = h.finish(ss.Context(), info.FullMethod, recover(), err) }()
-	return next(srv, ss)
+	return next(srv, &fitting{ss})
+}
+
+var errRequestTooLarge = &broker.Refusal{
+	Kind: broker.Invalid, Reason: "REQUEST_TOO_LARGE",
+	Message: "the message is larger than 64 KiB",
+	Hint:    "ask for less: a token has at most 32 scopes, a revocation 64 selectors",
+}
+
+// fits refuses a message that is larger than a caller may send.
+func fits(m any) error {
+	if p, ok := m.(proto.Message); ok && proto.Size(p) > MaxRequestBytes {
+		return errRequestTooLarge
+	}
+	return nil
+}
+
+// fitting is a stream of messages that fit.
+type fitting struct{ grpc.ServerStream }
+
+func (s *fitting) RecvMsg(m any) error {
+	if err := s.ServerStream.RecvMsg(m); err != nil {
+		return err
+	}
+	return fits(m)
 }
 
 // finish translates an error, or a panic, which ends one call and not the process.
