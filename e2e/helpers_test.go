@@ -8,6 +8,7 @@ import (
 	"github.com/dayflyhq/dayfly/sdk"
 	"github.com/dayflyhq/dayfly/sdk/verify"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc/codes"
 )
 
 // must unwraps a result, or ends the test: must(f())(t).
@@ -19,6 +20,16 @@ func must[T any](v T, err error) func(*testing.T) T {
 		}
 		return v
 	}
+}
+
+// wantError checks a refusal of the broker: its code, its reason, and that it has words.
+func wantError(t *testing.T, err error, code codes.Code, reason string) *sdk.Error {
+	t.Helper()
+	var e *sdk.Error
+	if !errors.As(sdk.FromRPC(err), &e) || e.Code != code || e.Reason != reason || e.Message == "" || e.Hint == "" {
+		t.Fatalf("got %v, want %s %s with a message and a hint", err, code, reason)
+	}
+	return e
 }
 
 func wantRefused(t *testing.T, box *sandbox.Sandbox, as spiffeid.ID, svc *sandbox.Service, c *sdk.Credential, reason verify.Reason) {

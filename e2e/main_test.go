@@ -35,9 +35,20 @@ func testMain(m *testing.M) int {
 // newBox returns a dayfly made of the built commands, with its broker started.
 func newBox(t testing.TB) *sandbox.Sandbox {
 	t.Helper()
+	box := makeBox(t, "")
+	if err := box.StartBroker(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	return box
+}
+
+// makeBox is newBox with more lines in the broker's configuration, and no broker yet.
+func makeBox(t testing.TB, brokerConfig string) *sandbox.Sandbox {
+	t.Helper()
 	box, err := sandbox.New(sandbox.Config{
-		Broker: []string{filepath.Join(bin, "dayfly-broker")},
-		Agent:  []string{filepath.Join(bin, "dayfly-agent")},
+		Broker:       []string{filepath.Join(bin, "dayfly-broker")},
+		Agent:        []string{filepath.Join(bin, "dayfly-agent")},
+		BrokerConfig: brokerConfig,
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -48,8 +59,5 @@ func newBox(t testing.TB) *sandbox.Sandbox {
 		}
 		box.Close()
 	})
-	if err := box.StartBroker(t.Context()); err != nil {
-		t.Fatal(err)
-	}
 	return box
 }

@@ -49,6 +49,8 @@ type Config struct {
 	Broker, Agent []string
 	// Dir is where everything is kept; empty: a temporary folder, removed at the end.
 	Dir string
+	// BrokerConfig is more of the broker's configuration file: whole lines of YAML.
+	BrokerConfig string
 }
 
 // An Announcement is what a broker prints once it serves.
@@ -137,7 +139,7 @@ listen:
   admin: %s
   break_glass: %q
 shutdown_grace: 5s
-`, s.StorePath(), s.PolicyDir(), s.AuditPath(), socket, grpc, public, admin, filepath.Join(s.Dir, "break-glass.sock"))
+%s`, s.StorePath(), s.PolicyDir(), s.AuditPath(), socket, grpc, public, admin, filepath.Join(s.Dir, "break-glass.sock"), s.cfg.BrokerConfig)
 	return os.WriteFile(s.brokerConfig(), []byte(yaml), 0o600)
 }
 
@@ -165,6 +167,9 @@ func (s *Sandbox) StartBroker(ctx context.Context) error {
 
 // BrokerEnded is closed when the broker's process has ended, however it did.
 func (s *Sandbox) BrokerEnded() <-chan struct{} { return s.broker.done }
+
+// BrokerPID is the broker's process.
+func (s *Sandbox) BrokerPID() int { return s.broker.cmd.Process.Pid }
 
 // KillBroker ends the broker with SIGKILL.
 func (s *Sandbox) KillBroker() { s.broker.kill() }
