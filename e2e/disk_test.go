@@ -3,9 +3,11 @@ package e2e_test
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -58,6 +60,16 @@ func TestBrokerOnFullDisk(t *testing.T) {
 	for !must(watch.Recv())(t).GetContainment().GetContained() {
 	}
 	wantRefused(t, box, sandbox.Payments, service, early, verify.TokenRevoked)
+	// More of them, and larger, than what issuing left would hold: the reserve is theirs.
+	for i := range 64 {
+		large := make([]*dayflyv1.Selector, 64)
+		for j := range large {
+			large[j] = &dayflyv1.Selector{Selector: &dayflyv1.Selector_Identity{Identity: fmt.Sprintf("spiffe://dayfly.test/ns/gone/%d-%d", i, j)}}
+		}
+		must(revocations.Revoke(ctx, &dayflyv1.RevokeRequest{
+			Selectors: large, LockMode: dayflyv1.LockMode_LOCK_MODE_NONE, Reason: strings.Repeat("r", 1024),
+		}))(t)
+	}
 	must(revocations.Lift(ctx, &dayflyv1.LiftRequest{Lock: number, Reason: "on a full disk"}))(t)
 
 	// Still full, for everybody.
