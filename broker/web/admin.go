@@ -55,7 +55,7 @@ func Admin(cfg AdminConfig) (http.Handler, error) {
 		MaxRequestsInFlight: maxScrapes,
 		Timeout:             scrapeTimeout,
 	})
-	return traced(hardened(onlyLoopbackHost(routes{
+	rs := routes{
 		"/healthz": func(w http.ResponseWriter, _ *http.Request) {
 			writeJSON(w, http.StatusOK, map[string]string{"status": "ok"})
 		},
@@ -64,7 +64,8 @@ func Admin(cfg AdminConfig) (http.Handler, error) {
 			w.Header().Set("Cache-Control", "no-store")
 			metrics.ServeHTTP(w, r)
 		},
-	})), "admin", cfg.TracerProvider), nil
+	}
+	return traced(hardened(onlyLoopbackHost(rs)), rs, "admin", cfg.TracerProvider), nil
 }
 
 func writeReadiness(w http.ResponseWriter, problems []Problem) {

@@ -67,14 +67,17 @@ func writeJSON(w http.ResponseWriter, status int, body any) {
 	_, _ = w.Write(append(b, '\n')) // the client may be gone
 }
 
-// traced wraps a handler in spans if there is a provider for them. What a client says
-// about its own trace becomes a link, never the parent: it is a stranger's.
-func traced(h http.Handler, name string, provider trace.TracerProvider) http.Handler {
+// traced wraps a handler in spans if there is a provider for them: those of its own paths
+// only, because a span holds the path, and any other may be a token that somebody pasted.
+// What a client says about its own trace becomes a link, never the parent: it is a
+// stranger's.
+func traced(h http.Handler, rs routes, name string, provider trace.TracerProvider) http.Handler {
 	if provider == nil {
 		return h
 	}
 	return otelhttp.NewHandler(h, name,
 		otelhttp.WithTracerProvider(provider),
+		otelhttp.WithFilter(func(r *http.Request) bool { _, ok := rs[r.URL.Path]; return ok }),
 		otelhttp.WithPropagators(propagation.TraceContext{}),
 		otelhttp.WithPublicEndpointFn(func(*http.Request) bool { return true }))
 }

@@ -77,11 +77,12 @@ func Public(cfg PublicConfig) (http.Handler, error) {
 		return nil, fmt.Errorf("configuring the public HTTP handler: %w", err)
 	}
 	p := &public{cfg, "public, max-age=" + strconv.Itoa(int(cfg.JWKSMaxAge/time.Second)) + ", must-revalidate"}
-	return traced(hardened(routes{
+	rs := routes{
 		path + "/.well-known/openid-configuration":       p.document(p.openID),
 		"/.well-known/oauth-authorization-server" + path: p.document(p.authorizationServer),
 		path + "/jwks.json":                              p.document(p.jwks),
-	}), "public", cfg.TracerProvider), nil
+	}
+	return traced(hardened(rs), rs, "public", cfg.TracerProvider), nil
 }
 
 // validate returns the issuer's path.

@@ -408,8 +408,11 @@ func TestTracing(t *testing.T) {
 	if r := do(h, http.MethodGet, "/jwks.json", "Traceparent", "00-"+remote+"-00f067aa0ba902b7-01"); r.StatusCode != http.StatusOK {
 		t.Fatal(r.Status)
 	}
+	if r := do(h, http.MethodGet, "/somebodys-token"); r.StatusCode != http.StatusNotFound {
+		t.Fatal(r.Status)
+	}
 	ended := spans.Ended()
-	if len(ended) != 1 {
+	if len(ended) != 1 { // of our own path, and none that holds another
 		t.Fatalf("%d spans, want 1", len(ended))
 	}
 	if got := ended[0].SpanContext().TraceID().String(); got == remote {
