@@ -47,11 +47,13 @@ race: test ## the same as test, which always runs the race detector
 bench: need-go ## every benchmark
 	$(GO) test -run '^$$' -bench . -benchmem -timeout 30m ./...
 
+# Go minimises every new input for up to a minute, if it isn't told otherwise, and
+# tries nothing else meanwhile.
 .PHONY: fuzz
 fuzz: need ## every fuzz target for FUZZTIME (10s) each
 	@for pkg in $$(grep -rl --include='*_test.go' '^func Fuzz' . | xargs -r -n1 dirname | sort -u); do \
 	  for target in $$(grep -ho --include='*_test.go' '^func Fuzz[A-Za-z0-9_]*' "$$pkg"/*_test.go | cut -c6- | sort -u); do \
-	    echo "$$pkg $$target"; $(GO) test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME) "$$pkg"; \
+	    echo "$$pkg $$target"; $(GO) test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 100x "$$pkg"; \
 	  done; \
 	done
 

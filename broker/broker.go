@@ -224,14 +224,9 @@ func (b *Broker) Changed() <-chan struct{} {
 	return b.state.changed
 }
 
-// ClockOff reports whether the wall clock is behind the newest record: it was set back,
-// or another broker's is ahead. It is a warning and never a reason to refuse.
-func (b *Broker) ClockOff() bool {
-	b.state.mu.RLock()
-	defer b.state.mu.RUnlock()
-	newest := b.state.records[b.state.log.Head().Seq].Details.Time
-	return newest.After(b.cfg.Now().Add(ClockSkew))
-}
+// ClockOff reports whether the wall clock is behind a record of the log: it was set back,
+// or it or another broker's was ahead. It is a warning and never a reason to refuse.
+func (b *Broker) ClockOff() bool { return b.state.latest().After(b.cfg.Now().Add(ClockSkew)) }
 
 // Issuer returns the iss of every token.
 func (b *Broker) Issuer() string { return b.cfg.Issuer }

@@ -111,8 +111,8 @@ func (b *Broker) svidExpiries(selectors []revocation.Selector) map[string]time.T
 }
 
 // cut is the moment after which an SVID must have been issued to pass a reissue lock:
-// the latest of our clock, the newest NotBefore seen of whom it matches and the last
-// record's time, plus the skew that issuers' clocks are allowed. When in doubt it
+// the latest of our clock, the newest NotBefore seen of whom it matches and the time of
+// any record, plus the skew that issuers' clocks are allowed. When in doubt it
 // refuses, and the next rotation passes.
 func (b *Broker) cut(selectors []revocation.Selector, now time.Time) time.Time {
 	latest := now
@@ -122,11 +122,9 @@ func (b *Broker) cut(selectors []revocation.Selector, now time.Time) time.Time {
 	if seen.After(latest) {
 		latest = seen
 	}
-	b.state.mu.RLock()
-	if last := b.state.records[b.state.log.Head().Seq]; last.Details.Time.After(latest) {
-		latest = last.Details.Time
+	if t := b.state.latest(); t.After(latest) {
+		latest = t
 	}
-	b.state.mu.RUnlock()
 	return latest.Add(ClockSkew).UTC()
 }
 

@@ -133,7 +133,7 @@ func TestLockEnds(t *testing.T) {
 }
 
 // The cut of a reissue lock is the latest of our clock, the newest NotBefore that was
-// seen of whom it locks, and the last record's time, plus the skew.
+// seen of whom it locks, and the time of any record, plus the skew.
 func TestReissueCut(t *testing.T) {
 	dated := func(w *world, path string, notBefore time.Time) broker.Caller {
 		return w.callerWith(id(path), spiffetest.SVIDOptions{NotBefore: notBefore, NotAfter: notBefore.Add(3 * time.Hour)})
@@ -164,6 +164,11 @@ func TestReissueCut(t *testing.T) {
 		w.clock.set(-time.Hour)
 		if !w.b.ClockOff() {
 			t.Error("a clock behind the newest record goes unnoticed")
+		}
+		// As every start does, whose key is a record of its own.
+		w.revoke(broker.LockNone, revocation.Identity(id("other")))
+		if !w.b.ClockOff() {
+			t.Error("a record of the clock that was set back hides the one before")
 		}
 		rec := w.revoke(broker.LockReissue, revocation.Identity(id("payments")))
 		if want := noon.Add(time.Hour + broker.ClockSkew); !rec.Details.LockCut.Equal(want) {

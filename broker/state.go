@@ -132,6 +132,20 @@ func (s *state) apply(rec Record, now feed.Instant, verify func(feed.Key) error)
 	return nil
 }
 
+// latest returns the latest time of a record. The newest record needn't have it: the
+// first one that a clock dates which was set back would hide all those before it.
+func (s *state) latest() time.Time {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	var t time.Time
+	for _, rec := range s.records {
+		if rec.Details.Time.After(t) {
+			t = rec.Details.Time
+		}
+	}
+	return t
+}
+
 // broadcast wakes whoever waits for a change. The caller holds the lock.
 func (s *state) broadcast() {
 	close(s.changed)

@@ -19,8 +19,11 @@ import (
 	"testing"
 	"time"
 
+	"github.com/dayflyhq/dayfly/broker"
+	"github.com/dayflyhq/dayfly/broker/boltstore"
 	"github.com/dayflyhq/dayfly/e2e/sandbox"
 	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
+	"github.com/dayflyhq/dayfly/proto/feed"
 	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/dayflyhq/dayfly/sdk"
 	"github.com/dayflyhq/dayfly/sdk/verify"
@@ -242,6 +245,33 @@ func TestServeRefusesStore(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestClockFarOff starts a broker whose clock is an hour behind the newest record of its
+// log: a warning, and no reason to refuse anybody.
+func TestClockFarOff(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+	defer cancel()
+	box := makeBox(t, "")
+	if err := os.Remove(box.StorePath()); err != nil {
+		t.Fatal(err)
+	}
+	ahead := time.Now().Add(time.Hour)
+	if err := boltstore.Create(box.StorePath(), broker.Record{
+		Event:   feed.Event{Era: &feed.Era{Era: token.NextEra(0, ahead)}},
+		Details: broker.Details{Time: ahead.UTC(), Actor: "test", Reason: "a clock that was ahead"},
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if err := box.StartBroker(ctx); err != nil {
+		t.Fatal(err)
+	}
+	payments := must(box.Client(ctx, sandbox.Payments, box.Info.GRPC))(t)
+	orders := must(box.Client(ctx, sandbox.Orders, box.Info.GRPC))(t)
+	service := must(box.StartService(ctx, sandbox.ServiceConfig{ID: sandbox.Orders, Audience: "orders", Feed: orders}))(t)
+	cred := must(payments.Issue(ctx, sdk.Request{Audience: "orders"}))(t)
+	must(box.Call(ctx, sandbox.Payments, service, cred.Token))(t)
+	waitReady(ctx, t, box, func(body string) bool { return strings.Contains(body, "CLOCK_OFF") })
 }
 
 // TestBrokenPolicyKeepsTheLastGood breaks the policy folder under a running broker, and

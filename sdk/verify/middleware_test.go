@@ -21,6 +21,7 @@ import (
 	"github.com/dayflyhq/dayfly/sdk"
 	"github.com/dayflyhq/dayfly/sdk/spiffetest"
 	"github.com/dayflyhq/dayfly/sdk/verify"
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 	"google.golang.org/grpc"
@@ -405,6 +406,56 @@ func TestMutualTLS(t *testing.T) {
 			t.Errorf("as %s: got %v, want %s", id, err, want)
 		}
 		_ = conn.Close()
+	}
+}
+
+// A client resumes its TLS session after its trust domain has gone: crypto/tls asks
+// nobody again, and the middleware does.
+func TestResumedSession(t *testing.T) {
+	td := spiffetest.ForTest(t, spiffetest.Config{TrustDomain: spiffeid.RequireTrustDomainFromString("example.org")})
+	bundles := x509bundle.NewSet(td.Bundle())
+	w := newWorld(t, func(cfg *verify.Config) { cfg.Bundles = bundles })
+	ready, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	if err := w.verifier.WaitReady(ready); err != nil {
+		t.Fatal(err)
+	}
+	server := httptest.NewUnstartedServer(w.verifier.HTTP(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {})))
+	server.Config.ErrorLog = log.New(testWriter{t}, "", 0)
+	server.TLS = tlsconfig.MTLSServerConfig(td.Source(orders), bundles, tlsconfig.AuthorizeAny())
+	server.StartTLS()
+	defer server.Close()
+
+	cfg := tlsconfig.MTLSClientConfig(td.Source(payments), td, tlsconfig.AuthorizeID(orders))
+	cfg.ClientSessionCache, cfg.ServerName = tls.NewLRUClientSessionCache(8), "orders"
+	client := &http.Client{Transport: &http.Transport{TLSClientConfig: cfg, DisableKeepAlives: true}}
+	raw := w.good(t)
+	get := func() (resumed bool, code int, body string) {
+		t.Helper()
+		req, err := http.NewRequestWithContext(ready, http.MethodGet, server.URL, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set("Authorization", "Bearer "+raw)
+		resp, err := client.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		b, err := io.ReadAll(resp.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return resp.TLS.DidResume, resp.StatusCode, string(b)
+	}
+	for _, want := range []bool{false, true} {
+		if resumed, code, body := get(); resumed != want || code != http.StatusOK {
+			t.Fatalf("resumed %t, want %t: %d %s", resumed, want, code, body)
+		}
+	}
+	bundles.Remove(td.Name())
+	if resumed, code, body := get(); !resumed || code != http.StatusUnauthorized || !strings.Contains(body, "PRESENTER_MISMATCH") {
+		t.Errorf("after its trust domain was removed: resumed %t, %d %s", resumed, code, body)
 	}
 }
 

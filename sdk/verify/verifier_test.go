@@ -87,6 +87,10 @@ func TestRefusals(t *testing.T) {
 			parts[1] = encode(strings.Replace(string(payload), "orders:read", "orders:root", 1))
 			return strings.Join(parts, ".")
 		}, want: verify.SignatureInvalid},
+		{name: "unknown dfy field, signed by the broker", raw: func(t testing.TB, b *broker, good string) string {
+			payload, _ := base64.RawURLEncoding.DecodeString(strings.Split(good, ".")[1])
+			return resign(t, b.key, good, strings.Replace(string(payload), `"dfy":{`, `"dfy":{"admin":true,`, 1))
+		}, want: verify.TokenMalformed},
 		{name: "signed by a stranger", raw: func(t testing.TB, b *broker, _ string) string {
 			return signWith(t, b.claims(t), stranger(t)) // with the broker's kid
 		}, want: verify.SignatureInvalid},
@@ -143,6 +147,18 @@ func TestRefusals(t *testing.T) {
 			})
 		})
 	}
+}
+
+// resign gives a token another payload, whatever it says.
+func resign(t testing.TB, key *ecdsa.PrivateKey, like, payload string) string {
+	t.Helper()
+	input := like[:strings.IndexByte(like, '.')+1] + encode(payload)
+	digest := sha256.Sum256([]byte(input))
+	r, s, err := ecdsa.Sign(rand.Reader, key, digest[:])
+	if err != nil {
+		t.Fatal(err)
+	}
+	return input + "." + encode(string(r.FillBytes(make([]byte, 32)))+string(s.FillBytes(make([]byte, 32))))
 }
 
 func encode(s string) string { return base64.RawURLEncoding.EncodeToString([]byte(s)) }
