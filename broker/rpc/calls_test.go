@@ -2,6 +2,7 @@ package rpc_test
 
 import (
 	"context"
+	"crypto/sha256"
 	"fmt"
 	"net"
 	"os"
@@ -14,6 +15,7 @@ import (
 	"github.com/dayflyhq/dayfly/broker/rpc"
 	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
 	"github.com/dayflyhq/dayfly/proto/token"
+	"github.com/dayflyhq/dayfly/sdk/spiffetest"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
@@ -161,6 +163,25 @@ func TestMalformedCalls(t *testing.T) {
 	}
 	if _, err := tokens.Issue(soon(t), &dayflyv1.IssueRequest{Audience: "orders"}); err != nil {
 		t.Errorf("after all that: %v", err)
+	}
+}
+
+// A token names the certificate of the connection it was asked for over: in its lineage,
+// and in cnf if it is bound to it.
+func TestBoundToItsConnection(t *testing.T) {
+	w := newWorld(t)
+	svid := w.svid(payments, spiffetest.SVIDOptions{})
+	got, err := dayflyv1.NewTokenServiceClient(w.dial(w.config(svid))).Issue(soon(t), &dayflyv1.IssueRequest{Audience: "orders", Binding: dayflyv1.Binding_BINDING_X5T})
+	if err != nil {
+		t.Fatal(err)
+	}
+	tok, err := token.Inspect(got.GetCredential().GetToken())
+	if err != nil {
+		t.Fatal(err)
+	}
+	leaf := svid.Certificates[0]
+	if tok.Binding != token.BindingX5T || tok.Certificate != sha256.Sum256(leaf.Raw) || tok.Self().SVID != token.ThumbprintOf(leaf) {
+		t.Errorf("bound by %q to %x, member %x", tok.Binding, tok.Certificate, tok.Self().SVID)
 	}
 }
 
