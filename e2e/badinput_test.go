@@ -14,6 +14,7 @@ import (
 	"math/big"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -205,8 +206,23 @@ func TestOutsidePolicy(t *testing.T) {
 			}
 		})
 	}
-	// One that matches nothing is no mistake: it is recorded, and contained.
-	must(dayflyv1.NewRevocationServiceClient(alice.Conn()).Revoke(ctx, &dayflyv1.RevokeRequest{Selectors: nobody, Reason: "r"}))(t)
+}
+
+// TestRevokeMatchesNothing: it is recorded all the same, and the operator is told; one
+// that matches is not warned of.
+func TestRevokeMatchesNothing(t *testing.T) {
+	box := newBox(t)
+	must(must(box.Client(t.Context(), sandbox.Payments, box.Info.GRPC))(t).Issue(t.Context(), sdk.Request{Audience: "orders"}))(t)
+	for id, warned := range map[string]bool{"spiffe://dayfly.test/ns/shop/paymentz": true, sandbox.Payments.String(): false} {
+		cmd := exec.CommandContext(t.Context(), filepath.Join(bin, "dayfly"), "revoke", "--identity", id, "--reason", "test", "--yes",
+			"--broker", box.Info.GRPC, "--broker-id", sandbox.Broker.String(), "--svid-socket", must(box.TD.Workload(sandbox.Alice))(t))
+		var stderr strings.Builder
+		cmd.Stderr = &stderr
+		out, err := cmd.Output()
+		if err != nil || !strings.Contains(string(out), "recorded") || strings.Contains(stderr.String(), "no live grant matched") != warned {
+			t.Errorf("%s: %v\n%s%s", id, err, out, stderr.String())
+		}
+	}
 }
 
 // TestServeRefusesStore starts the broker on what is no store of its own: it ends, with
