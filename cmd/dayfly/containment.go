@@ -46,8 +46,10 @@ func again(err error) bool {
 
 // follow watches a containment until it is complete or ctx ends, over brokers that
 // restart and SVIDs that rotate, and returns the last that is known. show is called
-// with each, in order. The error is one that waiting doesn't mend.
-func (a *app) follow(ctx context.Context, client *sdk.Client, sequence uint64, last *dayflyv1.Containment, show func(*dayflyv1.Containment)) (*dayflyv1.Containment, error) {
+// with each, in order; the given client stays open. The error is one that waiting doesn't
+// mend.
+func (a *app) follow(ctx context.Context, given *sdk.Client, sequence uint64, last *dayflyv1.Containment, show func(*dayflyv1.Containment)) (*dayflyv1.Containment, error) {
+	client := given
 	for attempt := 0; !last.GetContained() && ctx.Err() == nil; attempt++ {
 		var err error
 		if client == nil {
@@ -58,7 +60,9 @@ func (a *app) follow(ctx context.Context, client *sdk.Client, sequence uint64, l
 				last, attempt = c, 0
 				show(c)
 			})
-			client.Close()
+			if client != given {
+				client.Close()
+			}
 			client = nil
 		}
 		switch {
@@ -71,9 +75,6 @@ func (a *app) follow(ctx context.Context, client *sdk.Client, sequence uint64, l
 			a.notef("the broker can't be reached, trying on: %s", clean(reportOf(err).Message))
 		}
 		pause(ctx, attempt)
-	}
-	if client != nil {
-		client.Close()
 	}
 	return last, nil
 }
