@@ -11,11 +11,11 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"errors"
-	"math/big"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -153,7 +153,7 @@ func publicKey(ctx context.Context, t *testing.T, box *sandbox.Sandbox, kid stri
 	}
 	for _, k := range set.Keys {
 		if k.Kid == kid {
-			return &ecdsa.PublicKey{Curve: elliptic.P256(), X: new(big.Int).SetBytes(decode(t, k.X)), Y: new(big.Int).SetBytes(decode(t, k.Y))}
+			return must(ecdsa.ParseUncompressedPublicKey(elliptic.P256(), slices.Concat([]byte{4}, decode(t, k.X), decode(t, k.Y))))(t)
 		}
 	}
 	t.Fatalf("the JWKS has no key %s", kid)
