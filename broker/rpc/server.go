@@ -27,7 +27,7 @@ const (
 	MaxRequestBytes = 64 << 10
 	// maxReceiveBytes is how much of a larger one is read, so that its refusal can have
 	// a reason: beyond it gRPC itself answers ResourceExhausted, before any code of ours
-	// sees the call. It is all that a connection's streams can make the broker hold.
+	// sees the call. Each stream can make the broker hold that much, so it is no more.
 	maxReceiveBytes = 256 << 10
 	// maxStreamsPerConnection bounds the calls under way on one connection.
 	maxStreamsPerConnection = 1024
