@@ -176,11 +176,17 @@ func openDB(path string, options *bbolt.Options) (*bbolt.DB, error) {
 	return db, err
 }
 
+// maxDepth is how deep buckets lie in one another: grants, and days in it.
+const maxDepth = 2
+
 // walk touches every page and every key, so that damage shows now and not in the
-// middle of a commit.
+// middle of a commit. In a damaged file a bucket may hold itself.
 func walk(tx *bbolt.Tx) error {
-	var visit func(b *bbolt.Bucket) error
-	visit = func(b *bbolt.Bucket) error {
+	var visit func(b *bbolt.Bucket, depth int) error
+	visit = func(b *bbolt.Bucket, depth int) error {
+		if depth > maxDepth {
+			return fmt.Errorf("%w: a bucket lies too deep", ErrCorrupt)
+		}
 		var last []byte
 		return b.ForEach(func(k, v []byte) error {
 			if last != nil && string(last) >= string(k) {
@@ -188,12 +194,12 @@ func walk(tx *bbolt.Tx) error {
 			}
 			last = append(last[:0], k...)
 			if v == nil {
-				return visit(b.Bucket(k))
+				return visit(b.Bucket(k), depth+1)
 			}
 			return nil
 		})
 	}
-	return tx.ForEach(func(_ []byte, b *bbolt.Bucket) error { return visit(b) })
+	return tx.ForEach(func(_ []byte, b *bbolt.Bucket) error { return visit(b, 1) })
 }
 
 // The head of a bbolt page that holds meta data: the page's header, then these.

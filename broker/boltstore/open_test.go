@@ -1,6 +1,8 @@
 package boltstore_test
 
 import (
+	"bytes"
+	"encoding/binary"
 	"errors"
 	"os"
 	"path/filepath"
@@ -159,5 +161,35 @@ func TestOpenLocked(t *testing.T) {
 	}
 	if _, err = open(); err != nil {
 		t.Errorf("after the first let go: %v", err)
+	}
+}
+
+// TestBucketInItself makes a day's bucket one that holds itself: found and refused, where
+// walking it would end the process.
+func TestBucketInItself(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "store.db")
+	checked(t, path)
+	var root, page int
+	edit(t, path, func(tx *bbolt.Tx) error {
+		root, page = int(tx.Bucket([]byte("grants")).Root()), tx.DB().Info().PageSize
+		return nil
+	})
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, value, found := bytes.Cut(b[root*page:][:page], day) // a bucket's value begins with its root
+	if !found || root == 0 {
+		t.Fatal("the bucket of grants is elsewhere")
+	}
+	binary.NativeEndian.PutUint64(value, uint64(root))
+	if err := os.WriteFile(path, b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := boltstore.Open(boltstore.Config{Path: path}); !errors.Is(err, boltstore.ErrCorrupt) {
+		t.Errorf("opening: %v", err)
+	}
+	if _, err := boltstore.Check(t.Context(), path); !errors.Is(err, boltstore.ErrCorrupt) {
+		t.Errorf("checking: %v", err)
 	}
 }
