@@ -9,6 +9,7 @@ GO ?= go
 BUF ?= nice $(GO) tool -modfile=tools/buf/go.mod buf
 STATICCHECK ?= $(GO) tool -modfile=tools/check/go.mod staticcheck
 FUZZTIME ?= 10s
+POWERLOSS ?= 10m
 BASELINE := proto/testdata/baseline.binpb
 
 .PHONY: help
@@ -46,6 +47,10 @@ race: test ## the same as test, which always runs the race detector
 .PHONY: bench
 bench: need-go ## every benchmark
 	$(GO) test -run '^$$' -bench . -benchmem -timeout 30m ./...
+
+.PHONY: powerloss
+powerloss: need-go ## power losses in new histories, for POWERLOSS (10m) each of a broker and a pruning store
+	DAYFLY_POWERLOSS=$(POWERLOSS) $(GO) test -count=1 -timeout 0 -v -run '^TestPowerLoss' ./e2e/powerloss
 
 # Go minimises every new input for up to a minute, if it isn't told otherwise, and
 # tries nothing else meanwhile.

@@ -6,7 +6,7 @@
 // The laws, and the tests that hold them:
 //
 //   - Nothing leaves before its grant is durable (TestRecordedBeforeReleased; on the
-//     real binary TestKillUnderLoad).
+//     real binary TestKillUnderLoad and TestPowerLoss).
 //   - A token's position, the locks and its parent are read in one moment, and the
 //     commit is conditional on the log since then (TestAdmit, TestOvertakenByRevocation).
 //   - A child never outlives or exceeds its parent (TestExchangeOnlyNarrows).

@@ -101,10 +101,10 @@ type sim struct {
 	nonces    int
 	acted     bool          // something happened since the last look
 	lookNext  time.Duration // time passes, and what was fresh is stale
-	latest    time.Time // that a broker's wall clock ever showed
-	inside    func()    // runs once between the snapshot and the commit of an issue
-	shared    bool      // several brokers
-	forked    bool      // an old copy was put back: forks are no false alarms
+	latest    time.Time     // that a broker's wall clock ever showed
+	inside    func()        // runs once between the snapshot and the commit of an issue
+	shared    bool          // several brokers
+	forked    bool          // an old copy was put back: forks are no false alarms
 
 	simTruth
 	failed string
