@@ -44,7 +44,8 @@ func (b *Broker) Prune(ctx context.Context) error {
 	b.roster.mu.Lock()
 	maps.DeleteFunc(b.roster.contained, func(seq uint64, _ feed.Instant) bool { return seq <= horizon.Seq })
 	b.roster.mu.Unlock()
-	err := b.drop(ctx, func(r *feed.Roster) []feed.VerifierID { return r.Expire(now, forgetAfter) })
+	keys := b.state.oldestKey(now)
+	err := b.drop(ctx, func(r *feed.Roster) []feed.VerifierID { return r.Expire(now, forgetAfter, keys) })
 	if err != nil {
 		return err
 	}
@@ -133,6 +134,19 @@ func (s *state) retired(seq uint64, now feed.Instant) bool {
 		}
 	}
 	return false
+}
+
+// oldestKey returns when the oldest key was published that may have signed a live token.
+func (s *state) oldestKey(now feed.Instant) feed.Instant {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	oldest := now
+	for _, seq := range s.keySeq {
+		if !s.retired(seq, now) {
+			oldest = min(oldest, s.known[seq])
+		}
+	}
+	return oldest
 }
 
 func revokesKey(rec Record) bool {

@@ -54,17 +54,13 @@ func (s *sim) random(r *rand.Rand) {
 	some := func(d time.Duration) time.Duration { return time.Duration(r.Int64N(int64(d))) }
 	switch n := r.IntN(100); {
 	case n < 26:
-		if r.IntN(3) == 0 {
-			s.inside = func() { s.revoke(s.brokers[r.IntN(len(s.brokers))], r) }
-		}
+		s.meanwhile(r)
 		s.issue(b, r)
-		s.inside = nil
+		s.asking, s.inside = nil, nil
 	case n < 42:
-		if r.IntN(3) == 0 {
-			s.inside = func() { s.revoke(s.brokers[r.IntN(len(s.brokers))], r) }
-		}
+		s.meanwhile(r)
 		s.exchange(b, r)
-		s.inside = nil
+		s.asking, s.inside = nil, nil
 	case n < 53:
 		s.revoke(b, r)
 	case n < 57:
@@ -94,13 +90,9 @@ func (s *sim) random(r *rand.Rand) {
 			f.stream.delay = some(20 * time.Second)
 		}
 	case n < 80:
-		f.asleep = s.now + some(2*time.Minute)
-		s.note("%s sleeps for %s", f.name, f.asleep-s.now)
-		s.after(f.asleep-s.now, func() {})
+		f.sleep(s, some(2*time.Minute))
 	case n < 82:
-		b.asleep = s.now + some(time.Minute)
-		s.note("%s sleeps for %s", b.name, b.asleep-s.now)
-		s.after(b.asleep-s.now, func() {})
+		b.sleep(s, some(time.Minute))
 	case n < 85:
 		s.rotate(s.callers[r.IntN(len(s.callers))])
 	case n < 87:
@@ -135,6 +127,23 @@ func (s *sim) random(r *rand.Rand) {
 		s.putBack(r.IntN(2) == 0)
 	default:
 		s.raise(f)
+	}
+}
+
+// meanwhile makes something happen in the middle of the issue that follows.
+func (s *sim) meanwhile(r *rand.Rand) {
+	revoke := func() { s.revoke(s.brokers[r.IntN(len(s.brokers))], r) }
+	switch r.IntN(12) {
+	case 0, 1:
+		s.asking = revoke
+	case 2, 3:
+		s.inside = revoke
+	case 4:
+		s.inside = func() { // the process is paused there, and its machine is not
+			revoke()
+			s.note("and a long time passes")
+			s.jump(50 * time.Minute)
+		}
 	}
 }
 
@@ -213,7 +222,7 @@ func (s *sim) exchange(b *simBroker, r *rand.Rand) {
 	if !b.up() || len(s.tokens) == 0 {
 		return
 	}
-	parent := s.tokens[len(s.tokens)-1-r.IntN(min(len(s.tokens), 12))]
+	parent := s.tokens[len(s.tokens)-1-r.IntN(min(len(s.tokens), 5))]
 	var c *simCaller
 	for _, other := range s.callers {
 		if simAudience(other.ID) == parent.claims.Audience {
@@ -251,7 +260,7 @@ func (s *sim) issued(b *simBroker, c simCaller, parent *simToken, cred *broker.C
 		s.violation("internal: a credential that doesn't parse: %v", err)
 		return
 	}
-	k.claims = t.Claims
+	k.claims, k.svid, k.key = t.Claims, token.ThumbprintOf(c.Leaf), b.key.id
 	k.expires = s.now + t.Expires.Sub(b.Wall(s))
 	if parent != nil {
 		what = "exchanged"
@@ -413,7 +422,7 @@ func (s *sim) forge(key *simKey, at feed.Position, r *rand.Rand) (*simToken, err
 		return nil, err
 	}
 	secret, err := u.Sign(key.private)
-	return &simToken{name: fmt.Sprint("forged", len(s.tokens)), secret: secret, claims: claims, issued: s.now, expires: s.now + token.MaxTTL, forged: true}, err
+	return &simToken{name: fmt.Sprint("forged", len(s.tokens)), secret: secret, claims: claims, svid: claims.Self().SVID, key: key.id, issued: s.now, expires: s.now + token.MaxTTL, forged: true}, err
 }
 
 // foreignKey is what a process does that can write the store: it inserts a key, and signs

@@ -102,7 +102,8 @@ type sim struct {
 	acted     bool          // something happened since the last look
 	lookNext  time.Duration // time passes, and what was fresh is stale
 	latest    time.Time     // that a broker's wall clock ever showed
-	inside    func()        // runs once between the snapshot and the commit of an issue
+	asking    func()        // runs once while policy is asked about an issue,
+	inside    func()        // and this between its snapshot and its commit
 	shared    bool          // several brokers
 	forked    bool          // an old copy was put back: forks are no false alarms
 
@@ -158,6 +159,8 @@ type simToken struct {
 	name    string
 	secret  token.Secret
 	claims  token.Claims
+	svid    token.Thumbprint // that the broker saw,
+	key     token.KeyID      // and that it signed with
 	parent  *simToken
 	issued  time.Duration
 	expires time.Duration // true time
@@ -177,6 +180,7 @@ type simMachine struct {
 	wall   time.Duration // how far the wall clock is off
 	drift  float64
 	asleep time.Duration // until then
+	slept  time.Duration // in all
 }
 
 func (s *sim) newMachine(name string) simMachine {
@@ -188,6 +192,13 @@ func (s *sim) newMachine(name string) simMachine {
 
 func (m *simMachine) Boot(s *sim) feed.Instant {
 	return feed.Instant(m.boot + s.now + time.Duration(float64(s.now)*m.drift))
+}
+
+func (m *simMachine) sleep(s *sim, d time.Duration) {
+	m.asleep = s.now + d
+	m.slept += d
+	s.note("%s sleeps for %s", m.name, d)
+	s.after(d, func() {})
 }
 
 func (m *simMachine) Wall(s *sim) time.Time { return simTime(s.now + m.wall) }
@@ -640,7 +651,11 @@ func simDescribe(rec broker.Record) string {
 // simPolicy gives everything that is asked for: what narrows is Go code.
 type simPolicy struct{ s *sim }
 
-func (simPolicy) Decide(_ context.Context, q broker.Question) (broker.Decision, error) {
+func (p simPolicy) Decide(_ context.Context, q broker.Question) (broker.Decision, error) {
+	if f := p.s.asking; f != nil && (q.Action == broker.ActionIssue || q.Action == broker.ActionExchange) {
+		p.s.asking = nil
+		f()
+	}
 	scopes := q.Scopes
 	if len(scopes) == 0 {
 		scopes = []string{"read", "write"}

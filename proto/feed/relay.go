@@ -51,9 +51,12 @@ type Relay struct {
 
 	below map[string]*learner // by path
 	// gen counts what must be reported before it may be answered; the answer to a ping
-	// that was sent when all up to number n was reported confirms n. What is confirmed is
-	// on the broker's roster, durably, whatever stream comes next.
+	// that was sent when all up to number n was reported confirms n, once the relay has
+	// applied everything up to that answer's head: what was contained before one below
+	// was on the roster, it must know from its first answer on. What is confirmed is on
+	// the broker's roster, durably, whatever stream comes next.
 	gen, confirmed uint64
+	answers        []confirmation
 
 	// Of the stream above.
 	relays bool              // it may report, and so relay
@@ -72,6 +75,12 @@ type learner struct {
 	owner    *Downstream
 }
 
+// confirmation is an answer from above whose head isn't applied yet.
+type confirmation struct {
+	gen  uint64
+	head Position
+}
+
 func pathKey(path []string) string { return strings.Join(path, "/") }
 
 // Connected begins a stream above, after its welcome. The broker at its other end hears
@@ -79,7 +88,7 @@ func pathKey(path []string) string { return strings.Join(path, "/") }
 func (r *Relay) Connected(relays bool) {
 	r.Fresh.Reconnected()
 	r.View.Reconnected()
-	r.relays, r.pings, r.asked = relays, map[string]uint64{}, 0
+	r.relays, r.pings, r.asked, r.answers = relays, map[string]uint64{}, 0, nil
 	for _, l := range r.below {
 		l.dirty = true
 	}
@@ -146,9 +155,24 @@ func (r *Relay) Answered(nonce string, head Position, age time.Duration) error {
 		return err
 	}
 	if sent && r.relays {
-		r.confirmed = max(r.confirmed, gen)
+		if len(r.answers) == maxPings { // the newest confirms what the oldest would have
+			r.answers = slices.Delete(r.answers, 0, 1)
+		}
+		r.answers = append(r.answers, confirmation{gen, head})
+		r.confirm()
 	}
 	return nil
+}
+
+// confirm takes the answers whose heads are applied.
+func (r *Relay) confirm() {
+	r.answers = slices.DeleteFunc(r.answers, func(c confirmation) bool {
+		if c.head.Compare(r.View.Position()) > 0 {
+			return false
+		}
+		r.confirmed = max(r.confirmed, c.gen)
+		return true
+	})
 }
 
 // Deliver takes a delivery from above.
@@ -157,6 +181,7 @@ func (r *Relay) Deliver(d Delivery, now Instant) error {
 		return err
 	}
 	r.Fresh.Applied(r.View.Position())
+	r.confirm()
 	return nil
 }
 

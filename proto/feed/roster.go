@@ -120,14 +120,22 @@ func (r *Roster) Len() int { return len(r.verifiers) }
 // LenOf returns the number of an identity's entries.
 func (r *Roster) LenOf(identity string) int { return r.identities[identity] }
 
-// Expire drops, and returns, those that have been closed for longer than keep.
-func (r *Roster) Expire(now Instant, keep time.Duration) []VerifierID {
-	return r.drop(func(v *Verifier) bool { return now.Sub(r.closes(v)) > keep })
+// Expire drops, and returns, those that have been closed for longer than keep. One that
+// accepts when stale never closes: it goes once it was last heard of before keys, when
+// the oldest signing key that may still have signed a live token was published, which it
+// then doesn't know.
+func (r *Roster) Expire(now Instant, keep time.Duration, keys Instant) []VerifierID {
+	return r.drop(func(v *Verifier) bool {
+		closes := r.closes(v)
+		return now.Sub(closes) > keep && (!v.AcceptsStale || closes < keys)
+	})
 }
 
 // MakeRoom drops, and returns, those of an identity that are closed by now.
 func (r *Roster) MakeRoom(identity string, now Instant) []VerifierID {
-	return r.drop(func(v *Verifier) bool { return v.ID.Identity == identity && now > r.closes(v) })
+	return r.drop(func(v *Verifier) bool {
+		return v.ID.Identity == identity && !v.AcceptsStale && now > r.closes(v)
+	})
 }
 
 func (r *Roster) drop(which func(*Verifier) bool) []VerifierID {

@@ -96,7 +96,7 @@ func TestJoinAgain(t *testing.T) {
 	if c := r.Containment(pos(5), at(1), at(4)); c.Counts[feed.Confirmed] != 1 || c.Contained {
 		t.Errorf("%v, contained %v", c.Counts, c.Contained)
 	}
-	if gone := r.Expire(at(12), 5*time.Second); len(gone) != 1 || gone[0] != id("b") {
+	if gone := r.Expire(at(12), 5*time.Second, at(12)); len(gone) != 1 || gone[0] != id("b") {
 		t.Errorf("expired %v", gone)
 	}
 }
@@ -113,10 +113,10 @@ func TestClosedBehindRelay(t *testing.T) {
 	if got := state(t, c, "v"); got.State != feed.Pending || got.At != at(7) {
 		t.Errorf("%s at %v, want pending at 7 s", got.State, got.At)
 	}
-	if gone := r.Expire(at(8), 2*time.Second); len(gone) != 0 {
+	if gone := r.Expire(at(8), 2*time.Second, at(8)); len(gone) != 0 {
 		t.Errorf("expired %v", gone)
 	}
-	if gone := r.Expire(at(9.5), 2*time.Second); len(gone) != 2 {
+	if gone := r.Expire(at(9.5), 2*time.Second, at(9)); len(gone) != 2 {
 		t.Errorf("expired %v", gone)
 	}
 }
@@ -156,5 +156,21 @@ func TestMakeRoom(t *testing.T) {
 	}
 	if r.LenOf("i") != 1 || r.Len() != 2 {
 		t.Errorf("lengths %d, %d", r.LenOf("i"), r.Len())
+	}
+}
+
+// One that accepts when stale is as good as open for as long as it knows a key of live
+// tokens.
+func TestUnboundedStays(t *testing.T) {
+	var r feed.Roster
+	r.Join(feed.Verifier{ID: id("a"), Bound: time.Second, AcceptsStale: true}, at(0))
+	if gone := r.Expire(at(100), 5*time.Second, at(1)); len(gone) != 0 {
+		t.Errorf("gone, though it knows the oldest key: %v", gone)
+	}
+	if gone := r.MakeRoom("i", at(100)); len(gone) != 0 {
+		t.Errorf("made room at the expense of an open one: %v", gone)
+	}
+	if gone := r.Expire(at(100), 5*time.Second, at(1)+1); len(gone) != 1 {
+		t.Error("it knows no key, and stays")
 	}
 }
