@@ -10,8 +10,6 @@
 //     (TestNothingSignsBeforeItIsPublished, TestPublishFailsThenRecovers).
 //   - It goes on signing until another one is published, but no longer than
 //     SignGrace after that (TestRotation, TestReplacedSignerStops).
-//   - Its public half stays live until the last token that it signed has expired
-//     (TestLive).
 //   - Once revoked it never signs again (TestRevoked).
 //   - A record that its broker's SVID didn't sign is no key (TestVerifyKey).
 //

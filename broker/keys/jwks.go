@@ -1,11 +1,13 @@
 package keys
 
 import (
+	"cmp"
 	"crypto/ecdsa"
 	"crypto/ed25519"
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
+	"slices"
 
 	"github.com/dayflyhq/dayfly/proto/token"
 )
@@ -56,4 +58,11 @@ func jwkOf(key token.PublicKey) (jwk, error) {
 		return jwk{}, fmt.Errorf("a %T has no JWK here", key.Key)
 	}
 	return k, nil
+}
+
+// sorted returns the keys by ID, each once.
+func sorted(keys []token.PublicKey) []token.PublicKey {
+	byID := func(a, b token.PublicKey) int { return cmp.Compare(a.ID.String(), b.ID.String()) }
+	out := slices.SortedFunc(slices.Values(keys), byID)
+	return slices.CompactFunc(out, func(a, b token.PublicKey) bool { return a.ID == b.ID })
 }

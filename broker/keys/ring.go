@@ -25,9 +25,6 @@ const (
 	// SignGrace is how long a replaced key still signs what was encoded for it: a
 	// request that took its signer just before may be waiting for the disk.
 	SignGrace = time.Minute
-	// Retention is how long a replaced key stays live: by then every token that it
-	// signed has expired for every verifier.
-	Retention = SignGrace + token.MaxTTL + token.Leeway
 
 	firstRetry = 100 * time.Millisecond
 	maxRetry   = 30 * time.Second
@@ -96,7 +93,7 @@ type Ring struct {
 
 	mu      sync.RWMutex
 	current *signingKey
-	own     map[token.KeyID]*signingKey // every key of this process that isn't past Retention
+	own     map[token.KeyID]*signingKey // every key of this process that may still sign
 }
 
 // signingKey is one key of this process. All but public are guarded by Ring.mu.
@@ -222,13 +219,8 @@ func (r *Ring) install(k *signingKey) error {
 	}
 	r.current = k
 	for id, old := range r.own {
-		if old.replaced.IsZero() {
-			continue
-		}
-		if now.Sub(old.replaced) > SignGrace {
+		if !old.replaced.IsZero() && now.Sub(old.replaced) > SignGrace {
 			old.private = nil
-		}
-		if now.Sub(old.replaced) > Retention {
 			delete(r.own, id)
 		}
 	}

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -34,7 +33,7 @@ var (
 type publisher struct {
 	mu       sync.Mutex
 	attempts []feed.Key
-	accepted []keys.Published
+	accepted []token.PublicKey
 	fail     error
 	during   func(feed.Key) // runs before the answer
 }
@@ -49,7 +48,7 @@ func (p *publisher) publish(_ context.Context, key feed.Key) error {
 	if p.fail != nil {
 		return p.fail
 	}
-	p.accepted = append(p.accepted, keys.Published{Public: key.Public, Maker: brokerID, At: time.Now()})
+	p.accepted = append(p.accepted, key.Public)
 	return nil
 }
 
@@ -63,12 +62,6 @@ func (p *publisher) counts() (attempts, accepted int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return len(p.attempts), len(p.accepted)
-}
-
-func (p *publisher) log() []keys.Published {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return slices.Clone(p.accepted)
 }
 
 // newRing returns a ring with a broker's SVID of a fresh trust domain.
@@ -436,87 +429,6 @@ func TestRotateWaitsNoLongerThanItsContext(t *testing.T) {
 	if err := <-done; err != nil {
 		t.Error(err)
 	}
-}
-
-func TestLive(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		p := &publisher{}
-		r, _ := newRing(t, p, nil)
-
-		// What an earlier process of this broker and another broker left in the log.
-		dead, err := keys.New(keys.Config{Issuer: issuer, Publish: p.publish, SVID: func() (*x509svid.SVID, error) {
-			return spiffetest.ForTest(t, spiffetest.Config{TrustDomain: domain}).IssueSVID(brokerID, spiffetest.SVIDOptions{})
-		}})
-		if err != nil {
-			t.Fatal(err)
-		}
-		for range 2 {
-			if err := dead.Rotate(t.Context()); err != nil {
-				t.Fatal(err)
-			}
-		}
-		p.accepted[0].Maker = spiffeid.RequireFromPath(domain, "/dayfly/other")
-		other, earlier := p.accepted[0].Public, p.accepted[1].Public
-		time.Sleep(time.Hour)
-
-		if err := r.Rotate(t.Context()); err != nil {
-			t.Fatal(err)
-		}
-		first := mustCurrent(t, r).Public
-		live := func(when string, want ...token.PublicKey) {
-			t.Helper()
-			got := r.Live(p.log(), time.Now())
-			if !slices.EqualFunc(got, want, func(a, b token.PublicKey) bool { return a.ID == b.ID }) {
-				t.Errorf("%s: live %v, want %v", when, ids(got), ids(want))
-			}
-		}
-		live("at the start", other, earlier, first)
-		time.Sleep(keys.Retention)
-		live("when the dead process's last token may live", other, earlier, first)
-		time.Sleep(time.Second)
-		live("when it can't", other, first)
-
-		// A record that arrived though Publish failed replaces nothing.
-		p.mu.Lock()
-		p.during = func(k feed.Key) {
-			p.accepted = append(p.accepted, keys.Published{Public: k.Public, Maker: brokerID, At: time.Now()})
-		}
-		p.fail = errors.New("deadline exceeded")
-		p.mu.Unlock()
-		if err := r.Rotate(t.Context()); err == nil {
-			t.Fatal("Rotate succeeded")
-		}
-		stray := p.log()[3].Public
-		time.Sleep(keys.Retention + time.Second)
-		live("after a failed rotation", other, first, stray)
-		p.mu.Lock()
-		p.during, p.fail = nil, nil
-		p.mu.Unlock()
-
-		if err := r.Rotate(t.Context()); err != nil {
-			t.Fatal(err)
-		}
-		second := mustCurrent(t, r).Public
-		time.Sleep(keys.Retention)
-		live("when the first key's last token may live", other, first, stray, second)
-		time.Sleep(time.Second)
-		live("when it can't", other, second)
-		for range 2 {
-			if err := r.Rotate(t.Context()); err != nil {
-				t.Fatal(err)
-			}
-			time.Sleep(keys.Retention + time.Second)
-		}
-		live("much later", other, mustCurrent(t, r).Public)
-	})
-}
-
-func ids(keys []token.PublicKey) []string {
-	var out []string
-	for _, k := range keys {
-		out = append(out, k.ID.String())
-	}
-	return out
 }
 
 func TestRedaction(t *testing.T) {

@@ -80,23 +80,6 @@ func signStatement(key crypto.Signer, statement []byte) ([]byte, error) {
 	return crypto.SignMessage(key, rand.Reader, statement, hash)
 }
 
-// Maker returns the SPIFFE ID in a key record's leaf certificate. It vouches for
-// nothing: VerifyKey does.
-func Maker(key feed.Key) (spiffeid.ID, error) {
-	if len(key.Certificates) == 0 {
-		return spiffeid.ID{}, untrusted("reading certificates", errors.New("there are none"))
-	}
-	leaf, err := x509.ParseCertificate(key.Certificates[0])
-	if err != nil {
-		return spiffeid.ID{}, untrusted("reading certificates", err)
-	}
-	id, err := x509svid.IDFromCert(leaf)
-	if err != nil {
-		return spiffeid.ID{}, untrusted("reading the maker's identity", err)
-	}
-	return id, nil
-}
-
 // VerifyKey checks a key record: that its ID, algorithm and DER say the same key,
 // that its leaf is an X.509-SVID whose SPIFFE ID broker accepts and whose chain was
 // good for the bundle at the given time, and that the leaf's key signed the statement

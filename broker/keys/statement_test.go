@@ -245,13 +245,6 @@ func TestVerifyKeyAsksTheMatcher(t *testing.T) {
 	if err := keys.VerifyKey(issuer, key, td, spiffeid.MatchID(workload), time.Now()); err != nil {
 		t.Error(err)
 	}
-	id, err := keys.Maker(key)
-	if err != nil || id != workload {
-		t.Errorf("Maker is %v (%v), want %v", id, err, workload)
-	}
-	if _, err := keys.Maker(feed.Key{}); !errors.Is(err, keys.ErrUntrustedKey) {
-		t.Errorf("Maker without certificates: %v, want %v", err, keys.ErrUntrustedKey)
-	}
 }
 
 // SPIFFE leaves the SVID's kind of key to the issuer.
