@@ -104,8 +104,8 @@ func (c *Config) validate() error {
 	if c.MaxStreams < 0 {
 		errs = append(errs, errors.New("max streams: is negative"))
 	}
-	if len(c.Prefetch) > maxEntries/2 {
-		errs = append(errs, fmt.Errorf("prefetch: at most %d", maxEntries/2))
+	if len(c.Prefetch) > MaxPrefetch {
+		errs = append(errs, fmt.Errorf("prefetch: at most %d", MaxPrefetch))
 	}
 	for _, a := range c.Audiences {
 		if err := token.ValidateAudience(a); err != nil {

@@ -27,6 +27,8 @@ const (
 	// maxEntries bounds the different credentials in memory; beyond it, the one that
 	// was asked for longest ago goes.
 	maxEntries = 1024
+	// MaxPrefetch bounds Config.Prefetch: it leaves room for what is asked for.
+	MaxPrefetch = maxEntries / 2
 	// idleAfter is how long a credential that nobody asks for is kept fresh: twice
 	// the default life.
 	idleAfter = 10 * time.Minute

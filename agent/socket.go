@@ -21,6 +21,9 @@ const widestMode fs.FileMode = 0o660
 // maxSocketPath is the longest path that the kernel takes, with room for its final zero.
 const maxSocketPath = 107
 
+// roomInFolder is the longest that listen adds to the folder of a socket.
+const roomInFolder = "/.4294967295/s"
+
 // A SocketConfig says where to listen and for whom.
 type SocketConfig struct {
 	// Path is absolute. Its folder must exist.
@@ -46,7 +49,7 @@ func listen(cfg SocketConfig) (_ net.Listener, err error) {
 	if cfg.Mode == 0 {
 		cfg.Mode = SocketMode
 	}
-	if err := cfg.validate(); err != nil {
+	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}
 	if err := vacant(cfg.Path); err != nil {
@@ -60,9 +63,6 @@ func listen(cfg SocketConfig) (_ net.Listener, err error) {
 	}
 	defer os.RemoveAll(dir)
 	made := filepath.Join(dir, "s")
-	if len(made) > maxSocketPath {
-		return nil, fmt.Errorf("the path is too long for a unix socket: use a folder of at most %d characters", maxSocketPath-len(made)+len(filepath.Dir(cfg.Path)))
-	}
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: made, Net: "unix"})
 	if err != nil {
 		return nil, err
@@ -75,12 +75,15 @@ func listen(cfg SocketConfig) (_ net.Listener, err error) {
 	return &socket{UnixListener: l, path: cfg.Path, info: info}, nil
 }
 
-func (c *SocketConfig) validate() error {
-	switch {
+// Validate says what is wrong with the configuration, whatever is on this host.
+func (c *SocketConfig) Validate() error {
+	switch dir := filepath.Dir(c.Path); {
 	case !filepath.IsAbs(c.Path):
 		return errors.New("the path must be absolute")
 	case len(c.Path) > maxSocketPath:
 		return fmt.Errorf("the path has %d bytes, a unix socket takes %d", len(c.Path), maxSocketPath)
+	case len(dir)+len(roomInFolder) > maxSocketPath:
+		return fmt.Errorf("the path is too long for a unix socket: use a folder of at most %d bytes", maxSocketPath-len(roomInFolder))
 	case c.Mode&^widestMode != 0:
 		return fmt.Errorf("mode %04o is wider than %04o: whoever connects gets this workload's credentials", c.Mode, widestMode)
 	}

@@ -104,6 +104,12 @@ func (c *PublicConfig) validate() (string, error) {
 	return path, errors.Join(errs...)
 }
 
+// CheckIssuer says what is wrong with an iss: see PublicConfig.Issuer.
+func CheckIssuer(issuer string) error {
+	_, err := issuerPath(issuer)
+	return err
+}
+
 func issuerPath(issuer string) (string, error) {
 	u, err := url.Parse(issuer)
 	switch {
@@ -117,6 +123,10 @@ func issuerPath(issuer string) (string, error) {
 		return "", errors.New("must have no user, query or fragment")
 	case strings.HasSuffix(u.Path, "/"):
 		return "", errors.New("must not end with a slash")
+	case len(issuer) > token.MaxIssuerBytes:
+		return "", fmt.Errorf("has %d bytes, a token takes %d", len(issuer), token.MaxIssuerBytes)
+	case strings.ContainsFunc(issuer, func(r rune) bool { return r <= ' ' || r > '~' || r == '"' || r == '\\' }):
+		return "", errors.New("must be plain ASCII")
 	}
 	return u.Path, nil
 }

@@ -9,13 +9,15 @@ import (
 	"syscall"
 
 	"github.com/dayflyhq/dayfly/cmd/internal/agentd"
+	"github.com/dayflyhq/dayfly/cmd/internal/config"
 )
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if err := agentd.Run(ctx, os.Args[1:], os.Stdout, os.Stderr); err != nil {
+	err := agentd.Run(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "dayfly-agent:", err)
-		os.Exit(1)
 	}
+	os.Exit(config.ExitCode(err))
 }

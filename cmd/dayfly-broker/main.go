@@ -9,14 +9,15 @@ import (
 	"syscall"
 
 	"github.com/dayflyhq/dayfly/cmd/internal/brokerd"
+	"github.com/dayflyhq/dayfly/cmd/internal/config"
 )
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	err := brokerd.Command("dayfly-broker").ExecuteContext(ctx)
+	err := config.Execute(ctx, brokerd.Command("dayfly-broker"))
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "dayfly-broker: %v\n", err)
 	}
-	os.Exit(brokerd.ExitCode(err))
+	os.Exit(config.ExitCode(err))
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"github.com/dayflyhq/dayfly/cmd/internal/agentd"
 	"github.com/dayflyhq/dayfly/cmd/internal/brokerd"
+	"github.com/dayflyhq/dayfly/cmd/internal/config"
 	"github.com/dayflyhq/dayfly/e2e/sandbox"
 	"github.com/spf13/cobra"
 )
@@ -31,7 +32,11 @@ func (a *app) internalCmd(name string, daemon func(string) *cobra.Command) *cobr
 			d.SetArgs(args)
 			d.SetOut(a.stdout)
 			d.SetErr(a.stderr)
-			return d.ExecuteContext(ctx)
+			err := config.Execute(ctx, d)
+			if code := config.ExitCode(err); code == exitUsage {
+				return failf(code, "", "%w", err)
+			}
+			return err
 		},
 	}
 }

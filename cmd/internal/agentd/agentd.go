@@ -24,13 +24,14 @@ import (
 )
 
 // Run is the agent's command: it parses args (without the program's name) and serves
-// until ctx ends. Logs go to stderr.
+// until ctx ends. Logs go to stderr. A command line or a configuration that is wrong is a
+// config.UsageError.
 func Run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	cmd := Command()
 	cmd.SetArgs(args)
 	cmd.SetOut(stdout)
 	cmd.SetErr(stderr)
-	return cmd.ExecuteContext(ctx)
+	return config.Execute(ctx, cmd)
 }
 
 // flags are what may be said on the command line; they come on top of the file.
@@ -55,7 +56,8 @@ func Command() *cobra.Command {
 		Short: "give a workload its credentials over unix sockets, and relay the feed",
 		Long: "dayfly-agent is a sidecar: it takes its workload's SVID from the Workload API, keeps\n" +
 			"short-lived credentials fresh in memory, and gives them out over unix sockets. It drops\n" +
-			"what is revoked at once and relays the feed to verifiers beside it.",
+			"what is revoked at once and relays the feed to verifiers beside it.\n\n" +
+			"Exit codes: 0 it was told to stop, 1 it failed, 2 the command line or the configuration is wrong.",
 		Example: "  dayfly-agent --config /etc/dayfly/agent.yaml\n" +
 			"  dayfly-agent --broker broker:8443 --broker-id spiffe://example.org/dayfly/broker \\\n" +
 			"    --grpc-socket /run/dayfly/agent.sock --prefetch orders=orders:read",
@@ -65,7 +67,7 @@ func Command() *cobra.Command {
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := f.load(cmd)
 			if err != nil {
-				return err
+				return config.UsageError{Err: err}
 			}
 			return serve(cmd.Context(), cfg, cmd.ErrOrStderr())
 		},
@@ -92,12 +94,11 @@ func (f *flags) add(cmd *cobra.Command) {
 // load reads the file, puts the flags on top and checks the whole.
 func (f *flags) load(cmd *cobra.Command) (*Config, error) {
 	cfg := defaults()
+	var err error
 	if f.file != "" {
-		if err := config.Load(f.file, &cfg); err != nil {
-			return nil, err
-		}
+		err = config.Load(f.file, &cfg)
 	}
-	if err := f.apply(cmd, &cfg); err != nil {
+	if err := errors.Join(err, f.apply(cmd, &cfg)); err != nil {
 		return nil, err
 	}
 	if err := cfg.complete(); err != nil {

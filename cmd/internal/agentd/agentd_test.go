@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/dayflyhq/dayfly/cmd/internal/agentd"
+	"github.com/dayflyhq/dayfly/cmd/internal/config"
 )
 
 const patience = 30 * time.Second
@@ -47,19 +48,30 @@ func TestConfigurationRefused(t *testing.T) {
 	}{
 		"nothing given": {want: []string{"broker.address", "broker.id", "sockets"}},
 		"a bad file": {
-			file: "broker:\n  address: b:1\n  id: not-an-id\nsocket: {}\nsockets:\n  grpc: /x\n  mode: \"0666\"\nmetrics: 0.0.0.0:9\nprefetch:\n  - {audience: \"a b\", ttl: 2h}\nfeed: {max_staleness: 1ms, max_streams: 0}\nlog: {format: xml}\n",
-			want: []string{":3: broker.id", ":4: ", "did you mean", ":7: sockets.mode", ":8: metrics", ":10: prefetch[0].audience", "prefetch[0].ttl", "feed.max_staleness", "feed.max_streams", "log.format"},
+			file: "broker:\n  address: b\n  id: not-an-id\nsocket: {}\nsockets:\n  grpc: x\n  mode: \"0666\"\nmetrics: 0.0.0.0:9\nprefetch:\n  - {audience: \"a b\", ttl: 2h}\nfeed: {max_staleness: 1ms, max_streams: 0}\nlog: {format: xml}\nworkload_api: /run/spire.sock\n",
+			args: []string{"--log-level", "z"},
+			want: []string{":2: broker.address", ":3: broker.id", ":6: sockets.grpc", ":13: workload_api", "--log-level", ":4: ", "did you mean", ":7: sockets.mode", ":8: metrics", ":10: prefetch[0].audience", "prefetch[0].ttl", "feed.max_staleness", "feed.max_streams", "log.format"},
 		},
-		"bad flags":           {args: []string{"--broker-id", "x", "--metrics", "y", "--log-level", "z"}, want: []string{"--broker-id", "--metrics", "--log-level"}},
-		"a flag out of range": {args: []string{"--broker", "b:1", "--broker-id", "spiffe://td/b", "--grpc-socket", "/x", "--max-staleness", "2h", "--metrics", "192.0.2.1:1", "--prefetch", "a b"}, want: []string{"max_staleness", "loopback", "prefetch 1"}},
-		"no file":             {args: []string{"--config", "/nonexistent/agent.yaml"}, want: []string{"there is no file"}},
-		"arguments":           {args: []string{"serve"}, want: []string{"serve"}},
+		"bad flags":               {args: []string{"--broker-id", "x", "--metrics", "y", "--log-level", "z"}, want: []string{"--broker-id", "--metrics", "--log-level"}},
+		"a flag out of range":     {args: []string{"--broker", "b:1", "--broker-id", "spiffe://td/b", "--grpc-socket", "/x", "--max-staleness", "2h", "--metrics", "192.0.2.1:1", "--prefetch", "a b"}, want: []string{"max_staleness", "loopback", "prefetch 1"}},
+		"two sockets at one path": {file: "sockets:\n  grpc: /a\n  http: /a\n", want: []string{":3: sockets.http: is the path of sockets.grpc too"}},
+		"a path that is too long": {file: "sockets:\n  grpc: /" + strings.Repeat("x", 100) + "/a\n", want: []string{":2: sockets.grpc: the path is too long"}},
+		"a short TTL":             {file: "prefetch:\n  - audience: a\n    ttl: 1ms\n", want: []string{":3: prefetch[0].ttl"}},
+		"too many audiences":      {file: "feed:\n  audiences: [" + strings.Repeat("a,", 65) + "]\n", want: []string{":2: feed.audiences: are at most 64"}},
+		"too much to prefetch":    {file: "prefetch: [" + strings.Repeat("{audience: a},", 513) + "]\n", want: []string{":1: prefetch: are at most 512"}},
+		"no Workload API":         {args: []string{"--broker", "b:1"}, want: []string{"workload_api: give the socket"}},
+		"no file":                 {args: []string{"--config", "/nonexistent/agent.yaml"}, want: []string{"there is no file"}},
+		"arguments":               {args: []string{"serve"}, want: []string{"serve"}},
 	} {
 		args := c.args
 		if c.file != "" {
 			args = append(args, "--config", write(t, c.file))
 		}
+		t.Setenv("SPIFFE_ENDPOINT_SOCKET", "")
 		err := agentd.Run(t.Context(), args, io.Discard, io.Discard)
+		if code := config.ExitCode(err); code != 2 {
+			t.Errorf("%s: exit code %d, want 2", name, code)
+		}
 		for _, want := range c.want {
 			if err == nil || !strings.Contains(err.Error(), want) {
 				t.Errorf("%s: the error lacks %q:\n%v", name, want, err)

@@ -6,8 +6,10 @@ import (
 	"io/fs"
 	"log/slog"
 	"net/netip"
+	"os"
 	"os/user"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/dayflyhq/dayfly/agent"
@@ -15,6 +17,7 @@ import (
 	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/dayflyhq/dayfly/proto/wire"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/workloadapi"
 )
 
 // Config is the agent's configuration file; deploy/agent.yaml documents every key.
@@ -75,9 +78,31 @@ func defaults() Config {
 	}
 }
 
-// Validate checks a mode and a group; what is missing may still come from a flag.
+// Validate checks the address; what is missing may still come from a flag.
+func (b *Broker) Validate() error {
+	if b.Address == "" || strings.HasPrefix(b.Address, "unix:///") {
+		return nil
+	}
+	if err := config.CheckHostPort(b.Address); err != nil {
+		return config.Wrong("address", "%v", err)
+	}
+	return nil
+}
+
+// Validate checks paths, mode and group; what is missing may still come from a flag.
 func (s *Sockets) Validate() error {
 	var errs []error
+	for _, at := range []struct{ key, path string }{{"grpc", s.GRPC}, {"http", s.HTTP}} {
+		if at.path == "" {
+			continue
+		}
+		if err := (&agent.SocketConfig{Path: at.path}).Validate(); err != nil {
+			errs = append(errs, config.Wrong(at.key, "%v", err))
+		}
+	}
+	if s.GRPC != "" && s.GRPC == s.HTTP {
+		errs = append(errs, config.Wrong("http", "is the path of sockets.grpc too"))
+	}
 	if s.Mode&^0o660 != 0 || s.Mode == 0 {
 		errs = append(errs, config.Wrong("mode", "must be within 0660: whoever connects gets this workload's credentials"))
 	}
@@ -98,8 +123,8 @@ func (p *Prefetch) Validate() error {
 	if _, err := token.NormalizeScopes(p.Scopes); err != nil {
 		errs = append(errs, config.Wrong("scopes", "%v", err))
 	}
-	if p.TTL > token.MaxTTL {
-		errs = append(errs, config.Wrong("ttl", "is at most %v", token.MaxTTL))
+	if p.TTL > token.MaxTTL || p.TTL > 0 && p.TTL < time.Second {
+		errs = append(errs, config.Wrong("ttl", "is 1s to %v, or absent", token.MaxTTL))
 	}
 	if p.Binding != "" && !token.Binding(p.Binding).Valid() {
 		errs = append(errs, config.Wrong("binding", "is spiffe, x5t or none"))
@@ -107,14 +132,20 @@ func (p *Prefetch) Validate() error {
 	return errors.Join(errs...)
 }
 
+// maxStreams bounds what may be configured: the server's own bound is a uint32.
+const maxStreams = 1 << 16
+
 // Validate checks bounds.
 func (f *Feed) Validate() error {
 	var errs []error
 	if f.MaxStaleness < wire.MinBound || f.MaxStaleness > wire.MaxBound {
 		errs = append(errs, config.Wrong("max_staleness", "is %v to %v", wire.MinBound, wire.MaxBound))
 	}
-	if f.MaxStreams < 1 {
-		errs = append(errs, config.Wrong("max_streams", "is at least 1"))
+	if f.MaxStreams < 1 || f.MaxStreams > maxStreams {
+		errs = append(errs, config.Wrong("max_streams", "is 1 to %d", maxStreams))
+	}
+	if len(f.Audiences) > wire.MaxAudiences {
+		errs = append(errs, config.Wrong("audiences", "are at most %d", wire.MaxAudiences))
 	}
 	for _, a := range f.Audiences {
 		if err := token.ValidateAudience(a); err != nil {
@@ -130,6 +161,14 @@ func (c *Config) Validate() error {
 	if c.Metrics.IsValid() && !c.Metrics.Addr().IsLoopback() {
 		errs = append(errs, config.Wrong("metrics", "must be a loopback address, such as 127.0.0.1:9464"))
 	}
+	if c.WorkloadAPI != "" {
+		if err := workloadapi.ValidateAddress(c.WorkloadAPI); err != nil {
+			errs = append(errs, config.Wrong("workload_api", "%v", err))
+		}
+	}
+	if len(c.Prefetch) > agent.MaxPrefetch {
+		errs = append(errs, config.Wrong("prefetch", "are at most %d", agent.MaxPrefetch))
+	}
 	if c.Log.Format != "json" && c.Log.Format != "text" {
 		errs = append(errs, config.Wrong("log.format", "is json or text"))
 	}
@@ -139,12 +178,19 @@ func (c *Config) Validate() error {
 // complete reports what neither the file nor a flag gave, and checks the flags' values
 // by the file's rules.
 func (c *Config) complete() error {
-	errs := []error{c.Validate(), c.Sockets.Validate(), c.Feed.Validate()}
+	errs := []error{c.Validate(), c.Broker.Validate(), c.Sockets.Validate(), c.Feed.Validate()}
 	if c.Broker.Address == "" {
 		errs = append(errs, errors.New("broker.address: give the broker's host:port, here or as --broker"))
 	}
 	if c.Broker.ID.IsZero() {
 		errs = append(errs, errors.New("broker.id: give the SPIFFE ID that the broker must prove, here or as --broker-id"))
+	}
+	if c.WorkloadAPI == "" {
+		if addr := os.Getenv(workloadapi.SocketEnv); addr == "" {
+			errs = append(errs, fmt.Errorf("workload_api: give the socket of the Workload API, here, as --workload-api or in %s", workloadapi.SocketEnv))
+		} else if err := workloadapi.ValidateAddress(addr); err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", workloadapi.SocketEnv, err))
+		}
 	}
 	if c.Sockets.GRPC == "" && c.Sockets.HTTP == "" {
 		errs = append(errs, errors.New("sockets: give sockets.grpc or sockets.http, here or as --grpc-socket or --http-socket"))

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"strings"
 	"time"
 
 	"github.com/dayflyhq/dayfly/broker/boltstore"
@@ -26,24 +25,6 @@ func Command(name string) *cobra.Command {
 	}
 	root.AddCommand(initCommand(name), serveCommand(name), checkCommand(name))
 	return root
-}
-
-// A UsageError is a wrong command line or configuration: exit code 2.
-type UsageError struct{ error }
-
-func (e UsageError) Unwrap() error { return e.error }
-
-// ExitCode says how a process that failed with err should exit.
-func ExitCode(err error) int {
-	var usage UsageError
-	var problems config.Problems
-	switch {
-	case err == nil:
-		return 0
-	case errors.As(err, &usage), errors.As(err, &problems), strings.HasPrefix(err.Error(), "unknown "):
-		return 2
-	}
-	return 1
 }
 
 func initCommand(name string) *cobra.Command {
@@ -74,9 +55,12 @@ func serveCommand(name string) *cobra.Command {
 		Example: "  " + name + " serve --config /etc/dayfly/broker.yaml",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			cfg := Defaults()
-			if err := config.Load(path, &cfg); err != nil {
-				return UsageError{err}
+			cfg, err := load(path)
+			if err != nil {
+				return err
+			}
+			if err := cfg.checkEnvironment(); err != nil {
+				return config.UsageError{Err: err}
 			}
 			out := io.Discard
 			if announce {
@@ -90,18 +74,42 @@ func serveCommand(name string) *cobra.Command {
 	return cmd
 }
 
+// load reads the configuration, or says all that is wrong with it.
+func load(path string) (Config, error) {
+	cfg := Defaults()
+	if err := config.Load(path, &cfg); err != nil {
+		return Config{}, config.UsageError{Err: err}
+	}
+	return cfg, nil
+}
+
 func checkCommand(name string) *cobra.Command {
-	var output string
+	var output, file string
 	cmd := &cobra.Command{
-		Use:   "check STORE",
-		Short: "check that a store keeps its promises",
+		Use:   "check [STORE]",
+		Short: "check that a store keeps its promises, or a configuration",
 		Long: "Check a store that no broker has open: every parent is there, no child outlives it, the log has no gap\n" +
-			"above the horizon, and its running hash holds.",
-		Example: "  " + name + " check /var/lib/dayfly/dayfly.db\n  " + name + " check --output json /var/lib/dayfly/dayfly.db",
-		Args:    cobra.ExactArgs(1),
+			"above the horizon, and its running hash holds. With --config check a configuration, as serve would read it,\n" +
+			"before a broker is restarted with it.",
+		Example: "  " + name + " check /var/lib/dayfly/dayfly.db\n  " + name + " check --output json /var/lib/dayfly/dayfly.db\n" +
+			"  " + name + " check --config /etc/dayfly/broker.yaml",
+		Args: func(cmd *cobra.Command, args []string) error {
+			if len(args) == 0 && file == "" {
+				return errors.New("name a store, or a configuration with --config")
+			}
+			return cobra.MaximumNArgs(1)(cmd, args)
+		},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if output != "text" && output != "json" {
-				return UsageError{fmt.Errorf("--output is text or json, not %q", output)}
+				return config.UsageError{Err: fmt.Errorf("--output is text or json, not %q", output)}
+			}
+			if file != "" {
+				if _, err := load(file); err != nil {
+					return err
+				}
+			}
+			if len(args) == 0 {
+				return printGood(cmd.OutOrStdout(), output, file)
 			}
 			report, err := boltstore.Check(cmd.Context(), args[0])
 			if err != nil && report.Schema == 0 {
@@ -114,7 +122,16 @@ func checkCommand(name string) *cobra.Command {
 		},
 	}
 	cmd.Flags().StringVarP(&output, "output", "o", "text", "text or json")
+	cmd.Flags().StringVarP(&file, "config", "c", "", "configuration file (YAML) to check")
 	return cmd
+}
+
+func printGood(w io.Writer, output, file string) error {
+	if output == "json" {
+		return json.NewEncoder(w).Encode(map[string]string{"config": file})
+	}
+	_, err := fmt.Fprintf(w, "%s is good\n", file)
+	return err
 }
 
 // printReport shows what a check found; nothing for one that read nothing.

@@ -2,15 +2,20 @@ package brokerd
 
 import (
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"net/url"
+	"os"
 	"path/filepath"
 	"time"
 
+	"github.com/dayflyhq/dayfly/broker/keys"
+	"github.com/dayflyhq/dayfly/broker/web"
 	"github.com/dayflyhq/dayfly/cmd/internal/config"
 	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/workloadapi"
 )
 
 // Config is the broker's configuration file. deploy/broker.yaml documents every key.
@@ -59,7 +64,8 @@ func Defaults() Config {
 	return Config{KeyRotation: 12 * time.Hour, MaxTTL: token.MaxTTL, Algorithm: token.ES256, ShutdownGrace: 10 * time.Second}
 }
 
-// Validate checks what the types don't.
+// Validate checks what the types don't: all that could be wrong with a value whatever
+// is on this host, so that nothing starts and ends again without naming a line.
 func (c *Config) Validate() error {
 	var problems []error
 	wrong := func(bad bool, key, what string) {
@@ -67,17 +73,71 @@ func (c *Config) Validate() error {
 			problems = append(problems, config.Wrong(key, "%s", what))
 		}
 	}
-	u, err := url.Parse(c.Issuer)
-	wrong(err != nil || u.Scheme == "" || u.Host == "", "issuer", "is an absolute URL, such as https://broker.example.org")
-	wrong(c.MaxTTL < time.Second || c.MaxTTL > token.MaxTTL, "max_ttl", "is between 1s and the hard cap of 1h")
-	wrong(c.KeyRotation < time.Second || c.KeyRotation > 12*time.Hour, "key_rotation", "is between 1s and 12h")
-	wrong(c.Algorithm != token.ES256 && c.Algorithm != token.EdDSA, "algorithm", "is ES256 or EdDSA")
-	wrong(c.Listen.BreakGlass != "" && !filepath.IsAbs(c.Listen.BreakGlass), "listen.break_glass", "is an absolute path")
-	for key, addr := range map[string]string{"listen.grpc": c.Listen.GRPC, "listen.public": c.Listen.Public, "listen.admin": c.Listen.Admin} {
-		if addr != "" {
-			_, _, err := net.SplitHostPort(addr)
-			wrong(err != nil, key, "is HOST:PORT")
+	check := func(err error, key string) {
+		if err != nil {
+			problems = append(problems, config.Wrong(key, "%v", err))
 		}
 	}
+	check(web.CheckIssuer(c.Issuer), "issuer")
+	for key, path := range map[string]string{"store": c.Store, "policy": c.Policy, "audit": c.Audit} {
+		wrong(path == "", key, "is empty: give it a path")
+	}
+	if c.WorkloadAPI != "" {
+		check(workloadapi.ValidateAddress(c.WorkloadAPI), "workload_api")
+	}
+	wrong(c.MaxTTL < time.Second || c.MaxTTL > token.MaxTTL, "max_ttl", "is between 1s and the hard cap of 1h")
+	wrong(c.KeyRotation < keys.MinRotateEvery || c.KeyRotation > keys.DefaultRotateEvery, "key_rotation", "is between 1s and 12h")
+	wrong(c.Algorithm != token.ES256 && c.Algorithm != token.EdDSA, "algorithm", "is ES256 or EdDSA")
+	if c.Traces != "" {
+		u, err := url.Parse(c.Traces)
+		wrong(err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https", "traces", "is an http or https URL, such as http://127.0.0.1:4317")
+	}
 	return errors.Join(problems...)
+}
+
+// Validate checks the addresses.
+func (l *Listen) Validate() error {
+	var problems []error
+	taken := map[string]string{}
+	for _, at := range []struct {
+		key, addr string
+		check     func(string) error
+	}{{"grpc", l.GRPC, config.CheckHostPort}, {"public", l.Public, config.CheckHostPort}, {"admin", l.Admin, config.CheckLoopback}} {
+		if at.addr == "" && at.key != "grpc" {
+			continue
+		}
+		if err := at.check(at.addr); err != nil {
+			problems = append(problems, config.Wrong(at.key, "%v", err))
+			continue
+		}
+		if other, twice := taken[at.addr]; twice {
+			problems = append(problems, config.Wrong(at.key, "is the address of listen.%s too", other))
+		}
+		if _, port, _ := net.SplitHostPort(at.addr); port != "0" {
+			taken[at.addr] = at.key
+		}
+	}
+	switch {
+	case l.BreakGlass == "":
+	case !filepath.IsAbs(l.BreakGlass):
+		problems = append(problems, config.Wrong("break_glass", "is an absolute path"))
+	case len(l.BreakGlass) > config.MaxSocketPath:
+		problems = append(problems, config.Wrong("break_glass", "has %d bytes, a unix socket's path takes %d", len(l.BreakGlass), config.MaxSocketPath))
+	}
+	return errors.Join(problems...)
+}
+
+// checkEnvironment checks what the file leaves to the environment.
+func (c *Config) checkEnvironment() error {
+	if c.WorkloadAPI != "" {
+		return nil
+	}
+	addr := os.Getenv(workloadapi.SocketEnv)
+	if addr == "" {
+		return fmt.Errorf("workload_api: give the socket of the Workload API, or set %s", workloadapi.SocketEnv)
+	}
+	if err := workloadapi.ValidateAddress(addr); err != nil {
+		return fmt.Errorf("%s: %w", workloadapi.SocketEnv, err)
+	}
+	return nil
 }

@@ -29,6 +29,9 @@
 // A struct with a Validate method, at any depth, is asked after its fields were
 // read. It returns one error or several, joined; those made by [Wrong] get the
 // line of the key that they name.
+//
+// Execute and ExitCode give the daemons one meaning of their exit codes: 2 for a command
+// line or a configuration that is wrong.
 package config
 
 import (
