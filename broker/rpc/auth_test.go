@@ -10,6 +10,7 @@ import (
 	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
 	"github.com/dayflyhq/dayfly/sdk/spiffetest"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 )
@@ -128,6 +129,83 @@ func TestTrustDomainRemoved(t *testing.T) {
 	if _, err := issue(t, w.as(payments)); err != nil {
 		t.Errorf("another domain: %v", err)
 	}
+}
+
+// A stream on which nothing is said ends when the authority behind its SVID is removed,
+// and one whose authority stays goes on.
+func TestAuthorityRemovedFromIdleStream(t *testing.T) {
+	w := newWorld(t)
+	partner := spiffetest.ForTest(t, spiffetest.Config{TrustDomain: spiffeid.RequireTrustDomainFromString("partner.example")})
+	svid, err := partner.IssueSVID(spiffeid.RequireFromString("spiffe://partner.example/shop"), spiffetest.SVIDOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.bundles.Add(partner.Bundle())
+	conn := w.dial(w.config(svid))
+	idle := w.follow(conn, subscription())
+	stays := w.follow(w.as(payments), subscription())
+	watch := w.watch(conn)
+
+	// The authority alone is replaced: the trust domain is there still.
+	other := spiffetest.ForTest(t, spiffetest.Config{TrustDomain: partner.Name()})
+	w.bundles.Add(other.Bundle())
+	w.bundles.ring()
+	refused(t, end(t, idle), codes.Unauthenticated, "SVID_INVALID")
+	_, err = watch.Recv()
+	refused(t, err, codes.Unauthenticated, "SVID_INVALID")
+	if err := stays.Send(ping("12345678")); err != nil {
+		t.Fatal(err)
+	}
+	for {
+		m, err := stays.Recv()
+		if err != nil {
+			t.Fatalf("another trust domain's stream: %v", err)
+		}
+		if m.GetPong() != nil {
+			return
+		}
+	}
+}
+
+// watch watches a revocation that isn't contained, and has read what is said at once.
+func (w *world) watch(conn *grpc.ClientConn) grpc.ServerStreamingClient[dayflyv1.WatchContainmentResponse] {
+	w.t.Helper()
+	c := dayflyv1.NewRevocationServiceClient(conn)
+	r, err := c.Revoke(soon(w.t), &dayflyv1.RevokeRequest{
+		Selectors: []*dayflyv1.Selector{{Selector: &dayflyv1.Selector_Audience{Audience: "elsewhere"}}}, Reason: "r"})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	s, err := c.WatchContainment(soon(w.t), &dayflyv1.WatchContainmentRequest{Sequence: r.GetRevocation().GetPosition().GetSequence()})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	if m, err := s.Recv(); err != nil || m.GetContainment().GetContained() {
+		w.t.Fatalf("watched %v, %v", m, err)
+	}
+	return s
+}
+
+// Nothing is delivered to one whose authority is gone, even if nobody told of the change.
+func TestNoDeliveryAfterAuthorityRemoved(t *testing.T) {
+	w := newWorld(t)
+	partner := spiffetest.ForTest(t, spiffetest.Config{TrustDomain: spiffeid.RequireTrustDomainFromString("partner.example")})
+	svid, err := partner.IssueSVID(spiffeid.RequireFromString("spiffe://partner.example/shop"), spiffetest.SVIDOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.bundles.Add(partner.Bundle())
+	s := w.follow(w.dial(w.config(svid)), subscription())
+	w.bundles.Remove(partner.Name())
+	if _, err := dayflyv1.NewRevocationServiceClient(w.as(payments)).Revoke(soon(t), &dayflyv1.RevokeRequest{
+		Selectors: []*dayflyv1.Selector{{Selector: &dayflyv1.Selector_Audience{Audience: "elsewhere"}}}, Reason: "r"}); err != nil {
+		t.Fatal(err)
+	}
+	m, err := s.Recv()
+	if err == nil {
+		t.Fatalf("delivered %v", m)
+	}
+	refused(t, err, codes.Unauthenticated, "SVID_INVALID")
 }
 
 // A client that would resume its TLS session can't: after its trust domain is gone it

@@ -87,11 +87,16 @@ func (s *feedService) first(ctx context.Context, stream followStream) (*dayflyv1
 	}
 }
 
-// send is the only sender: events as they commit, and the answers to pings.
+// send is the only sender: events as they commit, and the answers to pings. It proves
+// the peer before each of them, and whenever a bundle changes.
 func (s *feedService) send(ctx context.Context, stream followStream, f *broker.Follower, up *upstream, ended <-chan error, notAfter time.Time) error {
 	expiry := time.NewTimer(notAfter.Sub(s.now()))
 	defer expiry.Stop()
 	for {
+		bundles := s.bundlesChanged()
+		if _, err := s.caller(ctx); err != nil {
+			return err
+		}
 		d, ok, changed := f.Next(eventsPerMessage)
 		if ok {
 			if err := stream.Send(wire.Delivery(d)); err != nil {
@@ -101,7 +106,11 @@ func (s *feedService) send(ctx context.Context, stream followStream, f *broker.F
 		}
 		select {
 		case <-changed:
+		case <-bundles:
 		case m := <-up.answers:
+			if _, err := s.caller(ctx); err != nil {
+				return err
+			}
 			if err := stream.Send(m); err != nil {
 				return err
 			}

@@ -81,12 +81,32 @@ func (p *policy) Audience(name string) (broker.Audience, bool) {
 	return broker.Audience{Name: name, VerifiedBy: "feed"}, true
 }
 
+// bundles tells of its changes, as a source of the Workload API does.
+type bundles struct {
+	*x509bundle.Set
+	mu      sync.Mutex
+	changed chan struct{}
+}
+
+func (b *bundles) Changed() <-chan struct{} {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.changed
+}
+
+func (b *bundles) ring() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	close(b.changed)
+	b.changed = make(chan struct{})
+}
+
 // world is a served broker.
 type world struct {
 	t       *testing.T
 	clock   *clock
 	td      *spiffetest.TrustDomain
-	bundles *x509bundle.Set
+	bundles *bundles
 	b       *broker.Broker
 	policy  *policy
 	srv     *rpc.Server
@@ -99,7 +119,7 @@ func newWorld(t *testing.T) *world {
 	start := time.Now().UTC()
 	w := &world{t: t, clock: &clock{now: start}, policy: &policy{denied: map[spiffeid.ID]bool{}}}
 	w.td = spiffetest.ForTest(t, spiffetest.Config{TrustDomain: domain})
-	w.bundles = x509bundle.NewSet(w.td.Bundle())
+	w.bundles = &bundles{Set: x509bundle.NewSet(w.td.Bundle()), changed: make(chan struct{})}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
@@ -131,7 +151,7 @@ func newWorld(t *testing.T) *world {
 	w.publish(public, key)
 
 	w.srv, err = rpc.NewServer(rpc.Config{
-		Broker: w.b, SVIDs: w.td.Source(brokerID), Bundle: w.bundles, Now: w.clock.Now,
+		Broker: w.b, SVIDs: w.td.Source(brokerID), Bundle: w.bundles, BundlesChanged: w.bundles.Changed, Now: w.clock.Now,
 		TrustDomains: []spiffeid.TrustDomain{domain, spiffeid.RequireTrustDomainFromString("partner.example")},
 	})
 	if err != nil {

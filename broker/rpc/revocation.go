@@ -156,6 +156,7 @@ func (s *revocationService) ListLocks(ctx context.Context, m *dayflyv1.ListLocks
 
 func (s *revocationService) WatchContainment(m *dayflyv1.WatchContainmentRequest, stream grpc.ServerStreamingServer[dayflyv1.WatchContainmentResponse]) error {
 	ctx := stream.Context()
+	bundles := s.bundlesChanged()
 	if _, err := s.operator(ctx, broker.ActionList); err != nil {
 		return err
 	}
@@ -181,10 +182,11 @@ func (s *revocationService) WatchContainment(m *dayflyv1.WatchContainmentRequest
 		if c.Contained {
 			return nil
 		}
-		if err := s.awaitContainment(ctx, c, changed); err != nil {
+		if err := s.awaitContainment(ctx, c, changed, bundles); err != nil {
 			return err
 		}
-		if _, err := s.caller(ctx); err != nil { // the operator's SVID may have expired
+		bundles = s.bundlesChanged()
+		if _, err := s.caller(ctx); err != nil { // the operator's SVID may be good no more
 			return err
 		}
 	}
@@ -202,9 +204,9 @@ func news(last, now *dayflyv1.Containment) bool {
 	return !proto.Equal(a, b)
 }
 
-// awaitContainment waits for a receipt, or for the next moment at which silence
-// changes what can be said.
-func (s *revocationService) awaitContainment(ctx context.Context, c *broker.Containment, changed <-chan struct{}) error {
+// awaitContainment waits for a receipt, for another bundle, or for the next moment at
+// which silence changes what can be said.
+func (s *revocationService) awaitContainment(ctx context.Context, c *broker.Containment, changed, bundles <-chan struct{}) error {
 	next := c.By
 	for _, r := range c.Receipts {
 		if r.State == feed.Pending && r.At < next {
@@ -223,6 +225,7 @@ func (s *revocationService) awaitContainment(ctx context.Context, c *broker.Cont
 	case <-s.stopping:
 		return broker.ErrStoreLost
 	case <-changed:
+	case <-bundles:
 	case <-due:
 	}
 	return nil

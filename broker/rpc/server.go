@@ -41,6 +41,10 @@ type Config struct {
 	Broker *broker.Broker
 	SVIDs  x509svid.Source   // the broker's own identity
 	Bundle x509bundle.Source // of all trust domains served
+	// BundlesChanged returns a channel that is closed when a bundle changes next, so that
+	// streams of those it no longer vouches for end at once. Nil: they end at their next
+	// beat or delivery.
+	BundlesChanged func() <-chan struct{}
 	// TrustDomains whose identities may connect: the broker's own and those federated
 	// by configuration. At least one.
 	TrustDomains []spiffeid.TrustDomain
@@ -66,7 +70,7 @@ func NewServer(cfg Config) (*Server, error) {
 	}
 	cfg.setDefaults()
 	auth := &authenticator{cfg.Bundle, cfg.TrustDomains, cfg.Now}
-	h := &handlers{broker: cfg.Broker, log: cfg.Log, now: cfg.Now, caller: auth.caller, stopping: make(chan struct{})}
+	h := &handlers{broker: cfg.Broker, log: cfg.Log, now: cfg.Now, caller: auth.caller, bundlesChanged: cfg.BundlesChanged, stopping: make(chan struct{})}
 	srv := h.server(append(cfg.Options, grpc.Creds(auth.transport(cfg.SVIDs))))
 	dayflyv1.RegisterTokenServiceServer(srv.Server, &tokenService{handlers: h})
 	dayflyv1.RegisterFeedServiceServer(srv.Server, &feedService{handlers: h})
@@ -83,15 +87,20 @@ func (cfg *Config) setDefaults() {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
+	if cfg.BundlesChanged == nil {
+		cfg.BundlesChanged = func() <-chan struct{} { return nil }
+	}
 }
 
 // handlers is what all services share.
 type handlers struct {
-	broker   *broker.Broker
-	log      *slog.Logger
-	now      func() time.Time
-	caller   func(context.Context) (broker.Caller, error)
-	stopping chan struct{}
+	broker *broker.Broker
+	log    *slog.Logger
+	now    func() time.Time
+	caller func(context.Context) (broker.Caller, error)
+	// bundlesChanged must be asked before caller, or a change between the two is missed.
+	bundlesChanged func() <-chan struct{}
+	stopping       chan struct{}
 }
 
 func (h *handlers) server(options []grpc.ServerOption) *Server {
