@@ -53,7 +53,7 @@ type Config struct {
 	Signer func() (Signer, bool)
 	// VerifyKey checks that a key record was made by a broker, as of a time: the
 	// record's own when it is read back at Load, the present when it arrives. Keys that
-	// fail are revoked. Required.
+	// fail are revoked. It isn't called before CheckKeys is. Required.
 	VerifyKey func(feed.Key, time.Time) error
 	// Audit records every decision. Required. An error refuses what was to be done.
 	Audit func(AuditEntry) error
@@ -66,7 +66,9 @@ type Config struct {
 	Rand io.Reader           // nil: crypto/rand
 }
 
-// A Broker issues, exchanges and revokes. Use Load, then Run beside everything else.
+// A Broker issues, exchanges and revokes. Use Load, then Run beside everything else, and
+// CheckKeys as soon as bundles are known. Until that has returned it publishes no key,
+// issues nothing and may not be followed; operators may look, revoke and lift.
 type Broker struct {
 	cfg     Config
 	state   *state
@@ -115,8 +117,8 @@ func New(cfg Config) (*Broker, error) {
 	return b, nil
 }
 
-// Load applies everything that the store holds, and revokes keys that no broker
-// vouches for. Nothing is served before it has returned.
+// Load applies everything that the store holds. Nothing is served before it has
+// returned.
 func (b *Broker) Load(ctx context.Context) error {
 	st, err := b.cfg.Store.State(ctx)
 	if err != nil {
@@ -134,17 +136,30 @@ func (b *Broker) Load(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("loading the log: %w", err)
 	}
-	if err := b.loadRoster(ctx); err != nil {
-		return err
-	}
+	return b.loadRoster(ctx)
+}
+
+// CheckKeys checks the key records that were read so far, and from then on each as it
+// comes. It returns once those that no broker vouches for are revoked. Run must be
+// running. A second call does nothing.
+func (b *Broker) CheckKeys(ctx context.Context) error {
+	b.state.checkKeys(b.verifier(ctx))
 	seq, err := b.revokeForeignKeys(ctx)
-	if err != nil {
+	if err != nil || seq == 0 {
 		return err
 	}
-	if seq == 0 {
-		return nil
+	return b.state.await(ctx, seq)
+}
+
+// verifier is VerifyKey, with a line in the log for a key that fails.
+func (b *Broker) verifier(ctx context.Context) func(Record, time.Time) error {
+	return func(rec Record, at time.Time) error {
+		err := b.cfg.VerifyKey(*rec.Key, at)
+		if err != nil {
+			b.cfg.Log.ErrorContext(ctx, "a key record that no broker vouches for", "sequence", rec.Seq, "key", rec.Key.Public.ID.String(), "err", err)
+		}
+		return err
 	}
-	return b.follow(ctx, seq)
 }
 
 // Run follows the store until ctx ends, and prunes. The broker serves only while it runs.
@@ -178,14 +193,7 @@ func (b *Broker) follow(ctx context.Context, until uint64) error {
 		if until > 0 {
 			recorded = rec.Details.Time
 		}
-		verify := func(k feed.Key) error {
-			err := b.cfg.VerifyKey(k, recorded)
-			if err != nil {
-				b.cfg.Log.ErrorContext(ctx, "a key record that no broker vouches for", "sequence", rec.Seq, "key", k.Public.ID.String(), "err", err)
-			}
-			return err
-		}
-		if err := b.state.apply(rec, b.cfg.Boot(), verify); err != nil {
+		if err := b.state.apply(rec, b.cfg.Boot(), recorded, b.verifier(ctx)); err != nil {
 			return err
 		}
 		if until > 0 && rec.Seq >= until {
@@ -251,7 +259,7 @@ func (b *Broker) append(ctx context.Context, next func(feed.Position) (Record, e
 	return rec, nil
 }
 
-// revokeForeignKeys kills the keys that someone wrote into the store: whoever can
+// revokeForeignKeys, once keys are checked, kills the keys that someone wrote into the store: whoever can
 // write there still mints nothing. It returns the number of the revocation, 0 if there
 // was none to make.
 func (b *Broker) revokeForeignKeys(ctx context.Context) (uint64, error) {
@@ -275,6 +283,9 @@ func (b *Broker) revokeForeignKeys(ctx context.Context) (uint64, error) {
 func (b *Broker) foreignKeys() []revocation.Selector {
 	b.state.mu.RLock()
 	defer b.state.mu.RUnlock()
+	if !b.state.keysChecked {
+		return nil // nobody could have vouched for them yet
+	}
 	var foreign []revocation.Selector
 	for _, rec := range b.state.records {
 		if rec.Key == nil || rec.Seq < b.state.eraSeq {
@@ -338,6 +349,9 @@ func (b *Broker) decide(ctx context.Context, q Question) (Decision, error) {
 		return Decision{Allow: true, Rule: "break-glass"}, nil
 	}
 	d, err := b.cfg.Policy.Decide(ctx, q)
+	if errors.Is(err, ErrNoPolicy) {
+		return Decision{}, ErrNoPolicy
+	}
 	if err != nil {
 		b.cfg.Log.ErrorContext(ctx, "policy could not be evaluated", "action", q.Action, "caller", q.Caller.Actor(), "err", err)
 		return Decision{}, ErrPolicyFailed

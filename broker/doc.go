@@ -17,6 +17,8 @@
 //     (TestLiftRevivesNothing).
 //   - A verifier is on the roster, durably, before it gets anything, and a receipt counts
 //     only for what was delivered to whom sent it (TestReceipts).
+//   - No key is published, and none is revoked as foreign, before it was checked
+//     (TestKeysUnchecked, TestForeignKey).
 //   - The log is trimmed only where nothing it names can still be alive (TestPrune).
 //
 // Usage:
@@ -25,5 +27,6 @@
 //	if err != nil { ... }
 //	if err := b.Load(ctx); err != nil { ... }
 //	go b.Run(ctx)
+//	if err := b.CheckKeys(ctx); err != nil { ... } // once bundles are known
 //	cred, err := b.Issue(ctx, caller, broker.Request{Audience: "orders"})
 package broker

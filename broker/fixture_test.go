@@ -238,6 +238,15 @@ func newWorld(t *testing.T) *world {
 // start opens the store and runs a broker on it.
 func (w *world) start() {
 	w.t.Helper()
+	w.startUnchecked()
+	if err := w.b.CheckKeys(ctx); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+// startUnchecked is start for a broker that knows no bundle yet.
+func (w *world) startUnchecked() {
+	w.t.Helper()
 	store, err := boltstore.Open(boltstore.Config{Path: w.path})
 	if err != nil {
 		w.t.Fatal(err)

@@ -94,7 +94,7 @@ func (b *Broker) nextHorizon(now feed.Instant) (feed.Position, bool) {
 }
 
 // keeper says which records stay below the horizon: the head, the era, standing locks,
-// keys that may have signed a live token, and revoked keys.
+// keys that may have signed a live token or weren't checked yet, and revoked keys.
 func (b *Broker) keeper(now feed.Instant) func(Record) bool {
 	s := b.state
 	s.mu.RLock()
@@ -109,6 +109,9 @@ func (b *Broker) keeper(now feed.Instant) func(Record) bool {
 		if !s.retired(seq, now) {
 			keep[seq] = true
 		}
+	}
+	for seq := range s.unchecked {
+		keep[seq] = true
 	}
 	for seq, rec := range s.records {
 		// A lift stays as long as its lock's record, or the lock would stand again

@@ -77,3 +77,54 @@ func TestRepeatAsksPolicy(t *testing.T) {
 	_, err := w.b.Issue(ctx, c, req)
 	refused(t, err, broker.ErrPolicyDenied)
 }
+
+// TestKeysUnchecked: a broker that knows no bundle yet revokes no key for it, publishes
+// none and issues nothing; root can revoke all the same. Once it knows, the honest key
+// lives on and the thief's is revoked.
+func TestKeysUnchecked(t *testing.T) {
+	w := newWorld(t)
+	thief := newKey(t)
+	record, foreign := w.vouched(thief, id("attacker"))
+	w.stop()
+	w.startUnchecked()
+	rec, err := w.store.Append(ctx, func(feed.Position) (broker.Record, error) {
+		return broker.Record{Event: feed.Event{Key: &record}, Details: broker.Details{Time: w.clock.Now(), Actor: issuer}}, nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.awaitHead(rec.Seq)
+	head := rec.Seq
+
+	if keys := w.b.Keys(); len(keys) != 0 || w.b.KeyRevoked(w.public.ID) || w.b.KeyRevoked(foreign.ID) {
+		t.Errorf("published %v; revoked: own %t, foreign %t", keys, w.b.KeyRevoked(w.public.ID), w.b.KeyRevoked(foreign.ID))
+	}
+	_, err = w.b.Issue(ctx, w.caller("payments"), broker.Request{Audience: "orders"})
+	refused(t, err, broker.ErrNoSigningKey)
+	root := broker.Caller{Local: "break-glass:uid=0"}
+	r, err := w.b.Revoke(ctx, root, broker.Revoke{Selectors: []revocation.Selector{revocation.Identity(id("taken"))}, Reason: "r"})
+	if err != nil || r.Seq != head+1 {
+		t.Fatalf("revoked %+v, %v", r, err)
+	}
+	w.clock.elapse(broker.ForgetAfter + 1)
+	w.prune()
+
+	for range 2 {
+		if err := w.b.CheckKeys(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if keys := w.b.Keys(); len(keys) != 1 || keys[0].ID != w.public.ID || !w.b.KeyRevoked(foreign.ID) || w.b.Head().Seq != head+2 {
+			t.Errorf("published %v; foreign revoked %t; head %d, want %d", keys, w.b.KeyRevoked(foreign.ID), w.b.Head().Seq, head+2)
+		}
+	}
+	honest := w.issue(w.caller("payments"), "orders")
+	w.restart()
+	if v := w.verdict(honest.Token); v != revocation.Alive {
+		t.Errorf("the honest token is %s", v)
+	}
+	if _, err := w.b.Revocation(r.Seq); err != nil {
+		t.Errorf("the later start lost the revocation: %v", err)
+	}
+	_, err = w.b.Issue(ctx, w.caller("taken"), broker.Request{Audience: "orders"})
+	refused(t, err, broker.ErrLocked)
+}

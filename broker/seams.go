@@ -107,6 +107,8 @@ type Fallback struct{ Owner, Text, Link string }
 
 // Policy is what the broker asks of policy: evaluated at every call, never cached.
 type Policy interface {
+	// Decide answers one question. An error refuses: with ErrNoPolicy, if it wraps that,
+	// else with ErrPolicyFailed.
 	Decide(ctx context.Context, q Question) (Decision, error)
 	// AnswersTo reports whether data assigns the audience name to the identity.
 	AnswersTo(id spiffeid.ID, audience string) bool

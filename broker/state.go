@@ -58,38 +58,44 @@ func (l *Lock) admits(id spiffeid.ID, svid token.Thumbprint, notBefore time.Time
 // state is the log as this process has applied it: everything that issuing reads,
 // under one lock, so that position, locks and parent come from one snapshot.
 type state struct {
-	mu      sync.RWMutex
-	log     feed.Log
-	set     *revocation.Set
-	keys    map[token.KeyID]feed.Key
-	keySeq  map[token.KeyID]uint64
-	eraSeq  uint64 // number of the record that began the era
-	records map[uint64]Record
-	known   map[uint64]feed.Instant // when this process first knew each record
-	locks   map[uint64]*Lock
-	lifts   map[uint64]Record // by the lock's number
-	retried map[string]uint64 // actor and idempotency key -> number
+	mu     sync.RWMutex
+	log    feed.Log
+	set    *revocation.Set
+	keys   map[token.KeyID]feed.Key
+	keySeq map[token.KeyID]uint64
+	// unchecked are the numbers of key records of this era that wait for checkKeys, and
+	// the time as of which each is to be checked.
+	unchecked   map[uint64]time.Time
+	keysChecked bool
+	eraSeq      uint64 // number of the record that began the era
+	records     map[uint64]Record
+	known       map[uint64]feed.Instant // when this process first knew each record
+	locks       map[uint64]*Lock
+	lifts       map[uint64]Record // by the lock's number
+	retried     map[string]uint64 // actor and idempotency key -> number
 
 	changed chan struct{} // closed and replaced when anything above changes
 }
 
 func newState() *state {
 	return &state{
-		keys:    map[token.KeyID]feed.Key{},
-		keySeq:  map[token.KeyID]uint64{},
-		records: map[uint64]Record{},
-		known:   map[uint64]feed.Instant{},
-		locks:   map[uint64]*Lock{},
-		lifts:   map[uint64]Record{},
-		retried: map[string]uint64{},
-		changed: make(chan struct{}),
+		keys:      map[token.KeyID]feed.Key{},
+		keySeq:    map[token.KeyID]uint64{},
+		unchecked: map[uint64]time.Time{},
+		records:   map[uint64]Record{},
+		known:     map[uint64]feed.Instant{},
+		locks:     map[uint64]*Lock{},
+		lifts:     map[uint64]Record{},
+		retried:   map[string]uint64{},
+		changed:   make(chan struct{}),
 	}
 }
 
 func retryKey(actor, key string) string { return actor + "\n" + key }
 
-// apply takes the next record of the store.
-func (s *state) apply(rec Record, now feed.Instant, verify func(feed.Key) error) error {
+// apply takes the next record of the store. A key is verified as of the time recorded,
+// or, until checkKeys, put off.
+func (s *state) apply(rec Record, now feed.Instant, recorded time.Time, verify func(Record, time.Time) error) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if rec.Seq <= s.log.Head().Seq {
@@ -103,6 +109,7 @@ func (s *state) apply(rec Record, now feed.Instant, verify func(feed.Key) error)
 		s.eraSeq = rec.Seq
 		clear(s.keys) // private halves died with their era
 		clear(s.keySeq)
+		clear(s.unchecked)
 	}
 	if s.set == nil {
 		s.set = revocation.NewSet(s.log.Head().Era)
@@ -123,9 +130,9 @@ func (s *state) apply(rec Record, now feed.Instant, verify func(feed.Key) error)
 		delete(s.locks, rec.Lift.Lock)
 		s.lifts[rec.Lift.Lock] = rec
 	case rec.Key != nil:
-		if err := verify(*rec.Key); err == nil {
-			s.keys[rec.Key.Public.ID] = *rec.Key
-			s.keySeq[rec.Key.Public.ID] = rec.Seq
+		s.unchecked[rec.Seq] = recorded
+		if s.keysChecked {
+			s.check(rec.Seq, verify)
 		}
 	}
 	s.broadcast()
@@ -144,6 +151,27 @@ func (s *state) latest() time.Time {
 		}
 	}
 	return t
+}
+
+// checkKeys checks the keys that were put off, oldest first.
+func (s *state) checkKeys(verify func(Record, time.Time) error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.keysChecked = true
+	for _, seq := range slices.Sorted(maps.Keys(s.unchecked)) {
+		s.check(seq, verify)
+	}
+	s.broadcast()
+}
+
+// check publishes one key if it is a broker's. The caller holds the lock.
+func (s *state) check(seq uint64, verify func(Record, time.Time) error) {
+	rec := s.records[seq]
+	if err := verify(rec, s.unchecked[seq]); err == nil {
+		s.keys[rec.Key.Public.ID] = *rec.Key
+		s.keySeq[rec.Key.Public.ID] = seq
+	}
+	delete(s.unchecked, seq)
 }
 
 // broadcast wakes whoever waits for a change. The caller holds the lock.

@@ -43,6 +43,9 @@ type Entry struct {
 // how. It costs many times a decision. Errors are those of Decide.
 func (p *Policy) Explain(ctx context.Context, in Input) (Explanation, error) {
 	g := p.current.Load()
+	if g == nil {
+		return Explanation{}, ErrNone
+	}
 	if in.Time.IsZero() {
 		in.Time = p.cfg.Now()
 	}

@@ -26,6 +26,10 @@ import (
 // an answer of the wrong shape. Whoever meets it refuses the request.
 var ErrEvaluation = errors.New("policy evaluation failed")
 
+// ErrNone is why Decide fails before any policy is in force: see [Open]. It wraps
+// ErrEvaluation.
+var ErrNone = fmt.Errorf("%w: no policy is in force", ErrEvaluation)
+
 // ErrInput says that the question itself was malformed, by a mistake in Go code.
 // Whoever meets it refuses the request.
 var ErrInput = errors.New("malformed policy input")
@@ -88,6 +92,8 @@ type Policy struct {
 	cfg     Config
 	current atomic.Pointer[generation]
 
+	ready chan struct{} // closed when the first generation is in force
+
 	mu      sync.Mutex
 	lastErr error
 	lastBad [32]byte // hash of the folder that lastErr is about; zero if unreadable
@@ -95,41 +101,85 @@ type Policy struct {
 
 // Status is the state of the policy in force.
 type Status struct {
-	// Generation counts from 1 and goes up with each reload that took effect.
+	// Generation counts from 1 and goes up with each reload that took effect; 0 while
+	// none is in force.
 	Generation uint64
 	// LoadedAt is when this generation came into force.
 	LoadedAt time.Time
 	// Err is what is wrong with the folder as it is now, while an older generation
-	// stays in force; nil if the folder is what is in force.
+	// stays in force, or none is; nil if the folder is what is in force.
 	Err error
 }
 
 // Load reads and compiles a policy folder. It fails with [Problems] on one that
 // is empty, has no policy, doesn't compile or has invalid data.
 func Load(ctx context.Context, cfg Config) (*Policy, error) {
+	p, err := open(ctx, cfg)
+	if err != nil {
+		return nil, err
+	}
+	if p.lastErr != nil {
+		return nil, p.lastErr
+	}
+	return p, nil
+}
+
+// Open is Load for one who can wait: with a folder that Load would refuse it returns a
+// Policy that decides nothing (ErrNone) and knows no audience until Run, or Reload, has
+// found one that is good. It is said as loudly as a reload that failed; Status says what
+// is wrong until then, and Ready when it is over.
+func Open(ctx context.Context, cfg Config) (*Policy, error) {
+	p, err := open(ctx, cfg)
+	if err == nil && p.lastErr != nil {
+		p.report(ctx, 0, p.lastErr)
+	}
+	return p, err
+}
+
+func open(ctx context.Context, cfg Config) (*Policy, error) {
 	cfg, err := cfg.withDefaults()
 	if err != nil {
 		return nil, err
 	}
-	p := &Policy{cfg: cfg}
+	p := &Policy{cfg: cfg, ready: make(chan struct{})}
 	f, err := readFolder(cfg.FS)
 	if err != nil {
-		return nil, err
+		p.lastErr = err
+		return p, nil
 	}
 	g, err := build(ctx, f, cfg.Now())
-	if err != nil {
-		return nil, fmt.Errorf("loading policy: %w", err)
+	if ctx.Err() != nil {
+		return nil, ctx.Err()
 	}
-	g.number = 1
-	p.current.Store(g)
+	if err != nil {
+		p.lastErr, p.lastBad = fmt.Errorf("loading policy: %w", err), f.hash
+		return p, nil
+	}
+	p.install(g, 1)
 	return p, nil
 }
+
+// install puts a generation in force.
+func (p *Policy) install(g *generation, number uint64) {
+	g.number = number
+	p.current.Store(g)
+	if number == 1 {
+		close(p.ready)
+	}
+}
+
+// Ready returns a channel that is closed once a policy is in force.
+func (p *Policy) Ready() <-chan struct{} { return p.ready }
 
 // Decide answers one question, from one generation of the policy, within
 // Config.Timeout. On an error, which wraps [ErrEvaluation] or [ErrInput], the
 // decision is the zero one, which denies.
 func (p *Policy) Decide(ctx context.Context, in Input) (Decision, error) {
-	return p.current.Load().decide(ctx, p.cfg, in)
+	g := p.current.Load()
+	if g == nil {
+		return Decision{}, ErrNone
+	}
+	return g.decide(ctx, p.cfg, in)
 }
 
 func (g *generation) decide(ctx context.Context, cfg Config, in Input, opts ...rego.EvalOption) (Decision, error) {
@@ -185,14 +235,22 @@ func answer(rs rego.ResultSet, in Input) (Decision, error) {
 
 // Audience returns what the policy in force declares about name.
 func (p *Policy) Audience(name string) (Audience, bool) {
-	a, ok := p.current.Load().data.audiences[name]
+	a, ok := p.declared()[name]
 	a.Identities = slices.Clone(a.Identities)
 	return a, ok
 }
 
+// declared holds the audiences of the policy in force.
+func (p *Policy) declared() map[string]Audience {
+	if g := p.current.Load(); g != nil {
+		return g.data.audiences
+	}
+	return nil
+}
+
 // Audiences lists all that are declared, by name.
 func (p *Policy) Audiences() []Audience {
-	declared := p.current.Load().data.audiences
+	declared := p.declared()
 	out := make([]Audience, 0, len(declared))
 	for _, name := range slices.Sorted(maps.Keys(declared)) {
 		a := declared[name]
@@ -211,7 +269,7 @@ func (p *Policy) AnswersTo(id spiffeid.ID, aud string) bool {
 	if aud == id.String() {
 		return true
 	}
-	a, ok := p.current.Load().data.audiences[aud]
+	a, ok := p.declared()[aud]
 	if !ok {
 		return false
 	}
@@ -224,6 +282,9 @@ func (p *Policy) AnswersTo(id spiffeid.ID, aud string) bool {
 func (p *Policy) Status() Status {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	g := p.current.Load()
-	return Status{Generation: g.number, LoadedAt: g.loadedAt, Err: p.lastErr}
+	st := Status{Err: p.lastErr}
+	if g := p.current.Load(); g != nil {
+		st.Generation, st.LoadedAt = g.number, g.loadedAt
+	}
+	return st
 }

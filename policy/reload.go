@@ -20,7 +20,7 @@ const (
 
 // Run follows the folder until ctx ends and then returns nil. A folder that
 // doesn't compile, has invalid data, is empty or gone leaves the last good
-// generation in force, and is said loudly: an error in the log, OnReload, Status.
+// generation in force (or none, see [Open]), and is said loudly: an error in the log, OnReload, Status.
 // With Config.FS there is nothing to follow and Run only waits.
 func (p *Policy) Run(ctx context.Context) error {
 	if p.cfg.Dir == "" {
@@ -64,7 +64,7 @@ func (p *Policy) Reload(ctx context.Context) error {
 		hash = f.hash
 	}
 	switch {
-	case err == nil && hash == old.hash:
+	case err == nil && old != nil && hash == old.hash:
 		healed := p.lastErr != nil
 		p.lastErr = nil
 		p.mu.Unlock()
@@ -76,6 +76,10 @@ func (p *Policy) Reload(ctx context.Context) error {
 	case p.lastErr != nil && hash == p.lastBad:
 		defer p.mu.Unlock()
 		return p.lastErr
+	}
+	var number uint64 // of what is in force
+	if old != nil {
+		number = old.number
 	}
 	var g *generation
 	if err == nil {
@@ -89,20 +93,22 @@ func (p *Policy) Reload(ctx context.Context) error {
 		err = fmt.Errorf("reloading policy: %w", err)
 		p.lastBad = hash
 	} else {
-		g.number = old.number + 1
-		p.current.Store(g)
+		p.install(g, number+1)
 	}
 	p.lastErr = err
 	p.mu.Unlock()
-	p.report(ctx, old.number, err)
+	p.report(ctx, number, err)
 	return err
 }
 
 func (p *Policy) report(ctx context.Context, old uint64, err error) {
-	if err != nil {
+	switch {
+	case err != nil && old == 0:
+		p.cfg.Log.ErrorContext(ctx, "policy folder is broken, and no policy is in force: everything is denied", "dir", p.cfg.Dir, "error", err)
+	case err != nil:
 		p.cfg.Log.ErrorContext(ctx, "policy folder is broken, the last good policy stays in force",
 			"dir", p.cfg.Dir, "generation", old, "error", err)
-	} else {
+	default:
 		p.cfg.Log.InfoContext(ctx, "policy reloaded", "dir", p.cfg.Dir, "generation", old+1)
 	}
 	p.cfg.OnReload(err)

@@ -324,3 +324,78 @@ func relink(t *testing.T, target, link string) {
 	}
 	rename(t, link+".tmp", link)
 }
+
+// A folder that is empty, broken or not there when it is opened denies everything, says
+// why, and is taken up by itself once it is good.
+func TestOpenWaits(t *testing.T) {
+	for name, prepare := range map[string]func(dir string) error{
+		"not there": func(string) error { return nil },
+		"empty":     func(dir string) error { return os.Mkdir(dir, 0o700) },
+		"broken": func(dir string) error {
+			if err := os.Mkdir(dir, 0o700); err != nil {
+				return err
+			}
+			return os.WriteFile(filepath.Join(dir, "x.rego"), []byte("package"), 0o600)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := filepath.Join(t.TempDir(), "policy")
+			if err := prepare(dir); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := policy.Load(t.Context(), policy.Config{Dir: dir}); err == nil {
+				t.Fatal("Load took it")
+			}
+			log, reloads := &lockedBuffer{}, make(chan error, 100)
+			p, err := policy.Open(t.Context(), policy.Config{
+				Dir: dir, Log: slog.New(slog.NewTextHandler(log, nil)), OnReload: func(err error) { reloads <- err }, Timeout: patience,
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			f := &following{Policy: p, reloads: reloads, log: log}
+			if err := <-reloads; err == nil || !strings.Contains(log.String(), "everything is denied") {
+				t.Errorf("said %v, and %s", err, log)
+			}
+			in := policy.Input{Action: policy.ActionIssue, Caller: policy.Caller{ID: id("/ns/shop/payments")}, Audience: "orders"}
+			if d, err := p.Decide(t.Context(), in); !errors.Is(err, policy.ErrNone) || !errors.Is(err, policy.ErrEvaluation) || d.Allow {
+				t.Errorf("decided %+v, %v", d, err)
+			}
+			if _, ok := p.Audience("orders"); ok || len(p.Audiences()) > 0 || p.AnswersTo(id("/ns/shop/orders"), "orders") {
+				t.Error("it knows audiences")
+			}
+			if st := p.Status(); st.Err == nil || st.Generation != 0 {
+				t.Errorf("status %+v", st)
+			}
+			select {
+			case <-p.Ready():
+				t.Fatal("ready without a policy")
+			default:
+			}
+			ctx, cancel := context.WithCancel(t.Context())
+			done := make(chan error)
+			go func() { done <- p.Run(ctx) }()
+			if name == "broken" {
+				if err := os.Remove(filepath.Join(dir, "x.rego")); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := policy.WriteDemo(dir); err != nil {
+				t.Fatal(err)
+			}
+			select {
+			case <-p.Ready():
+			case <-time.After(patience):
+				t.Fatalf("it isn't taken up: %+v\n%s", p.Status(), log)
+			}
+			// What is written file by file may be in force before it is whole.
+			if !f.allows(t, "orders.write") {
+				f.until(t, false, func() bool { return f.allows(t, "orders.write") })
+			}
+			cancel()
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}

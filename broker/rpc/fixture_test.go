@@ -148,6 +148,9 @@ func newWorld(t *testing.T) *world {
 	}
 	running := make(chan error, 1)
 	go func() { running <- w.b.Run(ctx) }()
+	if err := w.b.CheckKeys(ctx); err != nil {
+		t.Fatal(err)
+	}
 	w.publish(public, key)
 
 	w.srv, err = rpc.NewServer(rpc.Config{

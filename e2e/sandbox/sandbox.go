@@ -150,12 +150,21 @@ func (s *Sandbox) Log(name string) string { return tail(filepath.Join(s.Dir, nam
 // StartBroker starts the broker's process and returns once it serves. After the first
 // start it keeps its addresses.
 func (s *Sandbox) StartBroker(ctx context.Context) error {
-	p, err := s.spawn("broker", s.cfg.Broker, "serve", "--config", s.brokerConfig(), "--announce")
-	if err != nil {
+	if err := s.SpawnBroker(); err != nil {
 		return err
 	}
-	s.broker = p
-	line, err := p.announced(ctx)
+	return s.AwaitBroker(ctx)
+}
+
+// SpawnBroker starts the broker's process and doesn't wait until it serves.
+func (s *Sandbox) SpawnBroker() (err error) {
+	s.broker, err = s.spawn("broker", s.cfg.Broker, "serve", "--config", s.brokerConfig(), "--announce")
+	return err
+}
+
+// AwaitBroker returns once a broker that was spawned serves.
+func (s *Sandbox) AwaitBroker(ctx context.Context) error {
+	line, err := s.broker.announced(ctx)
 	if err != nil {
 		return err
 	}

@@ -38,6 +38,7 @@ func TestExitCodes(t *testing.T) {
 	t.Setenv("SPIFFE_ENDPOINT_SOCKET", "")
 	good := writeFile(t, "b.yaml", minimal)
 	bad := writeFile(t, "b.yaml", strings.Replace(minimal, "https:", "http:", 1)+"  admin: :9090\nmax_ttl: 2h\n")
+	complete := writeFile(t, "b.yaml", minimal+"workload_api: unix:///nobody.sock\n")
 	nowhere := filepath.Join(t.TempDir(), "nothing")
 	problems := []string{":1: issuer: ", ":7: listen.admin: ", ":8: max_ttl: "}
 	for name, c := range map[string]struct {
@@ -58,6 +59,7 @@ func TestExitCodes(t *testing.T) {
 		"check, a bad file":            {[]string{"check", "-c", bad}, 2, problems},
 		"serve without a Workload API": {[]string{"serve", "-c", good}, 2, []string{"SPIFFE_ENDPOINT_SOCKET"}},
 		"check, a good file":           {[]string{"check", "-c", good}, 0, nil},
+		"serve, no store":              {[]string{"serve", "-c", complete}, 1, []string{"/s"}},
 		"check, no store":              {[]string{"check", nowhere}, 1, []string{nowhere}},
 	} {
 		t.Run(name, func(t *testing.T) {

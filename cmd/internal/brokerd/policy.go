@@ -2,6 +2,7 @@ package brokerd
 
 import (
 	"context"
+	"errors"
 	"time"
 
 	"github.com/dayflyhq/dayfly/broker"
@@ -28,6 +29,9 @@ func (d decider) Audience(name string) (broker.Audience, bool) {
 
 func (d decider) Decide(ctx context.Context, q broker.Question) (broker.Decision, error) {
 	got, err := d.p.Decide(ctx, input(q))
+	if errors.Is(err, policy.ErrNone) {
+		return broker.Decision{}, broker.ErrNoPolicy
+	}
 	if err != nil {
 		return broker.Decision{}, err
 	}

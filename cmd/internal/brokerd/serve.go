@@ -12,8 +12,10 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
+	"github.com/dayflyhq/dayfly/agent"
 	"github.com/dayflyhq/dayfly/broker"
 	"github.com/dayflyhq/dayfly/broker/boltstore"
 	"github.com/dayflyhq/dayfly/broker/keys"
@@ -26,7 +28,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"github.com/spiffe/go-spiffe/v2/workloadapi"
 	"golang.org/x/sync/errgroup"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 )
@@ -51,7 +52,9 @@ type Announcement struct {
 // reopenAfter spaces out attempts to open a store that closed itself.
 const reopenAfter = time.Second
 
-// Serve runs a broker until ctx ends. A store that closed itself, after a write whose
+// Serve runs a broker until ctx ends. It needs its store to begin: the break-glass socket
+// and the admin listener serve from then on. The rest follows by itself, when the Workload
+// API has given an SVID, and with a policy folder that compiles. A store that closed itself, after a write whose
 // outcome is unknown, is opened again and looked at; every other failure ends it. The
 // announcement goes to out as one line of JSON.
 func Serve(ctx context.Context, cfg Config, out, stderr io.Writer) error {
@@ -61,13 +64,13 @@ func Serve(ctx context.Context, cfg Config, out, stderr io.Writer) error {
 		return err
 	}
 	defer audit.close()
-	src, err := svids(ctx, cfg, log)
-	if err != nil {
-		return err
-	}
-	defer src.Close()
+	identity := agent.NewIdentity(cfg.WorkloadAPI, log)
+	asking, stop := context.WithCancel(context.WithoutCancel(ctx))
+	asked := make(chan error, 1)
+	go func() { asked <- identity.Run(asking) }()
+	defer func() { stop(); <-asked }() // after the last call has returned
 	for {
-		d := &daemon{cfg: &cfg, log: log, audit: audit, svids: src, out: out}
+		d := &daemon{cfg: &cfg, log: log, audit: audit, svids: identity, out: out}
 		err := d.run(ctx)
 		if ctx.Err() != nil || !errors.Is(err, broker.ErrStoreClosed) {
 			return err
@@ -81,29 +84,15 @@ func Serve(ctx context.Context, cfg Config, out, stderr io.Writer) error {
 	}
 }
 
-// svids waits for the broker's own SVID.
-func svids(ctx context.Context, cfg Config, log *slog.Logger) (*workloadapi.X509Source, error) {
-	var options []workloadapi.X509SourceOption
-	if cfg.WorkloadAPI != "" {
-		options = append(options, workloadapi.WithClientOptions(workloadapi.WithAddr(cfg.WorkloadAPI)))
-	}
-	log.InfoContext(ctx, "waiting for an SVID from the workload api")
-	src, err := workloadapi.NewX509Source(ctx, options...)
-	if err != nil {
-		return nil, fmt.Errorf("getting an SVID from the workload api: %w", err)
-	}
-	return src, nil
-}
-
 // daemon is one life of the broker between two openings of its store.
 type daemon struct {
 	cfg   *Config
 	log   *slog.Logger
 	audit *auditLog
-	svids *workloadapi.X509Source
+	svids *agent.Identity
 	out   io.Writer
 
-	id       spiffeid.ID
+	id       spiffeid.ID // of the first SVID; set before keys are checked
 	store    *boltstore.Store
 	policy   *policy.Policy
 	ring     *keys.Ring
@@ -126,15 +115,11 @@ func (d *daemon) run(ctx context.Context) (err error) {
 }
 
 func (d *daemon) open(ctx context.Context) error {
-	svid, err := d.svids.GetX509SVID()
-	if err != nil {
-		return fmt.Errorf("getting the broker's SVID: %w", err)
-	}
-	d.id = svid.ID
+	var err error
 	d.registry = prometheus.NewRegistry()
 	d.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	d.metrics = newMetrics(d.registry)
-	d.policy, err = policy.Load(ctx, policy.Config{Dir: d.cfg.Policy, Log: d.log, OnReload: d.metrics.policyReloaded})
+	d.policy, err = policy.Open(ctx, policy.Config{Dir: d.cfg.Policy, Log: d.log, OnReload: d.metrics.policyReloaded})
 	if err != nil {
 		return fmt.Errorf("loading policy from %s: %w", d.cfg.Policy, err)
 	}
@@ -192,54 +177,87 @@ func (d *daemon) signer() (broker.Signer, bool) {
 // serve runs everything until ctx ends or something fails, and stops in order: no new
 // calls, streams end, calls under way return, and only then what they stand on.
 func (d *daemon) serve(ctx context.Context) error {
-	listeners, err := listen(d.cfg.Listen)
-	if err != nil {
-		return err
-	}
-	defer listeners.close()
-
 	core, stopCore := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopCore()
 	group, edge := errgroup.WithContext(ctx)
+	r := &running{group: group, edge: edge, core: core}
 	group.Go(func() error { return d.broker.Run(core) })
 	group.Go(func() error { return d.policy.Run(core) })
-
-	servers, err := d.servers(listeners)
-	if err != nil {
-		return err
+	if err := d.start(r); err != nil && edge.Err() == nil {
+		group.Go(func() error { return err })
 	}
-	for _, s := range servers {
-		group.Go(s.serve)
+	<-edge.Done()
+	graceful, cancel := context.WithTimeout(core, d.cfg.ShutdownGrace)
+	defer cancel()
+	for _, s := range slices.Backward(r.servers) { // break-glass last
+		s.stop(graceful)
 	}
-	group.Go(func() error {
-		<-edge.Done()
-		graceful, cancel := context.WithTimeout(core, d.cfg.ShutdownGrace)
-		defer cancel()
-		for _, s := range servers {
-			s.stop(graceful)
-		}
-		if err := d.traces.shutdown(graceful); err != nil {
-			d.log.WarnContext(graceful, "sending the last traces failed", "err", err)
-		}
-		stopCore()
-		return nil
-	})
-	if err := d.ring.Rotate(edge); err != nil && ctx.Err() == nil {
-		group.Go(func() error { return fmt.Errorf("publishing the first signing key: %w", err) })
-		return group.Wait()
+	if err := d.traces.shutdown(graceful); err != nil {
+		d.log.WarnContext(graceful, "sending the last traces failed", "err", err)
 	}
-	group.Go(func() error { return d.ring.Run(core) })
-	group.Go(func() error { return d.watchKeys(core) })
-	for _, s := range servers {
-		s.ready()
-	}
-	d.announce(listeners)
-	err = group.Wait()
+	stopCore()
+	err := group.Wait()
 	if ctx.Err() != nil {
 		d.log.Info("stopped")
 		return nil
 	}
 	return err
+}
+
+// running is what serve has started.
+type running struct {
+	group   *errgroup.Group
+	edge    context.Context // ends first: no new calls
+	core    context.Context // ends last: what calls stand on
+	servers []server
+}
+
+func (r *running) start(s server) {
+	r.servers = append(r.servers, s)
+	r.group.Go(s.serve)
+}
+
+// start brings everything up, as far as what it needs is there. It returns when all is
+// up, or when edge has ended.
+func (d *daemon) start(r *running) error {
+	if err := d.startLocal(r); err != nil {
+		return err
+	}
+	if err := d.awaitSVID(r.edge); err != nil {
+		return err
+	}
+	if err := d.broker.CheckKeys(r.edge); err != nil {
+		return fmt.Errorf("checking the signing keys on record: %w", err)
+	}
+	serving, err := d.startPublic(r)
+	if err != nil {
+		return err
+	}
+	if err := d.ring.Rotate(r.edge); err != nil {
+		return fmt.Errorf("publishing the first signing key: %w", err)
+	}
+	r.group.Go(func() error { return d.ring.Run(r.core) })
+	r.group.Go(func() error { return d.watchKeys(r.core) })
+	serving()
+	d.announce()
+	return nil
+}
+
+// awaitSVID returns once the Workload API has given an SVID.
+func (d *daemon) awaitSVID(ctx context.Context) error {
+	for {
+		changed := d.svids.Changed()
+		if svid, err := d.svids.GetX509SVID(); err == nil {
+			d.id = svid.ID
+			return nil
+		}
+		d.log.InfoContext(ctx, "waiting for an SVID from the workload api", "break_glass", d.cfg.Listen.BreakGlass)
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
 }
 
 // watchKeys tells the ring of a revoked key; it makes a new one.
@@ -262,49 +280,71 @@ func (d *daemon) watchKeys(ctx context.Context) error {
 type server struct {
 	serve func() error
 	stop  func(context.Context)
-	ready func()
 }
 
-func (d *daemon) servers(l *listeners) ([]server, error) {
+// startLocal serves what works without SPIFFE and without policy: break-glass, and the
+// admin listener that says what is missing.
+func (d *daemon) startLocal(r *running) error {
+	if path := d.cfg.Listen.BreakGlass; path != "" {
+		l, err := listenUnix(path)
+		if err != nil {
+			return fmt.Errorf("listening for break-glass: %w", err)
+		}
+		glass, err := rpc.NewBreakGlass(rpc.Config{Broker: d.broker, Log: d.log})
+		if err != nil {
+			return errors.Join(err, l.Close())
+		}
+		r.start(grpcServer(glass, l))
+	}
+	if d.cfg.Listen.Admin == "" {
+		return nil
+	}
+	h, err := web.Admin(web.AdminConfig{Ready: d.problems, Metrics: d.registry, TracerProvider: d.traces.tracer(), Log: d.log})
+	if err != nil {
+		return err
+	}
+	l, err := listenTCP(&d.cfg.Listen.Admin)
+	if err != nil {
+		return err
+	}
+	r.start(webServer(func(ctx context.Context) error { return web.ServeAdmin(ctx, l, h, d.log) }))
+	return nil
+}
+
+// startPublic serves those who come over the network. Health says so once the function
+// it returns is called.
+func (d *daemon) startPublic(r *running) (serving func(), err error) {
 	main, err := rpc.NewServer(rpc.Config{
-		Broker: d.broker, SVIDs: d.svids, Bundle: d.svids, Log: d.log, Options: d.traces.serverOptions(),
+		Broker: d.broker, SVIDs: d.svids, Bundle: d.svids, BundlesChanged: d.svids.Changed, Log: d.log, Options: d.traces.serverOptions(),
 		TrustDomains: append([]spiffeid.TrustDomain{d.id.TrustDomain()}, d.cfg.TrustDomains...),
 	})
 	if err != nil {
 		return nil, err
 	}
-	servers := []server{grpcServer(main, l.grpc)}
-	if l.breakGlass != nil {
-		glass, err := rpc.NewBreakGlass(rpc.Config{Broker: d.broker, Log: d.log})
-		if err != nil {
-			return nil, err
-		}
-		servers = append(servers, grpcServer(glass, l.breakGlass))
+	main.Health.SetServingStatus("", healthpb.HealthCheckResponse_NOT_SERVING)
+	l, err := listenTCP(&d.cfg.Listen.GRPC)
+	if err != nil {
+		return nil, err
 	}
-	if l.public != nil {
-		h, err := web.Public(web.PublicConfig{Issuer: d.cfg.Issuer, Keys: d.broker.Keys, Algorithm: d.cfg.Algorithm, TracerProvider: d.traces.tracer(), Log: d.log})
-		if err != nil {
-			return nil, err
-		}
-		servers = append(servers, webServer(func(ctx context.Context) error { return web.Serve(ctx, l.public, h, d.log) }))
+	r.start(grpcServer(main, l))
+	serving = func() { main.Health.SetServingStatus("", healthpb.HealthCheckResponse_SERVING) }
+	if d.cfg.Listen.Public == "" {
+		return serving, nil
 	}
-	if l.admin != nil {
-		h, err := web.Admin(web.AdminConfig{Ready: d.problems, Metrics: d.registry, TracerProvider: d.traces.tracer(), Log: d.log})
-		if err != nil {
-			return nil, err
-		}
-		servers = append(servers, webServer(func(ctx context.Context) error { return web.ServeAdmin(ctx, l.admin, h, d.log) }))
+	h, err := web.Public(web.PublicConfig{Issuer: d.cfg.Issuer, Keys: d.broker.Keys, Algorithm: d.cfg.Algorithm, TracerProvider: d.traces.tracer(), Log: d.log})
+	if err != nil {
+		return nil, err
 	}
-	return servers, nil
+	public, err := listenTCP(&d.cfg.Listen.Public)
+	if err != nil {
+		return nil, err
+	}
+	r.start(webServer(func(ctx context.Context) error { return web.Serve(ctx, public, h, d.log) }))
+	return serving, nil
 }
 
 func grpcServer(s *rpc.Server, l net.Listener) server {
-	s.Health.SetServingStatus("", healthpb.HealthCheckResponse_NOT_SERVING)
-	return server{
-		serve: func() error { return s.Serve(l) },
-		stop:  s.Shutdown,
-		ready: func() { s.Health.SetServingStatus("", healthpb.HealthCheckResponse_SERVING) },
-	}
+	return server{serve: func() error { return s.Serve(l) }, stop: s.Shutdown}
 }
 
 func webServer(serve func(context.Context) error) server {
@@ -312,17 +352,22 @@ func webServer(serve func(context.Context) error) server {
 	return server{
 		serve: func() error { defer cancel(); return serve(ctx) },
 		stop:  func(context.Context) { cancel() },
-		ready: func() {},
 	}
 }
 
 // problems is what readiness says.
 func (d *daemon) problems() []web.Problem {
 	var out []web.Problem
+	if _, err := d.svids.GetX509SVID(); err != nil {
+		out = append(out, web.Problem{Reason: "NO_SVID", Message: "the workload api has given no SVID: only break-glass is served", Hint: "does the SPIFFE agent run, and has it an entry for the broker?"})
+	}
 	if _, ok := d.ring.Current(); !ok {
 		out = append(out, web.Problem{Reason: "NO_SIGNING_KEY", Message: "no signing key is published"})
 	}
-	if st := d.policy.Status(); st.Err != nil {
+	switch st := d.policy.Status(); {
+	case st.Generation == 0:
+		out = append(out, web.Problem{Reason: broker.ErrNoPolicy.Reason, Message: broker.ErrNoPolicy.Message, Hint: broker.ErrNoPolicy.Hint})
+	case st.Err != nil:
 		out = append(out, web.Problem{Reason: "POLICY_STALE", Message: "the policy folder is broken; the last good policy is in force", Warning: true})
 	}
 	if d.broker.ClockOff() {
@@ -331,50 +376,22 @@ func (d *daemon) problems() []web.Problem {
 	return out
 }
 
-func (d *daemon) announce(l *listeners) {
-	a := Announcement{ID: d.id.String(), GRPC: l.grpc.Addr().String()}
-	if l.public != nil {
-		a.Public = l.public.Addr().String()
-	}
-	if l.admin != nil {
-		a.Admin = l.admin.Addr().String()
-	}
-	if l.breakGlass != nil {
-		a.BreakGlass = l.breakGlass.Addr().String()
-	}
+func (d *daemon) announce() {
+	at := d.cfg.Listen
+	a := Announcement{ID: d.id.String(), GRPC: at.GRPC, Public: at.Public, Admin: at.Admin, BreakGlass: at.BreakGlass}
 	d.log.Info("serving", "id", a.ID, "grpc", a.GRPC, "public", a.Public, "admin", a.Admin, "break_glass", a.BreakGlass)
-	// Keep the ports over a reopening of the store.
-	d.cfg.Listen.GRPC, d.cfg.Listen.Public, d.cfg.Listen.Admin = a.GRPC, a.Public, a.Admin
 	if line, err := json.Marshal(a); err == nil {
 		fmt.Fprintf(d.out, "%s\n", line)
 	}
 }
 
-type listeners struct{ grpc, public, admin, breakGlass net.Listener }
-
-func listen(cfg Listen) (_ *listeners, err error) {
-	l := &listeners{}
-	defer func() {
-		if err != nil {
-			l.close()
-		}
-	}()
-	for _, at := range []struct {
-		addr string
-		into *net.Listener
-	}{{cfg.GRPC, &l.grpc}, {cfg.Public, &l.public}, {cfg.Admin, &l.admin}} {
-		if at.addr == "" {
-			continue
-		}
-		if *at.into, err = net.Listen("tcp", at.addr); err != nil {
-			return nil, fmt.Errorf("listening: %w", err)
-		}
+// listenTCP listens, and keeps the port that it got over a reopening of the store.
+func listenTCP(addr *string) (net.Listener, error) {
+	l, err := net.Listen("tcp", *addr)
+	if err != nil {
+		return nil, fmt.Errorf("listening: %w", err)
 	}
-	if cfg.BreakGlass != "" {
-		if l.breakGlass, err = listenUnix(cfg.BreakGlass); err != nil {
-			return nil, fmt.Errorf("listening for break-glass: %w", err)
-		}
-	}
+	*addr = l.Addr().String()
 	return l, nil
 }
 
@@ -401,12 +418,4 @@ func listenUnix(path string) (net.Listener, error) {
 		return nil, err
 	}
 	return l, nil
-}
-
-func (l *listeners) close() {
-	for _, ln := range []net.Listener{l.grpc, l.public, l.admin, l.breakGlass} {
-		if ln != nil {
-			ln.Close() // a second time for those that a server closed
-		}
-	}
 }
