@@ -65,7 +65,11 @@ func TestBreakGlassBeforeAnything(t *testing.T) {
 	if err := policy.WriteDemo(box.PolicyDir()); err != nil {
 		t.Fatal(err)
 	}
+	deadline := time.Now().Add(time.Minute)
 	for len(problems(t, box)) > 0 {
+		if time.Now().After(deadline) {
+			t.Fatalf("not ready for %v", problems(t, box))
+		}
 		time.Sleep(10 * time.Millisecond)
 	}
 	if _, err := reports.Issue(ctx, sdk.Request{Audience: "orders"}); err != nil {

@@ -10,6 +10,8 @@
 //     (TestNothingSignsBeforeItIsPublished, TestPublishFailsThenRecovers).
 //   - It goes on signing until another one is published, but no longer than
 //     SignGrace after that (TestRotation, TestReplacedSignerStops).
+//   - It is replaced at once when another authority is behind the broker's SVID
+//     (TestAuthorityReplaced).
 //   - Once revoked it never signs again (TestRevoked).
 //   - A record that its broker's SVID didn't sign is no key (TestVerifyKey).
 //

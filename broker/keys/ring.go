@@ -3,13 +3,16 @@ package keys
 import (
 	"context"
 	"crypto"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net/url"
+	"slices"
 	"sync"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
 	"github.com/dayflyhq/dayfly/proto/feed"
@@ -102,6 +105,10 @@ type signingKey struct {
 	private  crypto.Signer // nil once it may sign nothing any more
 	revoked  bool
 	replaced time.Time // zero while it is pending or current
+	// vouched is the chain of the SVID that vouches for it, good at vouchedAt.
+	vouched   []*x509.Certificate
+	vouchedAt time.Time
+	outdated  bool // another authority is behind the SVID now
 }
 
 // New checks the configuration. The ring is empty until Run or Rotate.
@@ -130,7 +137,7 @@ func New(cfg Config) (*Ring, error) {
 }
 
 // Run makes the first key at once unless Rotate already has, and another one
-// whenever RotateEvery has passed or the current one was revoked. A rotation that
+// whenever RotateEvery has passed, the current one was revoked, or SVIDChanged asks. A rotation that
 // fails is tried again, more and more rarely; the old key signs meanwhile. It returns
 // ctx.Err() when ctx ends.
 func (r *Ring) Run(ctx context.Context) error {
@@ -147,7 +154,7 @@ func (r *Ring) Run(ctx context.Context) error {
 			return ctx.Err()
 		case <-timer.C:
 		case <-r.wake:
-			if _, ok := r.Current(); ok {
+			if r.fresh() {
 				continue // somebody else has rotated since
 			}
 		}
@@ -175,7 +182,12 @@ func (r *Ring) Rotate(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("making a signing key: %w", err)
 	}
-	record, err := r.vouch(k.public)
+	svid, err := r.cfg.SVID()
+	if err != nil {
+		return fmt.Errorf("vouching for a signing key: getting the broker's SVID: %w", err)
+	}
+	k.vouched, k.vouchedAt = svid.Certificates, r.cfg.Now()
+	record, err := r.vouch(k.public, svid)
 	if err != nil {
 		return fmt.Errorf("vouching for a signing key: %w", err)
 	}
@@ -272,8 +284,58 @@ func (r *Ring) Revoked(id token.KeyID) {
 	}
 	k.replaced = r.cfg.Now()
 	r.current = nil
+	r.rouse()
+}
+
+// rouse makes Run look at the current key.
+func (r *Ring) rouse() {
 	select {
 	case r.wake <- struct{}{}:
-	default: // Run has yet to look at the last one
+	default: // Run has yet to look at the last time
 	}
+}
+
+func (r *Ring) fresh() bool {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	return r.current != nil && !r.current.outdated
+}
+
+// SVIDChanged says that the broker's SVID or the bundles may have changed. If another
+// authority is behind the SVID than behind the record of the current key, Run publishes a
+// new key at once. An authority leaves the bundle long after it has issued its last
+// SVID; by then every token of the old key has expired, and a restart, which finds that
+// nobody vouches for that key any more, takes nothing from anyone.
+func (r *Ring) SVIDChanged(bundles x509bundle.Source) {
+	svid, err := r.cfg.SVID()
+	if err != nil {
+		return
+	}
+	now := authorities(svid.Certificates, bundles, r.cfg.Now())
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	k := r.current
+	if k == nil || k.outdated || len(now) == 0 { // none: the old key is as good as a new one
+		return
+	}
+	then := authorities(k.vouched, bundles, k.vouchedAt)
+	if slices.ContainsFunc(now, func(a *x509.Certificate) bool { return slices.ContainsFunc(then, a.Equal) }) {
+		return
+	}
+	k.outdated = true
+	r.cfg.Log.Info("another authority is behind the broker's SVID; making a new signing key", "kid", k.public.ID.String())
+	r.rouse()
+}
+
+// authorities are the certificates of the bundle that a chain ends at.
+func authorities(chain []*x509.Certificate, bundles x509bundle.Source, at time.Time) []*x509.Certificate {
+	_, found, err := x509svid.Verify(chain, bundles, x509svid.WithTime(at))
+	if err != nil {
+		return nil
+	}
+	var out []*x509.Certificate
+	for _, c := range found {
+		out = append(out, c[len(c)-1])
+	}
+	return out
 }

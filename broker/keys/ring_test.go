@@ -431,6 +431,51 @@ func TestRotateWaitsNoLongerThanItsContext(t *testing.T) {
 	}
 }
 
+// A new key is made when another authority is behind the SVID, while the old one is still
+// in the bundle, and for no other change.
+func TestAuthorityReplaced(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := &publisher{}
+		td := spiffetest.ForTest(t, spiffetest.Config{TrustDomain: domain})
+		source := td.Source(brokerID)
+		r, _ := newRing(t, p, func(c *keys.Config) { c.SVID = source.GetX509SVID })
+		start(t, r)
+		first, made := mustCurrent(t, r).Public, time.Now()
+		for range 3 { // the same SVID, and then renewed ones
+			r.SVIDChanged(td)
+			synctest.Wait()
+			if got := mustCurrent(t, r).Public; got.ID != first.ID {
+				t.Fatal("rotated though the authority is the same")
+			}
+			time.Sleep(spiffetest.DefaultSVIDTTL)
+		}
+		if err := td.RotateCA(); err != nil {
+			t.Fatal(err)
+		}
+		r.SVIDChanged(td)
+		synctest.Wait()
+		second := mustCurrent(t, r).Public
+		if second.ID == first.ID {
+			t.Fatal("the key of the old authority goes on")
+		}
+		r.SVIDChanged(td)
+		synctest.Wait()
+		if got := mustCurrent(t, r).Public; got.ID != second.ID {
+			t.Error("rotated twice")
+		}
+		// The old authority leaves: the second key's record is good still.
+		if err := td.RotateCA(); err != nil {
+			t.Fatal(err)
+		}
+		if err := keys.VerifyKey(issuer, p.attempts[0], td, spiffeid.MatchID(brokerID), made); err == nil {
+			t.Error("the first key's record outlives its authority")
+		}
+		if err := keys.VerifyKey(issuer, p.attempts[1], td, spiffeid.MatchID(brokerID), time.Now()); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 func TestRedaction(t *testing.T) {
 	var logs bytes.Buffer
 	logger := slog.New(slog.NewTextHandler(&logs, nil))

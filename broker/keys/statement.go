@@ -31,12 +31,8 @@ func untrusted(what string, err error) error {
 	return fmt.Errorf("%w: %s: %w", ErrUntrustedKey, what, err)
 }
 
-// vouch makes the record of a public key, signed by the broker's SVID as it is now.
-func (r *Ring) vouch(pub token.PublicKey) (feed.Key, error) {
-	svid, err := r.cfg.SVID()
-	if err != nil {
-		return feed.Key{}, fmt.Errorf("getting the broker's SVID: %w", err)
-	}
+// vouch makes the record of a public key, signed by the broker's SVID.
+func (r *Ring) vouch(pub token.PublicKey, svid *x509svid.SVID) (feed.Key, error) {
 	der, err := x509.MarshalPKIXPublicKey(pub.Key)
 	if err != nil {
 		return feed.Key{}, fmt.Errorf("encoding the public key: %w", err)

@@ -238,6 +238,7 @@ func (d *daemon) start(r *running) error {
 	}
 	r.group.Go(func() error { return d.ring.Run(r.core) })
 	r.group.Go(func() error { return d.watchKeys(r.core) })
+	r.group.Go(func() error { return d.watchSVID(r.core) })
 	serving()
 	d.announce()
 	return nil
@@ -268,6 +269,19 @@ func (d *daemon) watchKeys(ctx context.Context) error {
 			d.log.WarnContext(ctx, "the current signing key is revoked; making a new one", "key", s.Public.ID.String())
 			d.ring.Revoked(s.Public.ID)
 		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// watchSVID tells the ring of every change of the SVID and of the bundles.
+func (d *daemon) watchSVID(ctx context.Context) error {
+	for {
+		changed := d.svids.Changed()
+		d.ring.SVIDChanged(d.svids)
 		select {
 		case <-changed:
 		case <-ctx.Done():
