@@ -20,7 +20,8 @@ const (
 
 // Run follows the folder until ctx ends and then returns nil. A folder that
 // doesn't compile, has invalid data, is empty or gone leaves the last good
-// generation in force (or none, see [Open]), and is said loudly: an error in the log, OnReload, Status.
+// generation in force (or none, see [Open]), and is said loudly: an error in the log,
+// OnReload, Status.
 // With Config.FS there is nothing to follow and Run only waits.
 func (p *Policy) Run(ctx context.Context) error {
 	if p.cfg.Dir == "" {
@@ -129,12 +130,13 @@ func (p *Policy) watch(ctx context.Context) *watcher {
 	fs, err := fsnotify.NewWatcher()
 	if err == nil {
 		w.fs, w.events, w.errors = fs, fs.Events, fs.Errors
-		err = fs.Add(w.dir)
-		// Without the parent only the replacement of the whole folder is noticed
-		// later, at the next rescan.
+		// The parent first: a folder that is replaced between the two is noticed then.
+		// Without the parent only the replacement of the whole folder is noticed later,
+		// at the next rescan.
 		if perr := fs.Add(filepath.Dir(w.dir)); perr != nil {
 			p.cfg.Log.WarnContext(ctx, "can't watch the policy folder's parent", "dir", w.dir, "error", perr)
 		}
+		err = fs.Add(w.dir)
 	}
 	if err != nil {
 		p.cfg.Log.WarnContext(ctx, "can't watch the policy folder, reading it at intervals instead",
