@@ -76,7 +76,8 @@ type Broker struct {
 	seen    seenSVIDs
 	retries retries
 	flight  singleflight.Group
-	lifting sync.Mutex
+	// proposing is held by lifts, and by whatever takes two persons.
+	proposing sync.Mutex
 }
 
 // New checks the configuration. It starts nothing.
@@ -250,6 +251,12 @@ func (b *Broker) PublishKey(ctx context.Context, key feed.Key) error {
 // append adds a record and waits until this process has applied it.
 func (b *Broker) append(ctx context.Context, next func(feed.Position) (Record, error)) (Record, error) {
 	rec, err := b.cfg.Store.Append(ctx, next)
+	for late := (behind{}); errors.As(err, &late); {
+		if err := b.state.await(ctx, late.head); err != nil {
+			return Record{}, fmt.Errorf("waiting for record %d: %w", late.head, err)
+		}
+		rec, err = b.cfg.Store.Append(ctx, next)
+	}
 	if err != nil {
 		return Record{}, storeRefusal(err)
 	}

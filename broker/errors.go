@@ -82,6 +82,7 @@ var (
 	ErrIdempotencyReused   = &Refusal{Invalid, "IDEMPOTENCY_KEY_REUSED", "the idempotency key was used for another request", "use a new key for a new request", nil}
 
 	ErrEverythingUnflagged = &Refusal{Invalid, "EVERYTHING_NOT_ALLOWED", "the selector \"everything\" needs its flag", "set allow_everything (--everything) if you mean every credential there is", nil}
+	ErrSecondPerson        = &Refusal{Conflict, "SECOND_PERSON_REQUIRED", "whoever proposed it can't confirm it", "another operator runs the same command in time; root on the broker's host needs no second person: --break-glass", nil}
 	ErrReasonRequired      = &Refusal{Invalid, "REASON_REQUIRED", "a reason is required", "say why in up to 1,024 characters; it goes to the records", nil}
 	ErrNotStanding         = &Refusal{NotFound, "LOCK_NOT_FOUND", "there is no standing lock with this number", "dayfly locks lists those that stand", nil}
 	ErrNoSuchGrant         = &Refusal{NotFound, "GRANT_NOT_FOUND", "there is no such grant", "dayfly grants list shows those on record", nil}

@@ -140,7 +140,7 @@ func (s *state) checkParent(t *token.Token, now time.Time) error {
 	for _, m := range t.Lineage {
 		for _, l := range s.locks {
 			// The thumbprint stands for the SVID; a reissue lock is the caller's matter.
-			if l.Mode == LockQuarantine && l.standing(now) && l.matches(m) {
+			if l.Mode == LockQuarantine && l.matches(m, now) {
 				return lockedRefusal(l)
 			}
 		}
@@ -148,8 +148,10 @@ func (s *state) checkParent(t *token.Token, now time.Time) error {
 	return nil
 }
 
-func (l *Lock) matches(m token.Member) bool {
-	return slices.ContainsFunc(l.Selectors, func(s revocation.Selector) bool { return s.MatchesCaller(m.Identity, m.SVID) })
+func (l *Lock) matches(m token.Member, now time.Time) bool {
+	return slices.ContainsFunc(l.Selectors, func(s revocation.Selector) bool {
+		return s.MatchesCaller(m.Identity, m.SVID) && l.stands(s, now)
+	})
 }
 
 func subjectOf(t *token.Token) revocation.Subject { return revocation.SubjectOf(&t.Claims) }

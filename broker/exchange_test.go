@@ -352,9 +352,11 @@ func TestDeadAncestor(t *testing.T) {
 			chain = append(chain, w.issue(w.caller("a"), to("b")))
 			chain = append(chain, w.exchange(w.caller("b"), chain[0].Token, to("c")))
 			chain = append(chain, w.exchange(w.caller("c"), chain[1].Token, to("d")))
-			_, err := w.b.Revoke(ctx, w.operator(), broker.Revoke{
-				Selectors: []revocation.Selector{tc.selector(chain)}, Lock: broker.LockNone, Reason: "test", AllowEverything: true,
-			})
+			req := broker.Revoke{Selectors: []revocation.Selector{tc.selector(chain)}, Lock: broker.LockNone, Reason: "test", AllowEverything: true}
+			_, err := w.b.Revoke(ctx, w.operator(), req)
+			if pending := (*broker.Pending)(nil); errors.As(err, &pending) {
+				_, err = w.b.Revoke(ctx, w.caller("second-operator"), req)
+			}
 			if err != nil {
 				t.Fatal(err)
 			}

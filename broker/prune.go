@@ -41,6 +41,9 @@ func (b *Broker) Prune(ctx context.Context) error {
 	if moved {
 		b.forget(horizon, keep)
 	}
+	if err := b.pruneProposals(ctx); err != nil {
+		return err
+	}
 	b.roster.mu.Lock()
 	maps.DeleteFunc(b.roster.contained, func(seq uint64, _ feed.Instant) bool { return seq <= horizon.Seq })
 	b.roster.mu.Unlock()
@@ -186,6 +189,9 @@ func (b *Broker) forget(horizon feed.Position, keep func(Record) bool) {
 			delete(s.lifts, seq)
 		}
 		delete(s.retried, retryKey(rec.Details.Actor, rec.Details.IdempotencyKey))
+		if p := rec.Details.Proposed; p != nil {
+			delete(s.retried, retryKey(p.Actor, p.IdempotencyKey))
+		}
 	}
 	s.broadcast()
 }

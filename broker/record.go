@@ -35,6 +35,9 @@ type Details struct {
 	// IdempotencyKey makes a retried call find the record it made before.
 	IdempotencyKey string `json:"idempotency_key,omitempty"`
 
+	// Proposed is set where it took two persons: Actor is who confirmed.
+	Proposed *Proposal `json:"proposed,omitempty"`
+
 	// Lock, LockEnds and LockCut are set with a revocation.
 	Lock     LockMode  `json:"lock,omitempty"`
 	LockEnds time.Time `json:"lock_ends,omitzero"`

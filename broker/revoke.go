@@ -27,25 +27,20 @@ type Revoke struct {
 }
 
 // Revoke records a revocation with its lock. It is durable, applied here and on its
-// way to every verifier when it returns.
+// way to every verifier when it returns. Of everything it takes two operators: the first
+// one's call returns *Pending, and nothing is revoked.
 func (b *Broker) Revoke(ctx context.Context, c Caller, req Revoke) (Record, error) {
 	e := b.entry(ActionRevoke, c)
 	e.Selector, e.Lock, e.Why = texts(req.Selectors), req.Lock, auditable(req.Reason)
 	rec, err := b.revoke(ctx, c, req, &e)
-	if err != nil {
-		return Record{}, b.refuse(e, err)
+	if err == nil {
+		e.Sequence, e.Lock = rec.Seq, rec.Details.Lock
 	}
-	e.Outcome, e.Sequence, e.Lock = "allowed", rec.Seq, rec.Details.Lock
-	b.loud(ctx, c, "revoke", rec.Seq)
-	if err := b.cfg.Audit(e); err != nil {
-		// It is done and must stay done: say so where operators look.
-		b.cfg.Log.ErrorContext(ctx, "writing the audit of a revocation failed", "sequence", rec.Seq, "err", err)
-	}
-	return rec, nil
+	return rec, b.outcome(ctx, c, e, rec, err)
 }
 
 // loud logs what was done past policy, over the break-glass socket.
-func (b *Broker) loud(ctx context.Context, c Caller, what string, seq uint64) {
+func (b *Broker) loud(ctx context.Context, c Caller, what Action, seq uint64) {
 	if c.Local != "" {
 		b.cfg.Log.WarnContext(ctx, "BREAK-GLASS: policy was not asked", "what", what, "by", c.Local, "sequence", seq)
 	}
@@ -69,21 +64,43 @@ func (b *Broker) revoke(ctx context.Context, c Caller, req Revoke, e *AuditEntry
 	if err != nil {
 		return Record{}, err
 	}
-	return b.recordOnce(ctx, c, req.IdempotencyKey, func(rec Record) bool {
-		return rec.Revocation != nil && slices.Equal(rec.Revocation.Selectors, req.Selectors) &&
-			rec.Details.Lock == req.Lock && rec.Details.LockEnds.Equal(req.LockEnds)
-	}, b.revocationRecord(c, req))
+	subject := revokeSubject(req.Selectors, req.Lock, req.LockEnds)
+	same := func(rec Record) bool {
+		return rec.Revocation != nil && revokeSubject(rec.Revocation.Selectors, rec.Details.Lock, rec.Details.LockEnds) == subject
+	}
+	if action != ActionRevokeEverything || c.Local != "" {
+		next := b.revocationRecord(c, req, nil)
+		return b.recordOnce(ctx, c, req.IdempotencyKey, same, func(feed.Position) (Record, error) { return next() })
+	}
+	b.proposing.Lock()
+	defer b.proposing.Unlock()
+	if _, ok := b.recorded(c, req.IdempotencyKey); ok {
+		return b.recordOnce(ctx, c, req.IdempotencyKey, same, nil)
+	}
+	want := Proposal{Subject: subject, Actor: c.Actor(), Reason: req.Reason, IdempotencyKey: req.IdempotencyKey}
+	proposal, err := b.consent(ctx, want, d.SecondPerson, nil, nil)
+	if err != nil {
+		return Record{}, err
+	}
+	rec, err := b.recordOnce(ctx, c, req.IdempotencyKey, same, b.settled(b.revocationRecord(c, req, proposal)))
+	if err == nil {
+		b.forgetProposal(ctx, proposal)
+	}
+	return rec, err
 }
 
 // revocationRecord returns the function that makes the record at the moment of commit.
-func (b *Broker) revocationRecord(c Caller, req Revoke) func(feed.Position) (Record, error) {
-	return func(feed.Position) (Record, error) {
+func (b *Broker) revocationRecord(c Caller, req Revoke, confirms *Proposal) func() (Record, error) {
+	return func() (Record, error) {
+		if confirms != nil && b.confirmed(confirms) {
+			return Record{}, ErrBusy.because("the proposal was just confirmed by another call")
+		}
 		now := b.cfg.Now().UTC()
 		rec := Record{
 			Event: feed.Event{Revocation: &feed.Revocation{Selectors: req.Selectors}},
 			Details: Details{
 				Time: now, Actor: c.Actor(), Reason: req.Reason, IdempotencyKey: req.IdempotencyKey,
-				Lock: req.Lock, LockEnds: req.LockEnds.UTC(),
+				Proposed: confirms, Lock: req.Lock, LockEnds: req.LockEnds.UTC(),
 			},
 		}
 		rec.Details.SVIDExpires = b.svidExpiries(req.Selectors)
@@ -156,8 +173,14 @@ func checkRevoke(req *Revoke, now time.Time) error {
 	default:
 		return ErrInvalidRequest.because("lock_mode: unknown").with("field", "lock_mode")
 	}
-	if !req.LockEnds.IsZero() && (req.Lock == LockNone || !req.LockEnds.After(now)) {
+	if req.LockEnds.IsZero() {
+		return nil
+	}
+	if req.Lock == LockNone || !req.LockEnds.After(now) {
 		return ErrInvalidRequest.because("lock_ends_at: must be in the future, and belongs to a lock").with("field", "lock_ends_at")
+	}
+	if !slices.ContainsFunc(req.Selectors, func(s revocation.Selector) bool { return s.Lockable() && s.Kind() != revocation.KindSVID }) {
+		return ErrInvalidRequest.because("lock_ends_at: a lock on an SVID stands until that SVID has expired").with("field", "lock_ends_at")
 	}
 	return nil
 }
@@ -198,11 +221,7 @@ func (b *Broker) recordOnce(ctx context.Context, c Caller, key string, same func
 		return b.append(ctx, next)
 	}
 	done := b.flight.DoChan(retryKey(c.Actor(), key), func() (any, error) {
-		b.state.mu.RLock()
-		seq, ok := b.state.retried[retryKey(c.Actor(), key)]
-		rec := b.state.records[seq]
-		b.state.mu.RUnlock()
-		if ok {
+		if rec, ok := b.recorded(c, key); ok {
 			return rec, nil
 		}
 		// The work outlives a caller that gives up: others may wait for it.
@@ -224,20 +243,22 @@ func (b *Broker) recordOnce(ctx context.Context, c Caller, key string, same func
 	return rec, nil
 }
 
+// recorded returns the record that a key of the caller's made, or, where another
+// confirmed what it proposed, has become.
+func (b *Broker) recorded(c Caller, key string) (Record, bool) {
+	b.state.mu.RLock()
+	defer b.state.mu.RUnlock()
+	seq, ok := b.state.retried[retryKey(c.Actor(), key)]
+	return b.state.records[seq], ok
+}
+
 // Lift ends one standing lock. The revocation stays, and nothing issued before revives.
+// Where policy wants two persons, the first one's call returns *Pending.
 func (b *Broker) Lift(ctx context.Context, c Caller, number uint64, reason, idempotencyKey string) (Record, error) {
 	e := b.entry(ActionLift, c)
 	e.Sequence, e.Why = number, auditable(reason)
 	rec, err := b.lift(ctx, c, number, reason, idempotencyKey, &e)
-	if err != nil {
-		return Record{}, b.refuse(e, err)
-	}
-	e.Outcome = "allowed"
-	b.loud(ctx, c, "lift", rec.Seq)
-	if err := b.cfg.Audit(e); err != nil {
-		b.cfg.Log.ErrorContext(ctx, "writing the audit of a lift failed", "lock", number, "err", err)
-	}
-	return rec, nil
+	return rec, b.outcome(ctx, c, e, rec, err)
 }
 
 func (b *Broker) lift(ctx context.Context, c Caller, number uint64, reason, key string, e *AuditEntry) (Record, error) {
@@ -250,23 +271,50 @@ func (b *Broker) lift(ctx context.Context, c Caller, number uint64, reason, key 
 	if err := b.checkSVID(c); err != nil {
 		return Record{}, err
 	}
-	d, err := b.decide(ctx, Question{Action: ActionLift, Caller: c, Time: b.cfg.Now()})
+	d, mayPropose := b.decide(ctx, Question{Action: ActionLift, Caller: c, Time: b.cfg.Now()})
 	e.Rule = d.Rule
-	if err != nil {
-		return Record{}, err
+	var confirm Decision
+	mayConfirm := mayPropose
+	if d.SecondPerson.Required {
+		confirm, mayConfirm = b.decide(ctx, Question{Action: ActionLiftConfirm, Caller: c, Time: b.cfg.Now()})
 	}
-	b.lifting.Lock() // two lifts of one lock must not both find it standing
-	defer b.lifting.Unlock()
-	return b.recordOnce(ctx, c, key, func(rec Record) bool { return rec.Lift != nil && rec.Lift.Lock == number },
-		func(feed.Position) (Record, error) {
-			if _, ok := b.lock(number); !ok {
-				return Record{}, ErrNotStanding.because("lock %d does not stand", number)
-			}
-			return Record{
-				Event:   feed.Event{Lift: &feed.Lift{Lock: number}},
-				Details: Details{Time: b.cfg.Now().UTC(), Actor: c.Actor(), Reason: reason, IdempotencyKey: key},
-			}, nil
-		})
+	if mayPropose != nil && mayConfirm != nil {
+		return Record{}, mayPropose
+	}
+	b.proposing.Lock() // two lifts of one lock must not both find it standing
+	defer b.proposing.Unlock()
+	same := func(rec Record) bool { return rec.Lift != nil && rec.Lift.Lock == number }
+	if _, ok := b.recorded(c, key); ok {
+		return b.recordOnce(ctx, c, key, same, nil)
+	}
+	if _, ok := b.lock(number); !ok {
+		return Record{}, ErrNotStanding.because("lock %d does not stand", number)
+	}
+	var proposal *Proposal
+	if d.SecondPerson.Required {
+		want := Proposal{Subject: liftSubject(number), Actor: c.Actor(), Reason: reason, IdempotencyKey: key}
+		var err error
+		proposal, err = b.consent(ctx, want, d.SecondPerson, mayPropose, mayConfirm)
+		if proposal != nil {
+			e.Action, e.Rule = ActionLiftConfirm, confirm.Rule
+		}
+		if err != nil {
+			return Record{}, err
+		}
+	}
+	rec, err := b.recordOnce(ctx, c, key, same, b.settled(func() (Record, error) {
+		if _, ok := b.lock(number); !ok {
+			return Record{}, ErrNotStanding.because("lock %d does not stand", number)
+		}
+		return Record{
+			Event:   feed.Event{Lift: &feed.Lift{Lock: number}},
+			Details: Details{Time: b.cfg.Now().UTC(), Actor: c.Actor(), Reason: reason, IdempotencyKey: key, Proposed: proposal},
+		}, nil
+	}))
+	if err == nil && proposal != nil {
+		b.forgetProposal(ctx, proposal)
+	}
+	return rec, err
 }
 
 func (b *Broker) lock(number uint64) (Lock, bool) {

@@ -107,6 +107,61 @@ func TestLockOnSVID(t *testing.T) {
 	}
 }
 
+// An end that was given for an identity doesn't free a stolen SVID in the same record;
+// the SVID's own expiry ends that part, and with it the lock.
+func TestLockOnSVIDOutlivesTheEnd(t *testing.T) {
+	w := newWorld(t)
+	stolen, other := w.caller("payments"), w.caller("web")
+	w.admitted(stolen, true, "before") // seen, so its expiry is known
+	rec, err := w.b.Revoke(ctx, w.operator(), broker.Revoke{
+		Selectors: []revocation.Selector{revocation.SVID(token.ThumbprintOf(stolen.Leaf)), revocation.Identity(other.ID)},
+		Reason:    "r", LockEnds: noon.Add(time.Minute),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.admitted(other, false, "before the end")
+	w.clock.advance(time.Minute)
+	for range 2 {
+		w.admitted(other, true, "at the end")
+		w.admitted(stolen, false, "at the end")
+		if locks := w.b.Locks(); len(locks) != 1 || locks[0].Number != rec.Seq || !locks[0].End().Equal(stolen.Leaf.NotAfter) {
+			t.Errorf("standing: %+v", locks)
+		}
+		w.restart()
+	}
+	w.clock.advance(stolen.Leaf.NotAfter.Sub(w.clock.Now()) + time.Second)
+	if locks := w.b.Locks(); len(locks) != 0 {
+		t.Errorf("the SVID has expired, and there stand %+v", locks)
+	}
+	_, err = w.b.Lift(ctx, w.operator(), rec.Seq, "r", "")
+	refused(t, err, broker.ErrNotStanding)
+}
+
+// Where nobody knows when an SVID expires its lock stands until it is lifted, over
+// restarts and prunings.
+func TestLockOnUnknownSVID(t *testing.T) {
+	w := newWorld(t)
+	stolen := w.callerWith(id("payments"), spiffetest.SVIDOptions{NotAfter: noon.Add(90 * 24 * time.Hour)})
+	rec := w.revoke("", revocation.SVID(token.ThumbprintOf(stolen.Leaf)))
+	if len(rec.Details.SVIDExpires) != 0 {
+		t.Errorf("the expiry of an SVID that was never seen: %v", rec.Details.SVIDExpires)
+	}
+	w.clock.advance(60 * 24 * time.Hour)
+	if err := w.b.Prune(ctx); err != nil {
+		t.Fatal(err)
+	}
+	w.restart()
+	w.admitted(stolen, false, "two months later")
+	if locks := w.b.Locks(); len(locks) != 1 || !locks[0].End().IsZero() {
+		t.Errorf("standing: %+v", locks)
+	}
+	if _, err := w.b.Lift(ctx, w.operator(), rec.Seq, "r", ""); err != nil {
+		t.Fatal(err)
+	}
+	w.admitted(stolen, true, "lifted")
+}
+
 // A lock's end ends the lock and nothing else.
 func TestLockEnds(t *testing.T) {
 	w := newWorld(t)
@@ -395,6 +450,7 @@ func TestMalformedRevocations(t *testing.T) {
 		{"an unknown lock", broker.Revoke{Selectors: many[:1], Reason: "r", Lock: "jail"}, broker.ErrInvalidRequest},
 		{"a lock on an audience", broker.Revoke{Selectors: []revocation.Selector{audience}, Reason: "r", Lock: broker.LockQuarantine}, broker.ErrInvalidRequest},
 		{"an end in the past", broker.Revoke{Selectors: many[:1], Reason: "r", LockEnds: noon}, broker.ErrInvalidRequest},
+		{"an end of a lock on an SVID alone", broker.Revoke{Selectors: []revocation.Selector{revocation.SVID(token.Thumbprint{1})}, Reason: "r", LockEnds: noon.Add(time.Hour)}, broker.ErrInvalidRequest},
 		{"an end without a lock", broker.Revoke{Selectors: many[:1], Reason: "r", Lock: broker.LockNone, LockEnds: noon.Add(time.Hour)}, broker.ErrInvalidRequest},
 		{"a huge key", broker.Revoke{Selectors: many[:1], Reason: "r", IdempotencyKey: strings.Repeat("k", broker.MaxKeyLength+1)}, broker.ErrInvalidRequest},
 	} {
@@ -440,11 +496,19 @@ func TestEverything(t *testing.T) {
 		t.Errorf("audit: %+v", e)
 	}
 	w.policy.set(nil)
-	if _, err := w.b.Revoke(ctx, w.operator(), req); err != nil {
+	head := w.b.Head()
+	first := w.pending(w.b.Revoke(ctx, w.operator(), req))
+	if v := w.verdict(cred.Token); v != revocation.Alive || w.b.Head() != head {
+		t.Errorf("proposed, and the token is %s", v)
+	}
+	if _, err := w.b.Revoke(ctx, w.caller("second-operator"), req); err != nil {
 		t.Fatal(err)
 	}
 	if v := w.verdict(cred.Token); v != revocation.Revoked {
 		t.Errorf("the token is %s", v)
+	}
+	if want := noon.Add(15 * time.Minute); !first.Ends.Equal(want) {
+		t.Errorf("it would have waited until %s, want %s", first.Ends, want)
 	}
 }
 

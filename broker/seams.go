@@ -52,6 +52,7 @@ const (
 	ActionRevoke           Action = "revoke"
 	ActionRevokeEverything Action = "revoke_everything"
 	ActionLift             Action = "lift"
+	ActionLiftConfirm      Action = "lift_confirm"
 	ActionList             Action = "list"
 	ActionPlan             Action = "plan"
 )
@@ -87,9 +88,23 @@ type Decision struct {
 	Message  string
 	Hint     string
 	Metadata map[string]string
+	// SecondPerson is for lifts and for revocations of everything.
+	SecondPerson SecondPerson
 	// Rule and Data say what decided, for the audit.
 	Rule string
 	Data []string
+}
+
+// SecondPerson is what policy says of calls that take two persons. It is set whatever
+// the decision.
+type SecondPerson struct {
+	// Required: a lift only proposes, and another operator confirms. A revocation of
+	// everything always takes two.
+	Required bool
+	// Within is how long a proposal waits; 0: 15 minutes.
+	Within time.Duration
+	// Confirmers are patterns of identities that may confirm, to be told to who proposes.
+	Confirmers []string
 }
 
 // An Audience is what policy data declares of one.
@@ -133,7 +148,7 @@ type AuditEntry struct {
 	Action   Action    `json:"action"`
 	Actor    string    `json:"actor"`
 	Peer     string    `json:"peer,omitempty"`
-	Outcome  string    `json:"outcome"` // "allowed" or "refused"
+	Outcome  string    `json:"outcome"` // "allowed", "refused" or "proposed"
 	Reason   string    `json:"reason,omitempty"`
 	Message  string    `json:"message,omitempty"`
 	Rule     string    `json:"rule,omitempty"`
@@ -145,5 +160,7 @@ type AuditEntry struct {
 	Selector []string  `json:"selectors,omitempty"`
 	Lock     LockMode  `json:"lock,omitempty"`
 	Why      string    `json:"why,omitempty"` // the operator's own words
-	Alert    bool      `json:"alert,omitempty"`
+	// ProposedBy is the first of two persons; Actor is the second.
+	ProposedBy string `json:"proposed_by,omitempty"`
+	Alert      bool   `json:"alert,omitempty"`
 }

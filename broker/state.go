@@ -19,7 +19,7 @@ type Lock struct {
 	Number    uint64
 	Selectors []revocation.Selector // the lockable ones
 	Mode      LockMode
-	Ends      time.Time // zero: when lifted
+	Ends      time.Time // zero: when lifted. A selector of an SVID has an end of its own
 	Cut       time.Time
 	Reason    string
 	Actor     string
@@ -28,27 +28,47 @@ type Lock struct {
 	svidExpires map[string]time.Time
 }
 
-// standing reports whether the lock still stands at a moment.
+// standing reports whether any part of the lock still stands at a moment.
 func (l *Lock) standing(now time.Time) bool {
+	return slices.ContainsFunc(l.Selectors, func(sel revocation.Selector) bool { return l.stands(sel, now) })
+}
+
+// stands reports whether the lock on one of its selectors still stands. On an SVID it
+// does until that has expired, for ever if it isn't known when that is.
+func (l *Lock) stands(sel revocation.Selector, now time.Time) bool {
+	if sel.Kind() == revocation.KindSVID {
+		exp, known := l.svidExpires[sel.Value()]
+		return !known || !now.After(exp)
+	}
 	return l.Ends.IsZero() || now.Before(l.Ends)
+}
+
+// End returns when the whole lock ends by itself; zero: when it is lifted.
+func (l *Lock) End() time.Time {
+	var last time.Time
+	for _, sel := range l.Selectors {
+		end := l.Ends
+		if sel.Kind() == revocation.KindSVID {
+			end = l.svidExpires[sel.Value()]
+		}
+		if end.IsZero() {
+			return time.Time{}
+		}
+		if end.After(last) {
+			last = end
+		}
+	}
+	return last
 }
 
 // admits reports whether the lock lets an identity with its SVID have credentials.
 func (l *Lock) admits(id spiffeid.ID, svid token.Thumbprint, notBefore time.Time, now time.Time) bool {
-	if !l.standing(now) {
-		return true
-	}
 	for _, sel := range l.Selectors {
-		if !sel.MatchesCaller(id, svid) {
+		if !sel.MatchesCaller(id, svid) || !l.stands(sel, now) {
 			continue
 		}
-		if sel.Kind() == revocation.KindSVID {
-			if exp, ok := l.svidExpires[sel.Value()]; ok && now.After(exp) {
-				continue
-			}
-			return false // a stolen SVID gets nothing, whatever the mode
-		}
-		if l.Mode == LockQuarantine || !notBefore.After(l.Cut) {
+		// A stolen SVID gets nothing, whatever the mode.
+		if sel.Kind() == revocation.KindSVID || l.Mode == LockQuarantine || !notBefore.After(l.Cut) {
 			return false
 		}
 	}
@@ -119,6 +139,9 @@ func (s *state) apply(rec Record, now feed.Instant, recorded time.Time, verify f
 	s.known[rec.Seq] = now
 	if k := rec.Details.IdempotencyKey; k != "" {
 		s.retried[retryKey(rec.Details.Actor, k)] = rec.Seq
+	}
+	if p := rec.Details.Proposed; p != nil && p.IdempotencyKey != "" {
+		s.retried[retryKey(p.Actor, p.IdempotencyKey)] = rec.Seq
 	}
 	switch {
 	case rec.Revocation != nil:

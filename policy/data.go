@@ -22,6 +22,10 @@ const (
 	defaultMaxStaleness = 30 * time.Second
 	// minTTL is the resolution of a token's exp.
 	minTTL = time.Second
+	// defaultConfirmWithin is how long a proposal waits for its second person;
+	// maxConfirmWithin is less than the broker remembers what was confirmed.
+	defaultConfirmWithin = 15 * time.Minute
+	maxConfirmWithin     = time.Hour
 	// maxName bounds audience names and scopes, in bytes: a token is at most 2 KiB.
 	maxName = 255
 )
@@ -77,6 +81,7 @@ type dataset struct {
 	operators    map[string][]string
 	verifiers    map[string]verifier
 	limits       map[string]Limits
+	lift         lift
 
 	// names maps a pattern to the audience names it answers to.
 	names map[string][]string
@@ -96,6 +101,12 @@ type (
 		follow []string
 		relay  bool
 	}
+	// lift says whether ending a lock takes two persons, and how long a proposal
+	// waits, that of a revocation of everything too.
+	lift struct {
+		twoPerson bool
+		within    time.Duration
+	}
 )
 
 // parser collects the data of a folder's files, and everything wrong with it.
@@ -109,6 +120,7 @@ type parser struct {
 	operators    map[string][]string
 	verifiers    map[string]verifier
 	limits       map[string]Limits
+	lift         lift
 	custom       map[string]ast.Value
 
 	places map[string]place
@@ -132,6 +144,7 @@ func parseData(names []string, files map[string][]byte, problems *Problems) *dat
 		operators:    map[string][]string{},
 		verifiers:    map[string]verifier{},
 		limits:       map[string]Limits{},
+		lift:         lift{within: defaultConfirmWithin},
 		custom:       map[string]ast.Value{},
 		places:       map[string]place{},
 	}
@@ -197,6 +210,7 @@ func (p *parser) root(n *yaml.Node) {
 		"operators":    p.parseOperators,
 		"verifiers":    p.parseVerifiers,
 		"limits":       p.parseLimits,
+		"lift":         p.parseLift,
 		"custom":       p.parseCustom,
 	})
 }
@@ -368,6 +382,20 @@ func (p *parser) parseLimits(n *yaml.Node) {
 			"live_grants":      func(n *yaml.Node) { l.LiveGrants = p.count(n) },
 		})
 		p.limits[pattern] = l
+	})
+}
+
+func (p *parser) parseLift(n *yaml.Node) {
+	if n.Tag == "!!null" || !p.claim(n, "lift") {
+		return
+	}
+	p.fields(n, "lift", map[string]func(*yaml.Node){
+		"two_person": func(n *yaml.Node) { p.lift.twoPerson = p.boolean(n) },
+		"within": func(n *yaml.Node) {
+			if p.lift.within = p.duration(n, time.Second); p.lift.within > maxConfirmWithin {
+				p.failf(n, "must be at most %v", maxConfirmWithin)
+			}
+		},
 	})
 }
 

@@ -18,6 +18,7 @@ func (p *parser) dataset() *dataset {
 		operators:    p.operators,
 		verifiers:    p.verifiers,
 		limits:       p.limits,
+		lift:         p.lift,
 		names:        map[string][]string{},
 		places:       p.places,
 	}
@@ -33,6 +34,10 @@ func (p *parser) dataset() *dataset {
 		item("operators", object(p.operators, setTerm)),
 		item("verifiers", object(p.verifiers, verifierTerm)),
 		item("limits", object(p.limits, limitsTerm)),
+		item("lift", ast.ObjectTerm(
+			item("two_person", ast.BooleanTerm(p.lift.twoPerson)),
+			item("within_ns", int64Term(int64(p.lift.within))),
+		)),
 		item("custom", object(p.custom, ast.NewTerm)),
 	)
 	return d
@@ -74,6 +79,30 @@ func (d *dataset) match(in Input, patterns []string) string {
 // limitsOf returns the limits of the most specific of patterns that has some.
 func (d *dataset) limitsOf(patterns []string) Limits {
 	return d.limits[first(patterns, func(p string) bool { _, ok := d.limits[p]; return ok })]
+}
+
+// secondPerson says what an operator's call needs beside itself.
+func (d *dataset) secondPerson(in Input) SecondPerson {
+	out := SecondPerson{Within: d.lift.within}
+	var confirm Action
+	switch in.Action {
+	case ActionLift, ActionLiftConfirm:
+		out.Required, confirm = d.lift.twoPerson, ActionLiftConfirm
+	case ActionRevokeEverything:
+		out.Required, confirm = true, ActionRevokeEverything
+	default:
+		return SecondPerson{}
+	}
+	if !out.Required {
+		return out
+	}
+	for pattern, actions := range d.operators {
+		if slices.Contains(actions, string(confirm)) && pattern != in.Caller.ID.String() {
+			out.Confirmers = append(out.Confirmers, pattern)
+		}
+	}
+	slices.Sort(out.Confirmers)
+	return out
 }
 
 func first(list []string, ok func(string) bool) string {

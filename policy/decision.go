@@ -28,6 +28,9 @@ type Decision struct {
 	// Limits of the caller, for issue and exchange; zero fields set none. They come
 	// from the data, allowed or not, and no rule can raise them.
 	Limits Limits `json:"limits"`
+	// SecondPerson is set for lift, lift_confirm and revoke_everything, allowed or
+	// not. It comes from the data, and no rule can waive it.
+	SecondPerson SecondPerson `json:"second_person,omitzero"`
 
 	// Names are the audience names that the caller answers to, sorted.
 	Names []string `json:"names,omitempty"`
@@ -63,6 +66,16 @@ type Denial struct {
 type Limits struct {
 	IssuePerSecond int `json:"issue_per_second,omitempty"`
 	LiveGrants     int `json:"live_grants,omitempty"`
+}
+
+// SecondPerson says whether one operator's call only proposes, and another's confirms.
+type SecondPerson struct {
+	Required bool `json:"required"`
+	// Within is how long a proposal waits for its confirmation.
+	Within time.Duration `json:"within_ns"`
+	// Confirmers are the patterns under operators that may confirm, sorted, without
+	// the caller. Rules of one's own may say otherwise.
+	Confirmers []string `json:"confirmers,omitempty"`
 }
 
 // denied returns a decision that no rule made.

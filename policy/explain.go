@@ -103,6 +103,9 @@ func (e Explanation) WriteText(w io.Writer) error {
 	if d.Limits != (Limits{}) {
 		fmt.Fprintf(&b, "  limits   %d a second, %d live grants\n", d.Limits.IssuePerSecond, d.Limits.LiveGrants)
 	}
+	if d.SecondPerson.Required {
+		fmt.Fprintf(&b, "  takes a second person within %s; may confirm: %s\n", shortDuration(d.SecondPerson.Within), strings.Join(d.SecondPerson.Confirmers, " "))
+	}
 	if len(d.Names) > 0 {
 		fmt.Fprintf(&b, "  answers to  %s\n", strings.Join(d.Names, " "))
 	}

@@ -29,7 +29,8 @@ const (
 	ActionReport Action = "report"
 	// ActionRevoke records a revocation of Selectors with the lock mode Lock.
 	ActionRevoke Action = "revoke"
-	// ActionRevokeEverything is a revocation that matches every token.
+	// ActionRevokeEverything is a revocation that matches every token: proposes it,
+	// or confirms what another operator proposed.
 	ActionRevokeEverything Action = "revoke_everything"
 	// ActionLift ends a lock, or proposes to.
 	ActionLift Action = "lift"

@@ -211,6 +211,7 @@ func (g *generation) decide(ctx context.Context, cfg Config, in Input, opts ...r
 	if in.Action == ActionIssue || in.Action == ActionExchange {
 		d.Limits = g.data.limitsOf(f.patterns)
 	}
+	d.SecondPerson = g.data.secondPerson(in)
 	d.Generation = g.number
 	return d, nil
 }
