@@ -111,6 +111,7 @@ func revocationMessage(r broker.RevocationRecord) *dayflyv1.Revocation {
 		Reason:     r.Details.Reason,
 		Actor:      r.Details.Actor,
 		Time:       timestamp(r.Details.Time),
+		Proposal:   proposalMessage(r.Details.Proposed, nil),
 	}
 	if r.Lift != nil {
 		m.Lift = liftMessage(*r.Lift)
@@ -121,14 +122,31 @@ func revocationMessage(r broker.RevocationRecord) *dayflyv1.Revocation {
 func liftMessage(rec broker.Record) *dayflyv1.Lift {
 	return &dayflyv1.Lift{
 		Lock: rec.Lift.Lock, Reason: rec.Details.Reason, Actor: rec.Details.Actor,
-		Time: timestamp(rec.Details.Time), Sequence: rec.Seq,
+		Time: timestamp(rec.Details.Time), Sequence: rec.Seq, Proposal: proposalMessage(rec.Details.Proposed, nil),
+	}
+}
+
+// proposedLiftMessage is a lift that waits for its second person.
+func proposedLiftMessage(lock uint64, p *broker.Proposal, confirmers []string) *dayflyv1.Lift {
+	return &dayflyv1.Lift{
+		Lock: lock, Reason: p.Reason, Actor: p.Actor, Time: timestamp(p.Time), Proposal: proposalMessage(p, confirmers),
+	}
+}
+
+// proposalMessage is nil where one person was enough.
+func proposalMessage(p *broker.Proposal, confirmers []string) *dayflyv1.Proposal {
+	if p == nil {
+		return nil
+	}
+	return &dayflyv1.Proposal{
+		Actor: p.Actor, Reason: p.Reason, Time: timestamp(p.Time), ExpiresAt: timestamp(p.Ends), Confirmers: confirmers,
 	}
 }
 
 func lockMessage(l broker.Lock) *dayflyv1.Lock {
 	return &dayflyv1.Lock{
 		Number: l.Number, Selectors: wire.Selectors(l.Selectors), Mode: lockModeMessage(l.Mode),
-		EndsAt: timestamp(l.Ends), Cut: timestamp(l.Cut), Reason: l.Reason, Actor: l.Actor, Time: timestamp(l.Time),
+		EndsAt: timestamp(l.End()), Cut: timestamp(l.Cut), Reason: l.Reason, Actor: l.Actor, Time: timestamp(l.Time),
 	}
 }
 

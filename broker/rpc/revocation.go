@@ -2,6 +2,7 @@ package rpc
 
 import (
 	"context"
+	"errors"
 	"strings"
 	"time"
 
@@ -66,6 +67,10 @@ func (s *revocationService) Revoke(ctx context.Context, m *dayflyv1.RevokeReques
 		req.LockEnds = t.AsTime()
 	}
 	rec, err := s.broker.Revoke(ctx, c, req)
+	var pending *broker.Pending
+	if errors.As(err, &pending) {
+		return &dayflyv1.RevokeResponse{Proposal: proposalMessage(&pending.Proposal, pending.Confirmers)}, nil
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -83,6 +88,10 @@ func (s *revocationService) Lift(ctx context.Context, m *dayflyv1.LiftRequest) (
 		return nil, err
 	}
 	rec, err := s.broker.Lift(ctx, c, m.GetLock(), m.GetReason(), m.GetIdempotencyKey())
+	var pending *broker.Pending
+	if errors.As(err, &pending) {
+		return &dayflyv1.LiftResponse{Lift: proposedLiftMessage(m.GetLock(), &pending.Proposal, pending.Confirmers)}, nil
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -140,6 +149,10 @@ func (s *revocationService) ListLocks(ctx context.Context, m *dayflyv1.ListLocks
 	if err != nil {
 		return nil, err
 	}
+	proposed, err := s.broker.ProposedLifts(ctx)
+	if err != nil {
+		return nil, err
+	}
 	out := &dayflyv1.ListLocksResponse{}
 	for _, l := range s.broker.Locks() {
 		if below > 0 && l.Number >= below {
@@ -149,7 +162,11 @@ func (s *revocationService) ListLocks(ctx context.Context, m *dayflyv1.ListLocks
 			out.NextPageToken = numberToken(out.Locks[size-1].GetNumber())
 			break
 		}
-		out.Locks = append(out.Locks, lockMessage(l))
+		lock := lockMessage(l)
+		if p, ok := proposed[l.Number]; ok {
+			lock.ProposedLift = proposedLiftMessage(l.Number, &p, nil)
+		}
+		out.Locks = append(out.Locks, lock)
 	}
 	return out, nil
 }

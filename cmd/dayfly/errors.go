@@ -21,6 +21,7 @@ const (
 	exitIncomplete  = 3
 	exitRefused     = 4
 	exitUnavailable = 5
+	exitProposed    = 6
 )
 
 // usageError is a mistake in the command line.

@@ -423,11 +423,13 @@ func name(selectors []*dayflyv1.Selector) string {
 	return s.Value()
 }
 
-func (f *fake) Revoke(_ context.Context, r *dayflyv1.RevokeRequest) (*dayflyv1.RevokeResponse, error) {
+func (f *fake) Revoke(ctx context.Context, r *dayflyv1.RevokeRequest) (*dayflyv1.RevokeResponse, error) {
 	what := name(r.GetSelectors())
 	switch {
 	case what == "everything" && !r.GetAllowEverything():
 		return nil, refuse(codes.InvalidArgument, "EVERYTHING_NOT_ALLOWED", "everything needs its flag", "")
+	case r.GetAllowEverything() && overTLS(ctx) && !strings.Contains(r.GetReason(), "second"):
+		return &dayflyv1.RevokeResponse{Proposal: proposalOf(r.GetReason(), operatorID.String(), "spiffe://example.org/ops/bob", "spiffe://example.org/sec/*")}, nil
 	case what == "spiffe://example.org/flaky" && f.failFirst("revoke", 2), what == "spiffe://example.org/gone":
 		return nil, status.Error(codes.Unavailable, "connection refused")
 	}
@@ -448,9 +450,26 @@ func (f *fake) Revoke(_ context.Context, r *dayflyv1.RevokeRequest) (*dayflyv1.R
 		},
 		Containment: pendingOf(sequence),
 	}
+	if r.GetAllowEverything() && overTLS(ctx) {
+		resp.Revocation.Proposal = proposalOf("r", "spiffe://example.org/ops/bob")
+	}
 	f.records = append(f.records, resp)
 	f.keys[r.GetIdempotencyKey()] = resp
 	return resp, nil
+}
+
+func overTLS(ctx context.Context) bool {
+	p, _ := peer.FromContext(ctx)
+	_, ok := p.AuthInfo.(credentials.TLSInfo)
+	return ok
+}
+
+var proposedAt = time.Date(2026, 11, 23, 3, 0, 0, 0, time.UTC)
+
+func proposalOf(reason, actor string, confirmers ...string) *dayflyv1.Proposal {
+	return &dayflyv1.Proposal{
+		Actor: actor, Reason: reason, Time: timestamppb.New(proposedAt), ExpiresAt: timestamppb.New(proposedAt.Add(15 * time.Minute)), Confirmers: confirmers,
+	}
 }
 
 func pendingOf(sequence uint64) *dayflyv1.Containment {
@@ -512,7 +531,13 @@ func (f *fake) Lift(_ context.Context, r *dayflyv1.LiftRequest) (*dayflyv1.LiftR
 		lift.Sequence = firstSequence + 1
 		return &dayflyv1.LiftResponse{Lift: lift, Lifted: true}, nil
 	case 7:
+		lift.Proposal = proposalOf(r.GetReason(), operatorID.String())
 		return &dayflyv1.LiftResponse{Lift: lift}, nil
+	case 9:
+		lift.Sequence, lift.Proposal = 10, proposalOf("r", "spiffe://example.org/ops/bob")
+		return &dayflyv1.LiftResponse{Lift: lift, Lifted: true}, nil
+	case 11:
+		return nil, refuse(codes.FailedPrecondition, "SECOND_PERSON_REQUIRED", "you proposed this yourself at 2026-11-23T03:00:00Z", "one of spiffe://example.org/ops/bob runs the same command in time")
 	}
 	return nil, refuse(codes.NotFound, "LOCK_NOT_FOUND", "there is no standing lock with this number", "dayfly locks lists those that stand")
 }
@@ -524,6 +549,11 @@ func (f *fake) ListLocks(_ context.Context, r *dayflyv1.ListLocksRequest) (*dayf
 	for _, rec := range f.records {
 		v := rec.GetRevocation()
 		all = append(all, &dayflyv1.Lock{Number: v.GetPosition().GetSequence(), Selectors: v.GetSelectors(), Mode: v.GetLockMode(), EndsAt: v.GetLockEndsAt(), Reason: v.GetReason(), Actor: v.GetActor(), Time: v.GetTime()})
+	}
+	for _, l := range all {
+		if l.GetReason() == "INC-9" {
+			l.ProposedLift = &dayflyv1.Lift{Lock: l.GetNumber(), Proposal: proposalOf("r", "spiffe://example.org/ops/bob")}
+		}
 	}
 	page, next := cut(all, int(r.GetPageSize()), r.GetPageToken())
 	return &dayflyv1.ListLocksResponse{Locks: page, NextPageToken: next}, nil

@@ -18,7 +18,7 @@ func (a *app) liftCmd() *cobra.Command {
 		Short: "End a lock",
 		Long: `End one standing lock, named by its number, so that those it matches get new
 credentials again. The revocation stays in force: nothing issued before it revives.
-Where policy wants two persons, the first call proposes and ends with exit code 3,
+Where policy wants two persons, the first call proposes and ends with exit code 6,
 and another operator's call confirms.`,
 		Example: `  dayfly locks
   dayfly lift 1043 --reason "host rebuilt, INC-7"`,
@@ -66,17 +66,24 @@ func (a *app) lift(ctx context.Context, number uint64, reason, key string) error
 	if err != nil {
 		return err
 	}
+	waiting := proposed{
+		what: fmt.Sprintf("lock %d stands until a second person confirms", number),
+		verb: fmt.Sprintf("lift %d --reason %s", number, quote(reason)), proposal: resp.GetLift().GetProposal(),
+	}
 	if err := a.print(resp, func(w io.Writer) {
-		if resp.GetLifted() {
-			fmt.Fprintf(w, "Lock %d lifted, recorded as number %d. What was revoked stays dead.\n", number, resp.GetLift().GetSequence())
-		} else {
-			fmt.Fprintf(w, "Lift of lock %d proposed.\n", number)
+		if !resp.GetLifted() {
+			a.writeProposed(w, waiting)
+			return
+		}
+		fmt.Fprintf(w, "Lock %d lifted, recorded as number %d. What was revoked stays dead.\n", number, resp.GetLift().GetSequence())
+		if p := resp.GetLift().GetProposal(); p != nil {
+			fmt.Fprintf(w, "Proposed by %s, confirmed by %s.\n", clean(p.GetActor()), clean(resp.GetLift().GetActor()))
 		}
 	}); err != nil {
 		return err
 	}
 	if !resp.GetLifted() {
-		return failf(exitIncomplete, fmt.Sprintf("another operator runs: dayfly lift %d --reason ...", number), "lock %d stands until a second person confirms", number)
+		return waiting.waits()
 	}
 	return nil
 }

@@ -56,11 +56,11 @@ func writeLocks(w io.Writer, locks []*dayflyv1.Lock) {
 	fmt.Fprintln(w, "NUMBER\tMODE\tSELECTORS\tSINCE\tENDS\tBY\tREASON")
 	for _, l := range locks {
 		ends := "when lifted"
-		switch {
-		case l.GetProposedLift() != nil:
-			ends = "lift proposed by " + l.GetProposedLift().GetActor()
-		case l.GetEndsAt() != nil:
+		if l.GetEndsAt() != nil {
 			ends = at(l.GetEndsAt())
+		}
+		if p := l.GetProposedLift().GetProposal(); p != nil {
+			ends += fmt.Sprintf("; lift proposed by %s, to be confirmed until %s", p.GetActor(), at(p.GetExpiresAt()))
 		}
 		row(w, strconv.FormatUint(l.GetNumber(), 10), lockName(l.GetMode()), selectorTexts(l.GetSelectors()), at(l.GetTime()), ends, l.GetActor(), l.GetReason())
 	}

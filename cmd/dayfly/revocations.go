@@ -132,15 +132,19 @@ func (a *app) writeRevocation(w io.Writer, r *dayflyv1.Revocation) {
 		row(w, "revokes", selectorText(s))
 	}
 	row(w, "time", at(r.GetTime()))
-	row(w, "by", r.GetActor())
+	row(w, "by", actors(r.GetActor(), r.GetProposal()))
 	row(w, "reason", r.GetReason())
 	row(w, "lock", lockState(r))
 	if l := r.GetLift(); l != nil {
-		what := "lifted"
-		if l.GetSequence() == 0 {
-			what = "lift proposed"
-		}
-		row(w, what, fmt.Sprintf("%s by %s: %s", at(l.GetTime()), l.GetActor(), l.GetReason()))
+		row(w, "lifted", fmt.Sprintf("%s by %s: %s", at(l.GetTime()), actors(l.GetActor(), l.GetProposal()), l.GetReason()))
 	}
 	fmt.Fprintln(w)
+}
+
+// actors names who did something, both where it took two persons.
+func actors(actor string, p *dayflyv1.Proposal) string {
+	if p == nil {
+		return actor
+	}
+	return actor + ", proposed by " + p.GetActor()
 }

@@ -60,8 +60,11 @@ otherwise:
   reissue     only SVIDs issued after the revocation do: the workload heals itself
   none        everyone does: a token leaked, not an identity
 
+Everything takes two persons: the first call proposes and says how another operator
+confirms; root on the broker's host needs nobody else (--break-glass).
+
 Exit codes: 0 contained, 3 recorded but somebody may still accept it, 4 refused,
-5 the broker could not be reached. docs/revoke.md is the page for an emergency.`,
+5 the broker could not be reached, 6 proposed: nothing is revoked yet. docs/revoke.md is the page for an emergency.`,
 		Example: `  dayfly revoke --identity spiffe://example.org/payments --dry-run
   dayfly revoke --identity spiffe://example.org/payments --reason "host owned, INC-7"
   dayfly revoke --token-file leaked.jwt --reason "found in a ticket" --yes
@@ -76,6 +79,7 @@ Exit codes: 0 contained, 3 recorded but somebody may still accept it, 4 refused,
 	f.StringVarP(&flags.reason, "reason", "r", "", "why, for the records (required)")
 	f.StringVar(&flags.lock.mode, "lock", "", "who gets new credentials: quarantine, reissue or none")
 	f.DurationVar(&flags.lock.last, "lock-for", 0, "when the lock ends by itself; 0: when it is lifted")
+	f.StringVar(&flags.lock.until, "lock-until", "", "the same as a `time`: 2026-11-23T15:00:00Z")
 	f.BoolVar(&flags.dryRun, "dry-run", false, "show what would die and break, and change nothing")
 	f.BoolVarP(&flags.yes, "yes", "y", false, "don't ask; needed where stdin is no terminal")
 	f.DurationVar(&flags.wait, "wait", defaultWait, "how long to wait for containment; 0: don't")
@@ -119,8 +123,8 @@ func (a *app) revoke(ctx context.Context, flags *revokeFlags) error {
 			return err
 		}
 	}
-	if flags.lock.last > 0 {
-		req.LockEndsAt = timestamppb.New(a.now().Add(flags.lock.last))
+	if req.LockEndsAt, err = flags.lock.end(a.now()); err != nil { // here, so that a long look doesn't shorten it
+		return err
 	}
 	return a.record(ctx, client, req, flags.wait)
 }
@@ -137,7 +141,7 @@ func (r *revokeFlags) check(a *app) ([]revocation.Selector, dayflyv1.LockMode, e
 	if len(selectors) > maxSelectors {
 		return nil, 0, usagef("revoke them in several goes", "%d selectors are too many: one revocation holds %d", len(selectors), maxSelectors)
 	}
-	mode, err := r.lock.parse(selectors)
+	mode, err := r.lock.parse(selectors, a.now())
 	if err != nil {
 		return nil, 0, err
 	}
@@ -245,6 +249,13 @@ func (a *app) record(ctx context.Context, client *sdk.Client, req *dayflyv1.Revo
 	if err != nil {
 		return err
 	}
+	if p := resp.GetProposal(); p != nil {
+		waiting := proposed{"nothing is revoked until a second person confirms: everything takes two", revokeVerb(req), p}
+		if err := a.print(resp, func(w io.Writer) { a.writeProposed(w, waiting) }); err != nil {
+			return err
+		}
+		return waiting.waits()
+	}
 	r := resp.GetRevocation()
 	sequence := r.GetPosition().GetSequence()
 	if a.output == outputText {
@@ -295,6 +306,9 @@ func (a *app) revokeOnce(ctx context.Context, client *sdk.Client, req *dayflyv1.
 		resp, err = dayflyv1.NewRevocationServiceClient(client.Conn()).Revoke(ctx, req)
 		return err
 	})
+	if f := (*failure)(nil); errors.As(err, &f) && req.GetLockEndsAt() != nil {
+		f.hint += "; with --lock-until " + at(req.GetLockEndsAt()) + " as its end, or it is another request"
+	}
 	return resp, err
 }
 
@@ -330,6 +344,9 @@ func unknownOutcome(code int, key string, err error) error {
 func (a *app) writeRecorded(w io.Writer, r *dayflyv1.Revocation) {
 	number := r.GetPosition().GetSequence()
 	fmt.Fprintf(w, "%s %d recorded at %s: %s\n", a.paint(a.stdout, bold, "Revocation"), number, at(r.GetTime()), clean(selectorTexts(r.GetSelectors())))
+	if p := r.GetProposal(); p != nil {
+		fmt.Fprintf(w, "Proposed by %s, confirmed by %s.\n", clean(p.GetActor()), clean(r.GetActor()))
+	}
 	switch r.GetLockMode() {
 	case dayflyv1.LockMode_LOCK_MODE_QUARANTINE:
 		fmt.Fprintf(w, "Locked (quarantine): no new credentials %s\n", lockEnd(number, r.GetLockEndsAt()))

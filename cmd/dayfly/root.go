@@ -74,11 +74,11 @@ Exit codes:
   0  done
   1  failed
   2  the command line is wrong
-  3  recorded, but not complete: not contained everywhere yet, or a lift that
-     waits for a second person
+  3  recorded, but not contained everywhere yet
   4  refused: by policy, by a lock, or for want of a valid SVID
   5  unavailable: the broker, the agent or the Workload API could not be reached,
-     or has no capacity now`
+     or has no capacity now
+  6  proposed: nothing is done until a second person confirms`
 
 // root builds the tree of verbs. One more verb is one more line here.
 func (a *app) root() *cobra.Command {

@@ -10,6 +10,7 @@ import (
 	"github.com/dayflyhq/dayfly/proto/revocation"
 	"github.com/dayflyhq/dayfly/proto/wire"
 	"github.com/spf13/pflag"
+	"google.golang.org/protobuf/types/known/timestamppb"
 )
 
 // maxSelectors is what one record holds, as the protocol says.
@@ -99,8 +100,9 @@ func selectorTexts(ms []*dayflyv1.Selector) string {
 
 // lockFlags say who gets new credentials after a revocation.
 type lockFlags struct {
-	mode string
-	last time.Duration
+	mode  string
+	last  time.Duration
+	until string // RFC 3339
 }
 
 // lockModes are what --lock takes.
@@ -112,23 +114,55 @@ var lockModes = map[string]dayflyv1.LockMode{
 }
 
 // parse checks the lock against what it would be on.
-func (l *lockFlags) parse(selectors []revocation.Selector) (dayflyv1.LockMode, error) {
+func (l *lockFlags) parse(selectors []revocation.Selector, now time.Time) (dayflyv1.LockMode, error) {
 	mode, ok := lockModes[l.mode]
 	if !ok {
 		return 0, usagef("one of quarantine, reissue, none", "unknown --lock %q", l.mode)
 	}
-	if l.last < 0 {
+	switch {
+	case l.last < 0:
 		return 0, usagef("write a duration such as 30m", "--lock-for is negative")
+	case l.last > 0 && l.until != "":
+		return 0, usagef("give one of the two", "both --lock-for and --lock-until are given")
 	}
+	if _, err := l.end(now); err != nil {
+		return 0, err
+	}
+	ends := l.last > 0 || l.until != ""
 	lockable := slices.ContainsFunc(selectors, revocation.Selector.Lockable)
 	asked := mode == dayflyv1.LockMode_LOCK_MODE_QUARANTINE || mode == dayflyv1.LockMode_LOCK_MODE_REISSUE
 	switch {
 	case asked && !lockable:
 		return 0, usagef("leave --lock out, or revoke the identity as well", "only an identity, a subtree, a trust domain or an SVID can be locked")
-	case l.last > 0 && (mode == dayflyv1.LockMode_LOCK_MODE_NONE || !lockable):
-		return 0, usagef("leave --lock-for out", "--lock-for without a lock")
+	case ends && (mode == dayflyv1.LockMode_LOCK_MODE_NONE || !lockable):
+		return 0, usagef("leave it out", "an end of the lock without a lock")
+	case ends && !slices.ContainsFunc(selectors, endable):
+		return 0, usagef("leave the end out", "a lock on an SVID ends when that SVID has expired")
 	}
 	return mode, nil
+}
+
+func endable(s revocation.Selector) bool {
+	return s.Lockable() && s.Kind() != revocation.KindSVID
+}
+
+// end is when the lock ends by itself, to the second, so that it can be given again;
+// nil: when it is lifted.
+func (l *lockFlags) end(now time.Time) (*timestamppb.Timestamp, error) {
+	switch {
+	case l.last > 0:
+		return timestamppb.New(now.Add(l.last).Truncate(time.Second).Add(time.Second)), nil
+	case l.until == "":
+		return nil, nil
+	}
+	t, err := time.Parse(time.RFC3339, l.until)
+	if err != nil {
+		return nil, usagef("write a time such as 2026-11-23T15:00:00Z", "--lock-until %q is no time", short(l.until))
+	}
+	if !t.After(now) {
+		return nil, usagef("it would end before it begins", "--lock-until %s is past", t.UTC().Format(time.RFC3339))
+	}
+	return timestamppb.New(t), nil
 }
 
 // lockName is the mode as --lock takes it.

@@ -584,7 +584,8 @@ type RevokeRequest struct {
 	// 1 to 64, all in one atomic record.
 	Selectors []*Selector `protobuf:"bytes,1,rep,name=selectors,proto3" json:"selectors,omitempty"`
 	LockMode  LockMode    `protobuf:"varint,2,opt,name=lock_mode,json=lockMode,proto3,enum=dayfly.v1.LockMode" json:"lock_mode,omitempty"`
-	// When the lock ends by itself; absent: when it is lifted.
+	// When the lock ends by itself; absent: when it is lifted. That on an SVID stands
+	// until the SVID has expired all the same.
 	LockEndsAt *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=lock_ends_at,json=lockEndsAt,proto3" json:"lock_ends_at,omitempty"`
 	// Required: 1 to 1,024 characters.
 	Reason string `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"`
@@ -669,9 +670,12 @@ func (x *RevokeRequest) GetAllowEverything() bool {
 }
 
 type RevokeResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Revocation    *Revocation            `protobuf:"bytes,1,opt,name=revocation,proto3" json:"revocation,omitempty"`
-	Containment   *Containment           `protobuf:"bytes,2,opt,name=containment,proto3" json:"containment,omitempty"`
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	Revocation  *Revocation            `protobuf:"bytes,1,opt,name=revocation,proto3" json:"revocation,omitempty"`
+	Containment *Containment           `protobuf:"bytes,2,opt,name=containment,proto3" json:"containment,omitempty"`
+	// Set while a revocation of everything waits for a second person: nothing is
+	// revoked, and revocation and containment are absent.
+	Proposal      *Proposal `protobuf:"bytes,3,opt,name=proposal,proto3" json:"proposal,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -720,11 +724,20 @@ func (x *RevokeResponse) GetContainment() *Containment {
 	return nil
 }
 
+func (x *RevokeResponse) GetProposal() *Proposal {
+	if x != nil {
+		return x.Proposal
+	}
+	return nil
+}
+
 type LiftRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Lock  uint64                 `protobuf:"varint,1,opt,name=lock,proto3" json:"lock,omitempty"`
 	// Required: 1 to 1,024 characters.
-	Reason         string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	Reason string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	// A retry with the same key gets the same lift, or the same proposal, which it
+	// never confirms.
 	IdempotencyKey string `protobuf:"bytes,3,opt,name=idempotency_key,json=idempotencyKey,proto3" json:"idempotency_key,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
@@ -1516,12 +1529,13 @@ const file_dayfly_v1_revocation_proto_rawDesc = "" +
 	"lockEndsAt\x12\x16\n" +
 	"\x06reason\x18\x04 \x01(\tR\x06reason\x12'\n" +
 	"\x0fidempotency_key\x18\x05 \x01(\tR\x0eidempotencyKey\x12)\n" +
-	"\x10allow_everything\x18\x06 \x01(\bR\x0fallowEverything\"\x81\x01\n" +
+	"\x10allow_everything\x18\x06 \x01(\bR\x0fallowEverything\"\xb2\x01\n" +
 	"\x0eRevokeResponse\x125\n" +
 	"\n" +
 	"revocation\x18\x01 \x01(\v2\x15.dayfly.v1.RevocationR\n" +
 	"revocation\x128\n" +
-	"\vcontainment\x18\x02 \x01(\v2\x16.dayfly.v1.ContainmentR\vcontainment\"b\n" +
+	"\vcontainment\x18\x02 \x01(\v2\x16.dayfly.v1.ContainmentR\vcontainment\x12/\n" +
+	"\bproposal\x18\x03 \x01(\v2\x13.dayfly.v1.ProposalR\bproposal\"b\n" +
 	"\vLiftRequest\x12\x12\n" +
 	"\x04lock\x18\x01 \x01(\x04R\x04lock\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12'\n" +
@@ -1634,9 +1648,10 @@ var file_dayfly_v1_revocation_proto_goTypes = []any{
 	(*Lock)(nil),                     // 25: dayfly.v1.Lock
 	(*timestamppb.Timestamp)(nil),    // 26: google.protobuf.Timestamp
 	(*Revocation)(nil),               // 27: dayfly.v1.Revocation
-	(*Lift)(nil),                     // 28: dayfly.v1.Lift
-	(*durationpb.Duration)(nil),      // 29: google.protobuf.Duration
-	(OnStale)(0),                     // 30: dayfly.v1.OnStale
+	(*Proposal)(nil),                 // 28: dayfly.v1.Proposal
+	(*Lift)(nil),                     // 29: dayfly.v1.Lift
+	(*durationpb.Duration)(nil),      // 30: google.protobuf.Duration
+	(OnStale)(0),                     // 31: dayfly.v1.OnStale
 }
 var file_dayfly_v1_revocation_proto_depIdxs = []int32{
 	22, // 0: dayfly.v1.PlanRequest.selectors:type_name -> dayfly.v1.Selector
@@ -1657,40 +1672,41 @@ var file_dayfly_v1_revocation_proto_depIdxs = []int32{
 	26, // 15: dayfly.v1.RevokeRequest.lock_ends_at:type_name -> google.protobuf.Timestamp
 	27, // 16: dayfly.v1.RevokeResponse.revocation:type_name -> dayfly.v1.Revocation
 	21, // 17: dayfly.v1.RevokeResponse.containment:type_name -> dayfly.v1.Containment
-	28, // 18: dayfly.v1.LiftResponse.lift:type_name -> dayfly.v1.Lift
-	27, // 19: dayfly.v1.ListRevocationsResponse.revocations:type_name -> dayfly.v1.Revocation
-	27, // 20: dayfly.v1.GetRevocationResponse.revocation:type_name -> dayfly.v1.Revocation
-	21, // 21: dayfly.v1.GetRevocationResponse.containment:type_name -> dayfly.v1.Containment
-	25, // 22: dayfly.v1.ListLocksResponse.locks:type_name -> dayfly.v1.Lock
-	21, // 23: dayfly.v1.WatchContainmentResponse.containment:type_name -> dayfly.v1.Containment
-	0,  // 24: dayfly.v1.Receipt.state:type_name -> dayfly.v1.ReceiptState
-	26, // 25: dayfly.v1.Receipt.since:type_name -> google.protobuf.Timestamp
-	26, // 26: dayfly.v1.Receipt.closes_at:type_name -> google.protobuf.Timestamp
-	29, // 27: dayfly.v1.Receipt.max_staleness:type_name -> google.protobuf.Duration
-	30, // 28: dayfly.v1.Receipt.on_stale:type_name -> dayfly.v1.OnStale
-	20, // 29: dayfly.v1.Containment.receipts:type_name -> dayfly.v1.Receipt
-	26, // 30: dayfly.v1.Containment.contained_at:type_name -> google.protobuf.Timestamp
-	26, // 31: dayfly.v1.Containment.contained_by:type_name -> google.protobuf.Timestamp
-	4,  // 32: dayfly.v1.Containment.external:type_name -> dayfly.v1.AffectedAudience
-	1,  // 33: dayfly.v1.RevocationService.Plan:input_type -> dayfly.v1.PlanRequest
-	8,  // 34: dayfly.v1.RevocationService.Revoke:input_type -> dayfly.v1.RevokeRequest
-	10, // 35: dayfly.v1.RevocationService.Lift:input_type -> dayfly.v1.LiftRequest
-	12, // 36: dayfly.v1.RevocationService.ListRevocations:input_type -> dayfly.v1.ListRevocationsRequest
-	14, // 37: dayfly.v1.RevocationService.GetRevocation:input_type -> dayfly.v1.GetRevocationRequest
-	16, // 38: dayfly.v1.RevocationService.ListLocks:input_type -> dayfly.v1.ListLocksRequest
-	18, // 39: dayfly.v1.RevocationService.WatchContainment:input_type -> dayfly.v1.WatchContainmentRequest
-	2,  // 40: dayfly.v1.RevocationService.Plan:output_type -> dayfly.v1.PlanResponse
-	9,  // 41: dayfly.v1.RevocationService.Revoke:output_type -> dayfly.v1.RevokeResponse
-	11, // 42: dayfly.v1.RevocationService.Lift:output_type -> dayfly.v1.LiftResponse
-	13, // 43: dayfly.v1.RevocationService.ListRevocations:output_type -> dayfly.v1.ListRevocationsResponse
-	15, // 44: dayfly.v1.RevocationService.GetRevocation:output_type -> dayfly.v1.GetRevocationResponse
-	17, // 45: dayfly.v1.RevocationService.ListLocks:output_type -> dayfly.v1.ListLocksResponse
-	19, // 46: dayfly.v1.RevocationService.WatchContainment:output_type -> dayfly.v1.WatchContainmentResponse
-	40, // [40:47] is the sub-list for method output_type
-	33, // [33:40] is the sub-list for method input_type
-	33, // [33:33] is the sub-list for extension type_name
-	33, // [33:33] is the sub-list for extension extendee
-	0,  // [0:33] is the sub-list for field type_name
+	28, // 18: dayfly.v1.RevokeResponse.proposal:type_name -> dayfly.v1.Proposal
+	29, // 19: dayfly.v1.LiftResponse.lift:type_name -> dayfly.v1.Lift
+	27, // 20: dayfly.v1.ListRevocationsResponse.revocations:type_name -> dayfly.v1.Revocation
+	27, // 21: dayfly.v1.GetRevocationResponse.revocation:type_name -> dayfly.v1.Revocation
+	21, // 22: dayfly.v1.GetRevocationResponse.containment:type_name -> dayfly.v1.Containment
+	25, // 23: dayfly.v1.ListLocksResponse.locks:type_name -> dayfly.v1.Lock
+	21, // 24: dayfly.v1.WatchContainmentResponse.containment:type_name -> dayfly.v1.Containment
+	0,  // 25: dayfly.v1.Receipt.state:type_name -> dayfly.v1.ReceiptState
+	26, // 26: dayfly.v1.Receipt.since:type_name -> google.protobuf.Timestamp
+	26, // 27: dayfly.v1.Receipt.closes_at:type_name -> google.protobuf.Timestamp
+	30, // 28: dayfly.v1.Receipt.max_staleness:type_name -> google.protobuf.Duration
+	31, // 29: dayfly.v1.Receipt.on_stale:type_name -> dayfly.v1.OnStale
+	20, // 30: dayfly.v1.Containment.receipts:type_name -> dayfly.v1.Receipt
+	26, // 31: dayfly.v1.Containment.contained_at:type_name -> google.protobuf.Timestamp
+	26, // 32: dayfly.v1.Containment.contained_by:type_name -> google.protobuf.Timestamp
+	4,  // 33: dayfly.v1.Containment.external:type_name -> dayfly.v1.AffectedAudience
+	1,  // 34: dayfly.v1.RevocationService.Plan:input_type -> dayfly.v1.PlanRequest
+	8,  // 35: dayfly.v1.RevocationService.Revoke:input_type -> dayfly.v1.RevokeRequest
+	10, // 36: dayfly.v1.RevocationService.Lift:input_type -> dayfly.v1.LiftRequest
+	12, // 37: dayfly.v1.RevocationService.ListRevocations:input_type -> dayfly.v1.ListRevocationsRequest
+	14, // 38: dayfly.v1.RevocationService.GetRevocation:input_type -> dayfly.v1.GetRevocationRequest
+	16, // 39: dayfly.v1.RevocationService.ListLocks:input_type -> dayfly.v1.ListLocksRequest
+	18, // 40: dayfly.v1.RevocationService.WatchContainment:input_type -> dayfly.v1.WatchContainmentRequest
+	2,  // 41: dayfly.v1.RevocationService.Plan:output_type -> dayfly.v1.PlanResponse
+	9,  // 42: dayfly.v1.RevocationService.Revoke:output_type -> dayfly.v1.RevokeResponse
+	11, // 43: dayfly.v1.RevocationService.Lift:output_type -> dayfly.v1.LiftResponse
+	13, // 44: dayfly.v1.RevocationService.ListRevocations:output_type -> dayfly.v1.ListRevocationsResponse
+	15, // 45: dayfly.v1.RevocationService.GetRevocation:output_type -> dayfly.v1.GetRevocationResponse
+	17, // 46: dayfly.v1.RevocationService.ListLocks:output_type -> dayfly.v1.ListLocksResponse
+	19, // 47: dayfly.v1.RevocationService.WatchContainment:output_type -> dayfly.v1.WatchContainmentResponse
+	41, // [41:48] is the sub-list for method output_type
+	34, // [34:41] is the sub-list for method input_type
+	34, // [34:34] is the sub-list for extension type_name
+	34, // [34:34] is the sub-list for extension extendee
+	0,  // [0:34] is the sub-list for field type_name
 }
 
 func init() { file_dayfly_v1_revocation_proto_init() }

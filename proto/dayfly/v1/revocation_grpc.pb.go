@@ -42,16 +42,22 @@ type RevocationServiceClient interface {
 	// Revoke records one revocation, durable when it returns. Its cost does not
 	// grow with what it kills. Containment follows by WatchContainment.
 	//
+	// Everything takes two persons: the first call only proposes, and nothing is
+	// revoked until another operator sends the same selectors, lock mode and end in
+	// time. The break-glass socket needs no second person.
+	//
 	// Who may call: operators with the action "revoke"; for everything,
 	// "revoke_everything". Errors: INVALID_ARGUMENT (malformed selector, no reason,
-	// everything without its flag), PERMISSION_DENIED, UNAVAILABLE.
+	// everything without its flag), FAILED_PRECONDITION (the proposer can't confirm),
+	// PERMISSION_DENIED, UNAVAILABLE.
 	Revoke(ctx context.Context, in *RevokeRequest, opts ...grpc.CallOption) (*RevokeResponse, error)
 	// Lift ends one lock, named by its number. Nothing issued before revives.
 	// Where policy wants two persons, the first call proposes and another
-	// operator's call confirms.
+	// operator's call confirms in time. The break-glass socket needs no second person.
 	//
-	// Who may call: operators with the action "lift". Errors: NOT_FOUND (no such
-	// standing lock), FAILED_PRECONDITION (the proposer can't confirm).
+	// Who may call: operators with the action "lift"; to confirm, "lift_confirm".
+	// Errors: NOT_FOUND (no such standing lock), FAILED_PRECONDITION (the proposer
+	// can't confirm).
 	Lift(ctx context.Context, in *LiftRequest, opts ...grpc.CallOption) (*LiftResponse, error)
 	// ListRevocations shows revocations, newest first. Action "list".
 	ListRevocations(ctx context.Context, in *ListRevocationsRequest, opts ...grpc.CallOption) (*ListRevocationsResponse, error)
@@ -167,16 +173,22 @@ type RevocationServiceServer interface {
 	// Revoke records one revocation, durable when it returns. Its cost does not
 	// grow with what it kills. Containment follows by WatchContainment.
 	//
+	// Everything takes two persons: the first call only proposes, and nothing is
+	// revoked until another operator sends the same selectors, lock mode and end in
+	// time. The break-glass socket needs no second person.
+	//
 	// Who may call: operators with the action "revoke"; for everything,
 	// "revoke_everything". Errors: INVALID_ARGUMENT (malformed selector, no reason,
-	// everything without its flag), PERMISSION_DENIED, UNAVAILABLE.
+	// everything without its flag), FAILED_PRECONDITION (the proposer can't confirm),
+	// PERMISSION_DENIED, UNAVAILABLE.
 	Revoke(context.Context, *RevokeRequest) (*RevokeResponse, error)
 	// Lift ends one lock, named by its number. Nothing issued before revives.
 	// Where policy wants two persons, the first call proposes and another
-	// operator's call confirms.
+	// operator's call confirms in time. The break-glass socket needs no second person.
 	//
-	// Who may call: operators with the action "lift". Errors: NOT_FOUND (no such
-	// standing lock), FAILED_PRECONDITION (the proposer can't confirm).
+	// Who may call: operators with the action "lift"; to confirm, "lift_confirm".
+	// Errors: NOT_FOUND (no such standing lock), FAILED_PRECONDITION (the proposer
+	// can't confirm).
 	Lift(context.Context, *LiftRequest) (*LiftResponse, error)
 	// ListRevocations shows revocations, newest first. Action "list".
 	ListRevocations(context.Context, *ListRevocationsRequest) (*ListRevocationsResponse, error)

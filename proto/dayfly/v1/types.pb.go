@@ -537,7 +537,9 @@ type Revocation struct {
 	Actor string                 `protobuf:"bytes,7,opt,name=actor,proto3" json:"actor,omitempty"`
 	Time  *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=time,proto3" json:"time,omitempty"`
 	// Set once the lock was lifted. The revocation stays in force.
-	Lift          *Lift `protobuf:"bytes,9,opt,name=lift,proto3" json:"lift,omitempty"`
+	Lift *Lift `protobuf:"bytes,9,opt,name=lift,proto3" json:"lift,omitempty"`
+	// Who proposed it, where it took two persons: actor is who confirmed.
+	Proposal      *Proposal `protobuf:"bytes,10,opt,name=proposal,proto3" json:"proposal,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -635,6 +637,94 @@ func (x *Revocation) GetLift() *Lift {
 	return nil
 }
 
+func (x *Revocation) GetProposal() *Proposal {
+	if x != nil {
+		return x.Proposal
+	}
+	return nil
+}
+
+// Proposal is the consent of the first of two persons.
+type Proposal struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// SPIFFE ID of the operator, who can't be the second.
+	Actor  string                 `protobuf:"bytes,1,opt,name=actor,proto3" json:"actor,omitempty"`
+	Reason string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	Time   *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=time,proto3" json:"time,omitempty"`
+	// From then on it can't be confirmed any more, and counts for nothing.
+	ExpiresAt *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"`
+	// Who may confirm, by policy data: SPIFFE IDs, or those ending in "/*" for all
+	// below. Told to who proposes; empty everywhere else.
+	Confirmers    []string `protobuf:"bytes,5,rep,name=confirmers,proto3" json:"confirmers,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Proposal) Reset() {
+	*x = Proposal{}
+	mi := &file_dayfly_v1_types_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Proposal) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Proposal) ProtoMessage() {}
+
+func (x *Proposal) ProtoReflect() protoreflect.Message {
+	mi := &file_dayfly_v1_types_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Proposal.ProtoReflect.Descriptor instead.
+func (*Proposal) Descriptor() ([]byte, []int) {
+	return file_dayfly_v1_types_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *Proposal) GetActor() string {
+	if x != nil {
+		return x.Actor
+	}
+	return ""
+}
+
+func (x *Proposal) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *Proposal) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
+}
+
+func (x *Proposal) GetExpiresAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ExpiresAt
+	}
+	return nil
+}
+
+func (x *Proposal) GetConfirmers() []string {
+	if x != nil {
+		return x.Confirmers
+	}
+	return nil
+}
+
 // Lift records that a lock was ended, by whom and why.
 type Lift struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -644,14 +734,17 @@ type Lift struct {
 	Actor  string                 `protobuf:"bytes,3,opt,name=actor,proto3" json:"actor,omitempty"`
 	Time   *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=time,proto3" json:"time,omitempty"`
 	// Sequence of the lift's own record; 0 while it waits for a second person.
-	Sequence      uint64 `protobuf:"varint,5,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	Sequence uint64 `protobuf:"varint,5,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	// Set where it takes two persons. While it waits actor, reason and time above are
+	// those of the proposal; then those of who confirmed.
+	Proposal      *Proposal `protobuf:"bytes,6,opt,name=proposal,proto3" json:"proposal,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Lift) Reset() {
 	*x = Lift{}
-	mi := &file_dayfly_v1_types_proto_msgTypes[4]
+	mi := &file_dayfly_v1_types_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -663,7 +756,7 @@ func (x *Lift) String() string {
 func (*Lift) ProtoMessage() {}
 
 func (x *Lift) ProtoReflect() protoreflect.Message {
-	mi := &file_dayfly_v1_types_proto_msgTypes[4]
+	mi := &file_dayfly_v1_types_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -676,7 +769,7 @@ func (x *Lift) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Lift.ProtoReflect.Descriptor instead.
 func (*Lift) Descriptor() ([]byte, []int) {
-	return file_dayfly_v1_types_proto_rawDescGZIP(), []int{4}
+	return file_dayfly_v1_types_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Lift) GetLock() uint64 {
@@ -714,18 +807,27 @@ func (x *Lift) GetSequence() uint64 {
 	return 0
 }
 
+func (x *Lift) GetProposal() *Proposal {
+	if x != nil {
+		return x.Proposal
+	}
+	return nil
+}
+
 // Lock is a standing refusal to issue.
 type Lock struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Number by which a lift names it: the sequence of its revocation.
-	Number    uint64                 `protobuf:"varint,1,opt,name=number,proto3" json:"number,omitempty"`
-	Selectors []*Selector            `protobuf:"bytes,2,rep,name=selectors,proto3" json:"selectors,omitempty"`
-	Mode      LockMode               `protobuf:"varint,3,opt,name=mode,proto3,enum=dayfly.v1.LockMode" json:"mode,omitempty"`
-	EndsAt    *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=ends_at,json=endsAt,proto3" json:"ends_at,omitempty"`
-	Cut       *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=cut,proto3" json:"cut,omitempty"`
-	Reason    string                 `protobuf:"bytes,6,opt,name=reason,proto3" json:"reason,omitempty"`
-	Actor     string                 `protobuf:"bytes,7,opt,name=actor,proto3" json:"actor,omitempty"`
-	Time      *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=time,proto3" json:"time,omitempty"`
+	Number    uint64      `protobuf:"varint,1,opt,name=number,proto3" json:"number,omitempty"`
+	Selectors []*Selector `protobuf:"bytes,2,rep,name=selectors,proto3" json:"selectors,omitempty"`
+	Mode      LockMode    `protobuf:"varint,3,opt,name=mode,proto3,enum=dayfly.v1.LockMode" json:"mode,omitempty"`
+	// When all of it ends by itself; absent: when it is lifted. On an SVID it ends once
+	// that has expired.
+	EndsAt *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=ends_at,json=endsAt,proto3" json:"ends_at,omitempty"`
+	Cut    *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=cut,proto3" json:"cut,omitempty"`
+	Reason string                 `protobuf:"bytes,6,opt,name=reason,proto3" json:"reason,omitempty"`
+	Actor  string                 `protobuf:"bytes,7,opt,name=actor,proto3" json:"actor,omitempty"`
+	Time   *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=time,proto3" json:"time,omitempty"`
 	// A lift that one operator proposed and another has yet to confirm.
 	ProposedLift  *Lift `protobuf:"bytes,9,opt,name=proposed_lift,json=proposedLift,proto3" json:"proposed_lift,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -734,7 +836,7 @@ type Lock struct {
 
 func (x *Lock) Reset() {
 	*x = Lock{}
-	mi := &file_dayfly_v1_types_proto_msgTypes[5]
+	mi := &file_dayfly_v1_types_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -746,7 +848,7 @@ func (x *Lock) String() string {
 func (*Lock) ProtoMessage() {}
 
 func (x *Lock) ProtoReflect() protoreflect.Message {
-	mi := &file_dayfly_v1_types_proto_msgTypes[5]
+	mi := &file_dayfly_v1_types_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -759,7 +861,7 @@ func (x *Lock) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Lock.ProtoReflect.Descriptor instead.
 func (*Lock) Descriptor() ([]byte, []int) {
-	return file_dayfly_v1_types_proto_rawDescGZIP(), []int{5}
+	return file_dayfly_v1_types_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Lock) GetNumber() uint64 {
@@ -834,7 +936,7 @@ type Selector_Everything struct {
 
 func (x *Selector_Everything) Reset() {
 	*x = Selector_Everything{}
-	mi := &file_dayfly_v1_types_proto_msgTypes[6]
+	mi := &file_dayfly_v1_types_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -846,7 +948,7 @@ func (x *Selector_Everything) String() string {
 func (*Selector_Everything) ProtoMessage() {}
 
 func (x *Selector_Everything) ProtoReflect() protoreflect.Message {
-	mi := &file_dayfly_v1_types_proto_msgTypes[6]
+	mi := &file_dayfly_v1_types_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -890,7 +992,7 @@ const file_dayfly_v1_types_proto_rawDesc = "" +
 	"\bidentity\x18\x01 \x01(\tR\bidentity\x12\x14\n" +
 	"\x05grant\x18\x02 \x01(\tR\x05grant\x12\x15\n" +
 	"\x06key_id\x18\x03 \x01(\tR\x05keyId\x12\x12\n" +
-	"\x04svid\x18\x04 \x01(\tR\x04svid\"\x9a\x03\n" +
+	"\x04svid\x18\x04 \x01(\tR\x04svid\"\xcb\x03\n" +
 	"\n" +
 	"Revocation\x12/\n" +
 	"\bposition\x18\x01 \x01(\v2\x13.dayfly.v1.PositionR\bposition\x121\n" +
@@ -902,13 +1004,25 @@ const file_dayfly_v1_types_proto_rawDesc = "" +
 	"\x06reason\x18\x06 \x01(\tR\x06reason\x12\x14\n" +
 	"\x05actor\x18\a \x01(\tR\x05actor\x12.\n" +
 	"\x04time\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12#\n" +
-	"\x04lift\x18\t \x01(\v2\x0f.dayfly.v1.LiftR\x04lift\"\x94\x01\n" +
+	"\x04lift\x18\t \x01(\v2\x0f.dayfly.v1.LiftR\x04lift\x12/\n" +
+	"\bproposal\x18\n" +
+	" \x01(\v2\x13.dayfly.v1.ProposalR\bproposal\"\xc3\x01\n" +
+	"\bProposal\x12\x14\n" +
+	"\x05actor\x18\x01 \x01(\tR\x05actor\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\x12.\n" +
+	"\x04time\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x129\n" +
+	"\n" +
+	"expires_at\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\texpiresAt\x12\x1e\n" +
+	"\n" +
+	"confirmers\x18\x05 \x03(\tR\n" +
+	"confirmers\"\xc5\x01\n" +
 	"\x04Lift\x12\x12\n" +
 	"\x04lock\x18\x01 \x01(\x04R\x04lock\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x14\n" +
 	"\x05actor\x18\x03 \x01(\tR\x05actor\x12.\n" +
 	"\x04time\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x1a\n" +
-	"\bsequence\x18\x05 \x01(\x04R\bsequence\"\xf1\x02\n" +
+	"\bsequence\x18\x05 \x01(\x04R\bsequence\x12/\n" +
+	"\bproposal\x18\x06 \x01(\v2\x13.dayfly.v1.ProposalR\bproposal\"\xf1\x02\n" +
 	"\x04Lock\x12\x16\n" +
 	"\x06number\x18\x01 \x01(\x04R\x06number\x121\n" +
 	"\tselectors\x18\x02 \x03(\v2\x13.dayfly.v1.SelectorR\tselectors\x12'\n" +
@@ -947,7 +1061,7 @@ func file_dayfly_v1_types_proto_rawDescGZIP() []byte {
 }
 
 var file_dayfly_v1_types_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_dayfly_v1_types_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
+var file_dayfly_v1_types_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
 var file_dayfly_v1_types_proto_goTypes = []any{
 	(Binding)(0),                  // 0: dayfly.v1.Binding
 	(LockMode)(0),                 // 1: dayfly.v1.LockMode
@@ -956,32 +1070,37 @@ var file_dayfly_v1_types_proto_goTypes = []any{
 	(*Selector)(nil),              // 4: dayfly.v1.Selector
 	(*Member)(nil),                // 5: dayfly.v1.Member
 	(*Revocation)(nil),            // 6: dayfly.v1.Revocation
-	(*Lift)(nil),                  // 7: dayfly.v1.Lift
-	(*Lock)(nil),                  // 8: dayfly.v1.Lock
-	(*Selector_Everything)(nil),   // 9: dayfly.v1.Selector.Everything
-	(*timestamppb.Timestamp)(nil), // 10: google.protobuf.Timestamp
+	(*Proposal)(nil),              // 7: dayfly.v1.Proposal
+	(*Lift)(nil),                  // 8: dayfly.v1.Lift
+	(*Lock)(nil),                  // 9: dayfly.v1.Lock
+	(*Selector_Everything)(nil),   // 10: dayfly.v1.Selector.Everything
+	(*timestamppb.Timestamp)(nil), // 11: google.protobuf.Timestamp
 }
 var file_dayfly_v1_types_proto_depIdxs = []int32{
-	9,  // 0: dayfly.v1.Selector.everything:type_name -> dayfly.v1.Selector.Everything
+	10, // 0: dayfly.v1.Selector.everything:type_name -> dayfly.v1.Selector.Everything
 	3,  // 1: dayfly.v1.Revocation.position:type_name -> dayfly.v1.Position
 	4,  // 2: dayfly.v1.Revocation.selectors:type_name -> dayfly.v1.Selector
 	1,  // 3: dayfly.v1.Revocation.lock_mode:type_name -> dayfly.v1.LockMode
-	10, // 4: dayfly.v1.Revocation.lock_ends_at:type_name -> google.protobuf.Timestamp
-	10, // 5: dayfly.v1.Revocation.lock_cut:type_name -> google.protobuf.Timestamp
-	10, // 6: dayfly.v1.Revocation.time:type_name -> google.protobuf.Timestamp
-	7,  // 7: dayfly.v1.Revocation.lift:type_name -> dayfly.v1.Lift
-	10, // 8: dayfly.v1.Lift.time:type_name -> google.protobuf.Timestamp
-	4,  // 9: dayfly.v1.Lock.selectors:type_name -> dayfly.v1.Selector
-	1,  // 10: dayfly.v1.Lock.mode:type_name -> dayfly.v1.LockMode
-	10, // 11: dayfly.v1.Lock.ends_at:type_name -> google.protobuf.Timestamp
-	10, // 12: dayfly.v1.Lock.cut:type_name -> google.protobuf.Timestamp
-	10, // 13: dayfly.v1.Lock.time:type_name -> google.protobuf.Timestamp
-	7,  // 14: dayfly.v1.Lock.proposed_lift:type_name -> dayfly.v1.Lift
-	15, // [15:15] is the sub-list for method output_type
-	15, // [15:15] is the sub-list for method input_type
-	15, // [15:15] is the sub-list for extension type_name
-	15, // [15:15] is the sub-list for extension extendee
-	0,  // [0:15] is the sub-list for field type_name
+	11, // 4: dayfly.v1.Revocation.lock_ends_at:type_name -> google.protobuf.Timestamp
+	11, // 5: dayfly.v1.Revocation.lock_cut:type_name -> google.protobuf.Timestamp
+	11, // 6: dayfly.v1.Revocation.time:type_name -> google.protobuf.Timestamp
+	8,  // 7: dayfly.v1.Revocation.lift:type_name -> dayfly.v1.Lift
+	7,  // 8: dayfly.v1.Revocation.proposal:type_name -> dayfly.v1.Proposal
+	11, // 9: dayfly.v1.Proposal.time:type_name -> google.protobuf.Timestamp
+	11, // 10: dayfly.v1.Proposal.expires_at:type_name -> google.protobuf.Timestamp
+	11, // 11: dayfly.v1.Lift.time:type_name -> google.protobuf.Timestamp
+	7,  // 12: dayfly.v1.Lift.proposal:type_name -> dayfly.v1.Proposal
+	4,  // 13: dayfly.v1.Lock.selectors:type_name -> dayfly.v1.Selector
+	1,  // 14: dayfly.v1.Lock.mode:type_name -> dayfly.v1.LockMode
+	11, // 15: dayfly.v1.Lock.ends_at:type_name -> google.protobuf.Timestamp
+	11, // 16: dayfly.v1.Lock.cut:type_name -> google.protobuf.Timestamp
+	11, // 17: dayfly.v1.Lock.time:type_name -> google.protobuf.Timestamp
+	8,  // 18: dayfly.v1.Lock.proposed_lift:type_name -> dayfly.v1.Lift
+	19, // [19:19] is the sub-list for method output_type
+	19, // [19:19] is the sub-list for method input_type
+	19, // [19:19] is the sub-list for extension type_name
+	19, // [19:19] is the sub-list for extension extendee
+	0,  // [0:19] is the sub-list for field type_name
 }
 
 func init() { file_dayfly_v1_types_proto_init() }
@@ -1005,7 +1124,7 @@ func file_dayfly_v1_types_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dayfly_v1_types_proto_rawDesc), len(file_dayfly_v1_types_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   7,
+			NumMessages:   8,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
