@@ -10,6 +10,7 @@ import (
 	"encoding/asn1"
 	"encoding/json"
 	"errors"
+	"iter"
 	"math/big"
 	"net/netip"
 	"path/filepath"
@@ -135,6 +136,7 @@ type tap struct {
 	beforeIssue  func(*broker.Grant) error // an error: nothing is written
 	afterIssue   func(*broker.Grant) error // an error: the answer is lost
 	beforeAppend func() error
+	beforeApply  func() // before the broker hears of a record
 	observe      func([]broker.Observation) error
 }
 
@@ -173,6 +175,22 @@ func (s *tap) Append(ctx context.Context, next func(feed.Position) (broker.Recor
 		}
 	}
 	return s.Store.Append(ctx, next)
+}
+
+func (s *tap) Events(ctx context.Context, after uint64) iter.Seq2[broker.Record, error] {
+	return func(yield func(broker.Record, error) bool) {
+		for rec, err := range s.Store.Events(ctx, after) {
+			s.mu.Lock()
+			hook := s.beforeApply
+			s.mu.Unlock()
+			if hook != nil {
+				hook()
+			}
+			if !yield(rec, err) {
+				return
+			}
+		}
+	}
 }
 
 func (s *tap) Observe(ctx context.Context, o ...broker.Observation) error {

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/dayflyhq/dayfly/broker"
+	"github.com/dayflyhq/dayfly/proto/feed"
 	"github.com/dayflyhq/dayfly/proto/revocation"
 )
 
@@ -150,6 +151,19 @@ func TestProposalLapses(t *testing.T) {
 	}
 }
 
+// waiting is a store whose first append waits.
+type waiting struct {
+	broker.Store
+	enter, leave, made chan struct{}
+}
+
+func (s *waiting) Append(ctx context.Context, next func(feed.Position) (broker.Record, error)) (broker.Record, error) {
+	close(s.enter)
+	<-s.leave
+	defer close(s.made)
+	return s.Store.Append(ctx, next)
+}
+
 // Two that confirm at once make one record, also if one of them gave up meanwhile.
 func TestConfirmersRace(t *testing.T) {
 	w := newWorld(t)
@@ -169,9 +183,10 @@ func TestConfirmersRace(t *testing.T) {
 		w.pending(call(ctx, w.caller("alice"), ""))
 		head := w.b.Head().Seq
 		// The first one's record waits, and its caller goes away.
-		enter, leave := make(chan struct{}), make(chan struct{})
+		enter, leave, made := make(chan struct{}), make(chan struct{}), make(chan struct{})
+		store := w.store.Store
 		w.store.set(func(s *tap) {
-			s.beforeAppend = sync.OnceValue(func() error { close(enter); <-leave; return nil })
+			s.Store = &waiting{s.Store, enter, leave, made}
 		})
 		short, cancel := context.WithCancel(ctx)
 		gone := make(chan error, 1)
@@ -182,15 +197,15 @@ func TestConfirmersRace(t *testing.T) {
 		case err := <-gone:
 			t.Fatalf("%s: the confirmation didn't get to the store: %v", name, err)
 		}
-		w.store.set(func(s *tap) { s.beforeAppend = nil })
+		w.store.set(func(s *tap) { s.Store = store })
 		cancel()
 		if err := <-gone; !errors.Is(err, context.Canceled) {
 			t.Errorf("%s: got %v", name, err)
 		}
 		var (
-			wg   sync.WaitGroup
-			mu   sync.Mutex
-			made []uint64
+			wg      sync.WaitGroup
+			mu      sync.Mutex
+			numbers []uint64
 		)
 		for range 8 {
 			caller := w.caller("bob")
@@ -201,19 +216,63 @@ func TestConfirmersRace(t *testing.T) {
 				if err != nil {
 					t.Errorf("%s: %v", name, err)
 				}
-				made = append(made, rec.Seq)
+				numbers = append(numbers, rec.Seq)
 			})
 		}
 		wg.Wait()
+		if numbers = slices.Compact(numbers); len(numbers) != 1 || numbers[0] != head+1 {
+			t.Errorf("%s: records %v, want %d alone", name, numbers, head+1)
+		}
 		close(leave)
-		if made = slices.Compact(made); len(made) != 1 || made[0] != head+1 {
-			t.Errorf("%s: records %v, want %d alone", name, made, head+1)
+		<-made
+		if st, err := store.State(ctx); err != nil || st.Head.Seq != head+1 {
+			t.Errorf("%s: head %d, %v, want %d", name, st.Head.Seq, err, head+1)
 		}
-		// Whatever became of the one that waited, it made no second record.
-		_, _ = call(ctx, zoe, "key-"+name)
-		if got := w.b.Head().Seq; got != head+1 {
-			t.Errorf("%s: head %d, want %d", name, got, head+1)
+	}
+}
+
+// A confirmation that is committed, whose caller gave up before this broker had applied
+// it, isn't made again.
+func TestConfirmedBeforeApplied(t *testing.T) {
+	w := newWorld(t)
+	w.twoPersons()
+	lock := w.revoke(broker.LockQuarantine, revocation.Identity(id("payments"))).Seq
+	w.pending(w.b.Lift(ctx, w.caller("alice"), lock, "r", ""))
+	head := w.b.Head().Seq
+	committed, apply := make(chan struct{}), make(chan struct{})
+	w.store.set(func(s *tap) {
+		s.beforeApply = sync.OnceFunc(func() { close(committed); <-apply })
+	})
+	short, cancel := context.WithCancel(ctx)
+	bob, zoe := w.caller("bob"), w.caller("zoe")
+	gone, answered := make(chan error, 1), make(chan error, 1)
+	go func() { _, err := w.b.Lift(short, bob, lock, "r", ""); gone <- err }()
+	<-committed
+	cancel()
+	if err := <-gone; !errors.Is(err, context.Canceled) {
+		t.Errorf("got %v", err)
+	}
+	asked := make(chan struct{})
+	w.policy.set(func(q broker.Question) (broker.Decision, error) {
+		if q.Action == broker.ActionLiftConfirm {
+			defer close(asked)
 		}
+		d := yes(q)
+		d.SecondPerson.Required = true
+		return d, nil
+	})
+	go func() { _, err := w.b.Lift(ctx, zoe, lock, "r", ""); answered <- err }()
+	<-asked
+	select {
+	case err := <-answered:
+		t.Errorf("answered without knowing the log: %v", err)
+		close(apply)
+	case <-time.After(50 * time.Millisecond): // long enough to be wrong, never too short to be right
+		close(apply)
+		refused(t, <-answered, broker.ErrNotStanding)
+	}
+	if st, err := w.store.State(ctx); err != nil || st.Head.Seq != head+1 {
+		t.Errorf("head %d, %v, want %d", st.Head.Seq, err, head+1)
 	}
 }
 

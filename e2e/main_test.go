@@ -32,10 +32,16 @@ func testMain(m *testing.M) int {
 	return m.Run()
 }
 
-// newBox returns a dayfly made of the built commands, with its broker started.
-func newBox(t testing.TB) *sandbox.Sandbox {
+// newBox returns a dayfly made of the built commands, with its broker started. More
+// policy data, if any, is a file of its own beside the demo's.
+func newBox(t testing.TB, data ...string) *sandbox.Sandbox {
 	t.Helper()
 	box := makeBox(t, "")
+	for i, text := range data {
+		if err := os.WriteFile(filepath.Join(box.PolicyDir(), fmt.Sprintf("more%d.yaml", i)), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
 	if err := box.StartBroker(t.Context()); err != nil {
 		t.Fatal(err)
 	}

@@ -39,6 +39,7 @@ var (
 	Web         = identity("/ns/shop/web")
 	Reports     = identity("/ns/other/reports")
 	Alice       = identity("/ops/alice")
+	Bob         = identity("/ops/bob")
 )
 
 func identity(path string) spiffeid.ID { return spiffeid.RequireFromPath(TrustDomain, path) }
