@@ -30,6 +30,6 @@ func (b *Broker) ApplyUntil(ctx context.Context, seq uint64) error {
 	if err := b.follow(ctx, seq); err != nil {
 		return err
 	}
-	_, err := b.revokeForeignKeys(ctx)
+	_, err := b.revokeForeignKeys(ctx) // as Run does after a key that others wrote
 	return err
 }

@@ -2,6 +2,7 @@ package broker_test
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"slices"
 	"strings"
@@ -365,6 +366,20 @@ func TestBreakGlassIsAlone(t *testing.T) {
 	rec, err := w.b.Revoke(ctx, root, broker.Revoke{Selectors: []revocation.Selector{revocation.Everything()}, Reason: "r", AllowEverything: true})
 	if err != nil || rec.Details.Proposed != nil {
 		t.Errorf("everything: %+v, %v", rec.Details, err)
+	}
+}
+
+// A record that one person made has the digest that it had before there were two.
+func TestDigestOfOnePerson(t *testing.T) {
+	d := broker.Details{Time: noon, Actor: "a", Reason: "r", IdempotencyKey: "k", Lock: broker.LockQuarantine}
+	const text = `{"time":"2026-11-23T12:00:00Z","actor":"a","reason":"r","idempotency_key":"k","lock":"quarantine"}`
+	if d.Digest() != sha256.Sum256([]byte(text)) {
+		t.Error("the hashes of old records no longer stand")
+	}
+	alone := d.Digest()
+	d.Proposed = &broker.Proposal{Actor: "b"}
+	if d.Digest() == alone {
+		t.Error("who proposed isn't under the hash")
 	}
 }
 

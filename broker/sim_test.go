@@ -532,7 +532,7 @@ func (b *simBroker) start() {
 		s.violation("internal: %v", err)
 		return
 	}
-	if err := b.b.Load(context.Background()); err != nil {
+	if err := errors.Join(b.b.Load(context.Background()), b.b.CheckKeys(context.Background())); err != nil {
 		s.violation("internal: loading: %v", err)
 		return
 	}

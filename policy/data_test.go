@@ -66,7 +66,11 @@ func TestDataProblems(t *testing.T) {
 		"relay":                      {"verifiers:\n  spiffe://td/x: {follow: [\"*\"], relay: \"yes\"}\n", []string{"2: must be true or false"}},
 		"limits": {"limits:\n  spiffe://td/x: {issue_per_second: 0, live_grants: -1}\n",
 			[]string{"2: must be a whole number", "2: must be a whole number"}},
-		"a huge limit": {"limits:\n  spiffe://td/x: {live_grants: 99999999999999999999}\n", []string{"2: must be a whole number"}},
+		"lift":            {"lift: {two_person: true, within: 30m}\n", nil},
+		"lift, commented": {"lift:\n#  two_person: true\n", nil},
+		"lift, wrong":     {"lift: {two_person: 2, within: 2h, who: me}\n", []string{"1: must be true or false", "1: must be at most 1h", `1: unknown key "who"`}},
+		"lift, no time":   {"lift: {within: 0s}\n", []string{"1: must be at least 1s"}},
+		"a huge limit":    {"limits:\n  spiffe://td/x: {live_grants: 99999999999999999999}\n", []string{"2: must be a whole number"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			got := problems(c.data)

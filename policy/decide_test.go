@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"io/fs"
 	"reflect"
 	"slices"
 	"strings"
@@ -193,6 +194,41 @@ func TestDecideLimitsAndNames(t *testing.T) {
 	}
 	if want := []string{"orders"}; !slices.Equal(d.Names, want) {
 		t.Errorf("names: got %q, want %q", d.Names, want)
+	}
+}
+
+// Which calls take a second person, for how long a proposal waits and who may confirm
+// comes from the data, whatever the rules say.
+func TestDecideSecondPerson(t *testing.T) {
+	const data = "operators:\n  spiffe://td/a: [lift, lift_confirm, revoke_everything]\n  spiffe://td/b: [lift]\n  spiffe://td/sec/*: [lift_confirm]\n  spiffe://td/c: [revoke_everything]\n"
+	ask := func(data string, a policy.Action, caller string) policy.SecondPerson {
+		t.Helper()
+		rego, err := fs.ReadFile(policy.Default(), "policy.rego")
+		if err != nil {
+			t.Fatal(err)
+		}
+		p := load(t, policy.Config{FS: fstest.MapFS{"policy.rego": {Data: rego}, "data.yaml": {Data: []byte(data)}}})
+		d, err := p.Decide(t.Context(), policy.Input{Action: a, Caller: policy.Caller{ID: spiffeid.RequireFromString(caller)}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return d.SecondPerson
+	}
+	for _, c := range []struct {
+		data   string
+		action policy.Action
+		caller string
+		want   policy.SecondPerson
+	}{
+		{data, policy.ActionLift, "spiffe://td/a", policy.SecondPerson{Within: 15 * time.Minute}},
+		{data + "lift: {two_person: true}\n", policy.ActionLift, "spiffe://td/a", policy.SecondPerson{Required: true, Within: 15 * time.Minute, Confirmers: []string{"spiffe://td/sec/*"}}},
+		{data + "lift: {two_person: true}\n", policy.ActionLiftConfirm, "spiffe://td/nobody", policy.SecondPerson{Required: true, Within: 15 * time.Minute, Confirmers: []string{"spiffe://td/a", "spiffe://td/sec/*"}}},
+		{data + "lift: {within: 1m}\n", policy.ActionRevokeEverything, "spiffe://td/a", policy.SecondPerson{Required: true, Within: time.Minute, Confirmers: []string{"spiffe://td/c"}}},
+		{data + "lift: {two_person: true}\n", policy.ActionRevoke, "spiffe://td/a", policy.SecondPerson{}},
+	} {
+		if got := ask(c.data, c.action, c.caller); !reflect.DeepEqual(got, c.want) {
+			t.Errorf("%s of %s: got %+v, want %+v", c.action, c.caller, got, c.want)
+		}
 	}
 }
 

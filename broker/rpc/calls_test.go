@@ -16,6 +16,7 @@ import (
 	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
 	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/dayflyhq/dayfly/sdk/spiffetest"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
@@ -274,6 +275,60 @@ func TestRevokeAndLift(t *testing.T) {
 	}
 }
 
+func everything(reason string) *dayflyv1.RevokeRequest {
+	return &dayflyv1.RevokeRequest{
+		Selectors: []*dayflyv1.Selector{{Selector: &dayflyv1.Selector_Everything_{Everything: &dayflyv1.Selector_Everything{}}}},
+		Reason:    reason, AllowEverything: true,
+	}
+}
+
+// What two persons see on the wire.
+func TestSecondPersonOnTheWire(t *testing.T) {
+	w := newWorld(t)
+	ctx := soon(t)
+	bob := spiffeid.RequireFromString("spiffe://example.org/ops/bob")
+	first, second := dayflyv1.NewRevocationServiceClient(w.as(payments)), dayflyv1.NewRevocationServiceClient(w.as(bob))
+	head := w.b.Head()
+	r, err := first.Revoke(ctx, everything("r"))
+	if err != nil || r.GetRevocation() != nil || r.GetContainment() != nil {
+		t.Fatalf("proposed: %v, %v", r, err)
+	}
+	p := r.GetProposal()
+	if p.GetActor() != payments.String() || p.GetReason() != "r" || p.GetExpiresAt().AsTime().Sub(p.GetTime().AsTime()) != 15*time.Minute || w.b.Head() != head {
+		t.Errorf("proposal %v", p)
+	}
+	_, err = dayflyv1.NewRevocationServiceClient(w.as(payments)).Revoke(ctx, everything("r")) // with an SVID of its own
+	if e := refused(t, err, codes.FailedPrecondition, "SECOND_PERSON_REQUIRED"); e.Metadata["expires_at"] == "" {
+		t.Errorf("metadata %v", e.Metadata)
+	}
+	if r, err = second.Revoke(ctx, everything("confirmed")); err != nil || r.GetProposal() != nil {
+		t.Fatalf("confirmed: %v, %v", r, err)
+	}
+	if v := r.GetRevocation(); v.GetActor() != bob.String() || v.GetProposal().GetActor() != payments.String() {
+		t.Errorf("recorded %v", v)
+	}
+
+	w.policy.mu.Lock()
+	w.policy.twoPersons = true
+	w.policy.mu.Unlock()
+	if r, err = first.Revoke(ctx, &dayflyv1.RevokeRequest{Selectors: []*dayflyv1.Selector{identity("spiffe://example.org/x")}, Reason: "r"}); err != nil {
+		t.Fatal(err)
+	}
+	lock := &dayflyv1.LiftRequest{Lock: r.GetRevocation().GetPosition().GetSequence(), Reason: "over"}
+	lift, err := first.Lift(ctx, lock)
+	if err != nil || lift.GetLifted() || lift.GetLift().GetSequence() != 0 || lift.GetLift().GetActor() != payments.String() || len(lift.GetLift().GetProposal().GetConfirmers()) != 1 {
+		t.Errorf("proposed: %v, %v", lift, err)
+	}
+	locks, err := second.ListLocks(ctx, &dayflyv1.ListLocksRequest{})
+	if err != nil || len(locks.GetLocks()) != 1 || locks.GetLocks()[0].GetProposedLift().GetProposal().GetActor() != payments.String() {
+		t.Errorf("locks %v, %v", locks, err)
+	}
+	lift, err = second.Lift(ctx, lock)
+	if err != nil || !lift.GetLifted() || lift.GetLift().GetActor() != bob.String() || lift.GetLift().GetProposal().GetActor() != payments.String() {
+		t.Errorf("confirmed: %v, %v", lift, err)
+	}
+}
+
 // The break-glass socket: its user is known to the kernel, may revoke and lift, and
 // gets no credentials.
 func TestBreakGlass(t *testing.T) {
@@ -313,6 +368,10 @@ func TestBreakGlass(t *testing.T) {
 	}
 	if _, err := revocations.ListRevocations(soon(t), &dayflyv1.ListRevocationsRequest{}); err != nil {
 		t.Error(err)
+	}
+	all, err := revocations.Revoke(soon(t), everything("all is theirs"))
+	if err != nil || all.GetProposal() != nil || all.GetRevocation().GetProposal() != nil || all.GetRevocation().GetPosition().GetSequence() == 0 {
+		t.Errorf("everything: %v, %v", all, err)
 	}
 	if _, err := revocations.Lift(soon(t), &dayflyv1.LiftRequest{Lock: r.GetRevocation().GetPosition().GetSequence(), Reason: "r"}); err != nil {
 		t.Error(err)

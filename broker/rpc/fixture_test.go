@@ -61,9 +61,10 @@ func (c *clock) advance(d time.Duration) {
 
 // policy says yes, to whoever isn't denied.
 type policy struct {
-	mu       sync.Mutex
-	denied   map[spiffeid.ID]bool
-	noLedger bool // nobody may follow for it
+	mu         sync.Mutex
+	denied     map[spiffeid.ID]bool
+	noLedger   bool // nobody may follow for it
+	twoPersons bool // a lift takes two
 }
 
 func (p *policy) Decide(_ context.Context, q broker.Question) (broker.Decision, error) {
@@ -74,7 +75,7 @@ func (p *policy) Decide(_ context.Context, q broker.Question) (broker.Decision, 
 		scopes = []string{"read"}
 	}
 	denied := p.denied[q.Caller.ID] || p.noLedger && slices.Contains(q.Audiences, "ledger")
-	return broker.Decision{Allow: !denied, Scopes: scopes, TTL: broker.DefaultTTL}, nil
+	return broker.Decision{Allow: !denied, Scopes: scopes, TTL: broker.DefaultTTL, SecondPerson: broker.SecondPerson{Required: p.twoPersons, Confirmers: []string{"spiffe://example.org/ops/*"}}}, nil
 }
 func (p *policy) AnswersTo(spiffeid.ID, string) bool { return true }
 func (p *policy) Audience(name string) (broker.Audience, bool) {

@@ -197,6 +197,7 @@ func testAppend(t *testing.T, s *subject) {
 	for i := range 5 {
 		r := revoke(i)
 		r.Details.SVIDExpires = map[string]time.Time{"00": noon, "01": noon.Add(time.Nanosecond)}
+		r.Details.Proposed = &broker.Proposal{Subject: "lift 1", Actor: "a", Reason: "<é>", Time: noon.Add(time.Nanosecond), Ends: noon.Add(time.Hour), IdempotencyKey: "k"}
 		var sealed broker.Record
 		sealed, at = r.Seal(at)
 		equal(t, "what Append returns", s.append(r), sealed)

@@ -83,13 +83,17 @@ func (a *app) startDev(ctx context.Context, box *sandbox.Sandbox, exe string) (s
 	if err != nil {
 		return "", err
 	}
+	bob, err := box.TD.Workload(sandbox.Bob)
+	if err != nil {
+		return "", err
+	}
 	orders, err := box.TD.Workload(sandbox.Orders)
 	if err != nil {
 		return "", err
 	}
 	return fmt.Sprintf(devText, filepath.Dir(exe), box.Info.GRPC, sandbox.Broker, agent, alice,
 		services["web"].URL, sandbox.Payments, orders, services["orders"].URL, services["ledger"].URL,
-		box.PolicyDir(), box.AuditPath(), box.Info.Public, box.Info.Admin, box.Info.BreakGlass), nil
+		box.PolicyDir(), box.AuditPath(), box.Info.Public, box.Info.Admin, box.Info.BreakGlass, bob), nil
 }
 
 const devText = `A whole dayfly is running; Ctrl-C ends it. In another terminal:
@@ -119,6 +123,8 @@ As the security team:
   dayfly locks
   dayfly revocations list
   dayfly lift 3 --reason "tried it"    # the number that revoke printed
+  dayfly revoke --everything --reason "trying it" --yes    # takes two: proposed by alice, confirmed by bob
+  SPIFFE_ENDPOINT_SOCKET=%[16]s dayfly revoke --everything --reason "trying it" --yes
 
 orders  %[9]s   (mTLS)
 ledger  %[10]s   (mTLS)
