@@ -123,8 +123,10 @@ As the security team:
   dayfly locks
   dayfly revocations list
   dayfly lift 3 --reason "tried it"    # the number that revoke printed
-  dayfly revoke --everything --reason "trying it" --yes    # takes two: proposed by alice, confirmed by bob
-  SPIFFE_ENDPOINT_SOCKET=%[16]s dayfly revoke --everything --reason "trying it" --yes
+
+Everything takes two persons: alice proposes, and bob confirms.
+
+  dayfly revoke --everything --reason "trying it" --yes || SPIFFE_ENDPOINT_SOCKET=%[16]s dayfly revoke --everything --reason "trying it" --yes
 
 orders  %[9]s   (mTLS)
 ledger  %[10]s   (mTLS)
