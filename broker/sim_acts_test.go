@@ -326,7 +326,8 @@ func (s *sim) revoke(b *simBroker, r *rand.Rand) {
 	}
 	if slices.ContainsFunc(req.Selectors, revocation.Selector.Lockable) {
 		req.Lock = []broker.LockMode{broker.LockNone, broker.LockNone, broker.LockQuarantine, broker.LockReissue}[r.IntN(4)]
-		if req.Lock != broker.LockNone && r.IntN(4) == 0 {
+		endable := slices.ContainsFunc(req.Selectors, func(sel revocation.Selector) bool { return sel.Lockable() && sel.Kind() != revocation.KindSVID })
+		if req.Lock != broker.LockNone && endable && r.IntN(4) == 0 {
 			req.LockEnds = b.Wall(s).Add(time.Duration(1+r.IntN(120)) * time.Minute)
 		}
 	}

@@ -123,11 +123,13 @@ func (s *sim) checkLocks(c simCaller, k *simToken) {
 	s.look()
 	for _, l := range s.locks {
 		ends := l.rec.Details.LockEnds
-		if l.lifted || !ends.IsZero() && !s.latest.Before(ends) {
-			continue // over by the clock of some broker, which may have forgotten it since
+		if l.lifted {
+			continue
 		}
+		// By the clock of some broker, which may have forgotten the lock since.
+		over := !ends.IsZero() && !s.latest.Before(ends)
 		for _, sel := range l.rec.Revocation.Selectors {
-			if !sel.Lockable() || !sel.MatchesCaller(c.ID, token.ThumbprintOf(c.Leaf)) {
+			if !sel.Lockable() || !sel.MatchesCaller(c.ID, token.ThumbprintOf(c.Leaf)) || over && sel.Kind() != revocation.KindSVID {
 				continue
 			}
 			switch {

@@ -290,7 +290,9 @@ func (s *sim) brokerReads(st *simStream, m simMessage) error {
 	ctx := context.Background()
 	switch {
 	case m.ping != "":
+		st.broker.store.proving = true
 		proof, err := st.follower.Prove(ctx)
+		st.broker.store.proving = false
 		if err != nil {
 			return err
 		}

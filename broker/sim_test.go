@@ -468,17 +468,16 @@ type simBroker struct {
 // simStore is the store as one broker has it open.
 type simStore struct {
 	*storetest.Mem
-	b      *simBroker
-	behind bool
+	b       *simBroker
+	proving bool
 }
 
 func (t *simStore) Append(ctx context.Context, next func(feed.Position) (broker.Record, error)) (broker.Record, error) {
 	rec, err := t.Mem.Append(ctx, next)
-	if err != nil {
-		return rec, err
+	if err == nil {
+		t.b.s.committed(t.b, rec)
 	}
-	t.b.s.committed(t.b, rec)
-	return rec, t.b.catchUp()
+	return rec, errors.Join(err, t.b.catchUp()) // it waits for its record, or for what it lacked
 }
 
 // Issue lets something happen between the snapshot of an issue and its commit.
@@ -487,16 +486,14 @@ func (t *simStore) Issue(ctx context.Context, g *broker.Grant, admit func([]brok
 		t.b.s.inside = nil
 		f()
 	}
-	err := t.Mem.Issue(ctx, g, admit)
-	t.behind = err != nil
-	return err
+	return t.Mem.Issue(ctx, g, admit)
 }
 
-// State applies what a broker waits for after an issue that came too late.
+// State applies what a broker asks for because it waits until it has it; a proof waits
+// for nothing.
 func (t *simStore) State(ctx context.Context) (broker.StoreState, error) {
 	st, err := t.Mem.State(ctx)
-	if t.behind {
-		t.behind = false
+	if t.b.key != nil && !t.proving {
 		t.b.applyUntil(st.Head.Seq)
 	}
 	return st, err
