@@ -17,7 +17,6 @@ import (
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 )
 
@@ -32,9 +31,8 @@ const (
 	minPause = 50 * time.Millisecond
 	// deniedPause is between attempts that policy refuses.
 	deniedPause = 15 * time.Second
-	// reportedAtOnce and usesBytes keep a message below the broker's limit of 64 KiB.
+	// reportedAtOnce keeps a message below the broker's limit of 64 KiB.
 	reportedAtOnce = 64
-	usesBytes      = 48 << 10
 )
 
 // follower is the agent's own stream of the feed.
@@ -179,6 +177,7 @@ func (f *follower) begin(stream upstream, w *dayflyv1.Welcome, relay bool) *sess
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.fresh.Reconnected()
+	k.outbox.Reconnected()
 	k.welcome, k.relays, k.refused = w, relay, nil
 	for _, v := range k.below {
 		v.dirty = true // this broker hears of everyone, whatever an earlier one heard
@@ -266,6 +265,7 @@ func (s *session) ping() error {
 	s.pings[string(nonce)] = gen
 	s.asked, s.pinged = gen, now
 	s.k.mu.Unlock()
+	s.k.outbox.Pinged(string(nonce))
 	if err := s.report(true); err != nil {
 		return err
 	}
@@ -322,28 +322,6 @@ func (v *verifier) message(now feed.Instant) *dayflyv1.RelayedVerifier {
 	return m
 }
 
-// passUses passes on the use reports of those below.
-func (s *session) passUses() error {
-	s.k.mu.Lock()
-	uses, dropped := s.k.uses, s.k.usesDropped
-	s.k.uses, s.k.usesDropped = nil, 0
-	s.k.mu.Unlock()
-	for len(uses) > 0 || dropped > 0 {
-		m := &dayflyv1.UseReport{Dropped: dropped}
-		size := 0
-		for len(uses) > 0 && len(m.Uses) < maxUsesAtOnce && size < usesBytes {
-			size += proto.Size(uses[0])
-			m.Uses = append(m.Uses, uses[0])
-			uses = uses[1:]
-		}
-		dropped = 0
-		if err := s.up(&dayflyv1.FollowRequest{Message: &dayflyv1.FollowRequest_UseReport{UseReport: m}}); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
 func (s *session) up(m *dayflyv1.FollowRequest) error {
 	if err := s.stream.Send(m); err != nil {
 		return fmt.Errorf("sending on the feed: %w", err)
@@ -384,6 +362,7 @@ func (s *session) answered(m *dayflyv1.Pong) error {
 		return fmt.Errorf("%w: %v", feed.ErrMalformed, err)
 	}
 	s.heard = k.boot()
+	k.outbox.Answered(pong.Nonce)
 	if err := k.view.CheckHead(pong.Head, asOf); err != nil {
 		k.ring()
 		return err

@@ -9,6 +9,7 @@ import (
 	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
 	"github.com/dayflyhq/dayfly/proto/feed"
 	"github.com/dayflyhq/dayfly/proto/revocation"
+	"github.com/dayflyhq/dayfly/proto/wire"
 )
 
 // knowledge is what the agent knows of the log, how fresh that is, and who learns it
@@ -30,8 +31,9 @@ type knowledge struct {
 	// asked for after the report of number n confirms up to n. Confirmed reports are on
 	// the broker's roster, durably, whatever stream comes next.
 	gen, confirmed uint64
-	uses           []*dayflyv1.Use // reports on their way up
+	uses           map[useKey]*dayflyv1.Use // what those below reported, on its way up
 	usesDropped    uint64
+	outbox         wire.Outbox
 
 	changed chan struct{} // closed at every change that a stream below may wait for
 	work    chan struct{} // has an element when there is something to send up
@@ -47,14 +49,15 @@ type verifier struct {
 	answered  feed.Instant // when one of its pings was last answered
 	ever      bool         // answered at all
 	gen       uint64
-	dirty     bool // not reported as it is now
+	reported  uint64 // the newest of its use reports
+	dirty     bool   // not reported as it is now
 	gone      bool
 	owner     *downstream
 }
 
 func newKnowledge(boot func() feed.Instant) *knowledge {
 	return &knowledge{
-		boot: boot, below: map[string]*verifier{},
+		boot: boot, below: map[string]*verifier{}, uses: map[useKey]*dayflyv1.Use{},
 		changed: make(chan struct{}), work: make(chan struct{}, 1),
 	}
 }
@@ -118,7 +121,7 @@ func (k *knowledge) join(v *verifier) bool {
 	k.gen++
 	v.gen, v.dirty = k.gen, true
 	if known {
-		v.answered, v.ever = old.answered, old.ever
+		v.answered, v.ever, v.reported = old.answered, old.ever, old.reported
 		if !old.gone && v.bound <= old.bound && (!v.accepts || old.accepts) && slices.Equal(v.audiences, old.audiences) {
 			v.gen = old.gen // every report named it, with no smaller a bound
 		}

@@ -30,10 +30,6 @@ const (
 	// maxNonces bounds the pings of one stream that wait for an answer: the oldest are
 	// forgotten, as verifiers forget theirs.
 	maxNonces = 64
-	// maxUses bounds the use reports that wait for the broker, maxUsesAtOnce those of
-	// one message.
-	maxUses       = 4096
-	maxUsesAtOnce = 256
 )
 
 // feedService relays what the agent knows.
@@ -301,22 +297,6 @@ func (d *downstream) delivered(p feed.Position) error {
 		return feedInvalid("a receipt for what was not delivered on this stream")
 	}
 	return nil
-}
-
-// use keeps reports for the broker, as many as there is room for.
-func (d *downstream) use(m *dayflyv1.UseReport) {
-	d.k.mu.Lock()
-	defer d.k.mu.Unlock()
-	d.k.usesDropped += m.GetDropped()
-	for _, u := range m.GetUses() {
-		if len(d.k.uses) == maxUses || len(u.GetGrant()) > 64 || len(u.GetPeerIdentity()) > 2048 ||
-			len(u.GetPeerAddress()) > 64 || len(u.GetRefusalReason()) > 64 {
-			d.k.usesDropped++
-			continue
-		}
-		d.k.uses = append(d.k.uses, u)
-	}
-	d.k.kick()
 }
 
 // relayed takes the report of a relay below. Its own pings wait until the broker has
