@@ -10,6 +10,7 @@ const (
 	MaxStreams  = maxStreams
 	MaxRelayed  = maxRelayed
 	MaxUses     = maxUses
+	MaxAfter    = maxAfter
 	GrantsKept  = grantsKept
 	RetryWindow = retryWindow
 	SignGrace   = signGrace

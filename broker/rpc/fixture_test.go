@@ -77,6 +77,9 @@ func (p *policy) AnswersTo(spiffeid.ID, string) bool { return true }
 func (p *policy) Audience(name string) (broker.Audience, bool) {
 	return broker.Audience{Name: name, VerifiedBy: "feed"}, true
 }
+func (p *policy) Fallback(spiffeid.ID, string) broker.Fallback {
+	return broker.Fallback{Owner: "team orders", Text: "they queue up"}
+}
 
 // world is a served broker.
 type world struct {

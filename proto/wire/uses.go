@@ -51,6 +51,11 @@ func CheckUse(m *dayflyv1.Use) error {
 	case !sane(m):
 		return malformed("use: at no time, or ended before it began")
 	}
+	if m.GetKeyId() != "" {
+		if _, err := token.ParseKeyID(m.GetKeyId()); err != nil {
+			return malformed("use: %v", err)
+		}
+	}
 	if m.GetEra() != "" {
 		if _, err := token.ParseEra(m.GetEra()); err != nil {
 			return malformed("use: %v", err)

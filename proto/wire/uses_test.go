@@ -52,6 +52,7 @@ func TestCheckUse(t *testing.T) {
 		"a time of no year":         func(u *dayflyv1.Use) { u.LastSeen = &timestamppb.Timestamp{Seconds: 1 << 60} },
 		"ended before it began":     func(u *dayflyv1.Use) { u.LastSeen = timestamppb.New(time.Unix(1, 0)) },
 		"a short fingerprint":       func(u *dayflyv1.Use) { u.Fingerprint = []byte{1} },
+		"a key that is none":        func(u *dayflyv1.Use) { u.KeyId = "key" },
 		"an era that is none":       func(u *dayflyv1.Use) { u.Era = "0" },
 	} {
 		u := use(t)

@@ -47,6 +47,7 @@ type useKey struct {
 	refusal     Reason // "" for accepted
 	head        uint64
 	era         token.Era
+	signer      token.KeyID
 }
 
 type use struct {
@@ -56,7 +57,7 @@ type use struct {
 
 // note counts one use, judged at a position.
 func (u *uses) note(t *token.Token, at feed.Position, peer Peer, refusal *Refusal, now time.Time) {
-	key := useKey{grant: t.Grant(), fingerprint: t.Fingerprint, address: peer.Address, head: at.Seq, era: at.Era}
+	key := useKey{grant: t.Grant(), fingerprint: t.Fingerprint, address: peer.Address, head: at.Seq, era: at.Era, signer: t.Self().Key}
 	if !peer.ID.IsZero() {
 		key.identity = peer.ID.String()
 	}
@@ -127,6 +128,6 @@ func (k useKey) message(n *use) *dayflyv1.Use {
 		Grant: k.grant.String(), PeerIdentity: k.identity, PeerAddress: wire.PeerAddress(k.address),
 		Accepted: k.refusal == "", RefusalReason: string(k.refusal),
 		Count: n.count, FirstSeen: timestamppb.New(n.first), LastSeen: timestamppb.New(n.last),
-		Head: k.head, Era: k.era.String(), Fingerprint: k.fingerprint[:],
+		Head: k.head, Era: k.era.String(), Fingerprint: k.fingerprint[:], KeyId: k.signer.String(),
 	}
 }

@@ -438,7 +438,9 @@ type Use struct {
 	// Era of that head, 8 lower-case hexadecimal digits; empty: it doesn't say.
 	Era string `protobuf:"bytes,10,opt,name=era,proto3" json:"era,omitempty"`
 	// SHA-256 of the JWS signing input, 32 bytes; empty: it doesn't say.
-	Fingerprint   []byte `protobuf:"bytes,11,opt,name=fingerprint,proto3" json:"fingerprint,omitempty"`
+	Fingerprint []byte `protobuf:"bytes,11,opt,name=fingerprint,proto3" json:"fingerprint,omitempty"`
+	// ID of the key that signed the token; empty: it doesn't say.
+	KeyId         string `protobuf:"bytes,12,opt,name=key_id,json=keyId,proto3" json:"key_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -548,6 +550,13 @@ func (x *Use) GetFingerprint() []byte {
 		return x.Fingerprint
 	}
 	return nil
+}
+
+func (x *Use) GetKeyId() string {
+	if x != nil {
+		return x.KeyId
+	}
+	return ""
 }
 
 // RelayReport passes receipts up. A relay never acknowledges for others: it
@@ -1647,7 +1656,7 @@ const file_dayfly_v1_feed_proto_rawDesc = "" +
 	"\tUseReport\x12\"\n" +
 	"\x04uses\x18\x01 \x03(\v2\x0e.dayfly.v1.UseR\x04uses\x12\x18\n" +
 	"\adropped\x18\x02 \x01(\x04R\adropped\x12\x16\n" +
-	"\x06number\x18\x03 \x01(\x04R\x06number\"\xf8\x02\n" +
+	"\x06number\x18\x03 \x01(\x04R\x06number\"\x8f\x03\n" +
 	"\x03Use\x12\x14\n" +
 	"\x05grant\x18\x01 \x01(\tR\x05grant\x12#\n" +
 	"\rpeer_identity\x18\x02 \x01(\tR\fpeerIdentity\x12!\n" +
@@ -1661,7 +1670,8 @@ const file_dayfly_v1_feed_proto_rawDesc = "" +
 	"\x04head\x18\t \x01(\x04R\x04head\x12\x10\n" +
 	"\x03era\x18\n" +
 	" \x01(\tR\x03era\x12 \n" +
-	"\vfingerprint\x18\v \x01(\fR\vfingerprint\"p\n" +
+	"\vfingerprint\x18\v \x01(\fR\vfingerprint\x12\x15\n" +
+	"\x06key_id\x18\f \x01(\tR\x05keyId\"p\n" +
 	"\vRelayReport\x128\n" +
 	"\tverifiers\x18\x01 \x03(\v2\x1a.dayfly.v1.RelayedVerifierR\tverifiers\x12'\n" +
 	"\x0fconfirmed_count\x18\x02 \x01(\x04R\x0econfirmedCount\"\xde\x02\n" +
