@@ -470,6 +470,8 @@ func TestUseReportsSurviveAStream(t *testing.T) {
 	b.set(func(b *broker) { b.silent = true })
 	v.send(useReport(1, 0, use(t, 3)))
 	first := b.sent("the use report", isUseReport).GetUseReport()
+	b.sent("a ping after it", func(m *dayflyv1.FollowRequest) bool { return m.GetPing() != nil })
+	b.sent("another", func(m *dayflyv1.FollowRequest) bool { return m.GetPing() != nil })
 	b.stop()
 	b.set(func(b *broker) { b.silent = false })
 	b.restart()

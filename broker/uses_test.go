@@ -160,6 +160,7 @@ func TestUseReportsCountOnce(t *testing.T) {
 // where the verifier knew it, by clocks where it didn't.
 func TestUsesAfterRevocation(t *testing.T) {
 	w := newWorld(t)
+	older := w.revoke(broker.LockNone, revocation.Identity(id("payments"))) // what comes after it lives
 	cred := w.issue(w.caller("payments"), "orders")
 	bystander := w.issue(w.caller("other"), "orders")
 	f := w.follow("orders", "instance-1", time.Second)
@@ -205,6 +206,9 @@ func TestUsesAfterRevocation(t *testing.T) {
 		}
 	}
 	check("at once")
+	if a := w.b.UsesAfter(older.Seq); len(a) != 0 {
+		t.Errorf("uses of what was issued after a revocation: %+v", a)
+	}
 	if c := w.b.UseCounts(); c.Refused != 3 || c.AcceptedKnowing != 4 || c.AcceptedUnaware != 12 || c.Unrecorded != 0 {
 		t.Errorf("counts %+v", c)
 	}
