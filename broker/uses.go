@@ -24,18 +24,17 @@ import (
 // A Use is a verifier's aggregate of one grant, one peer, one outcome and one head. It
 // is that verifier's word.
 type Use struct {
-	Grant       string    `json:"grant"`
-	Fingerprint []byte    `json:"fingerprint,omitempty"` // of the token; none: not said
-	Key         string    `json:"key,omitempty"`         // that signed it
-	Peer        string    `json:"peer,omitempty"`
-	Address     string    `json:"address,omitempty"`
-	Accepted    bool      `json:"accepted"`
-	Reason      string    `json:"reason,omitempty"`
-	Count       uint64    `json:"count"`
-	First       time.Time `json:"first"` // by the verifier's clock, as Last is
-	Last        time.Time `json:"last"`
-	Head        uint64    `json:"head"`          // that they were judged at
-	Era         string    `json:"era,omitempty"` // of the head
+	Grant       string
+	Fingerprint []byte // of the token; none: not said
+	Key         string // that signed it
+	Peer        string
+	Address     string
+	Accepted    bool
+	Reason      string // of a refusal
+	Count       uint64
+	First, Last time.Time // by the verifier's clock
+	Head        uint64    // that they were judged at
+	Era         string    // of the head
 }
 
 // A UseReport is what a verifier saw since its last one.
@@ -50,11 +49,46 @@ type UseReport struct {
 
 // storedUses is a use report as the store keeps it.
 type storedUses struct {
-	Verifier string    `json:"verifier"`
-	Instance string    `json:"instance"`
-	At       time.Time `json:"at"` // by the broker's clock
-	Dropped  uint64    `json:"dropped,omitempty"`
-	Uses     []Use     `json:"uses,omitempty"`
+	Verifier string      `json:"verifier"`
+	Instance string      `json:"instance"`
+	At       time.Time   `json:"at"` // by the broker's clock
+	Dropped  uint64      `json:"dropped,omitempty"`
+	Uses     []storedUse `json:"uses,omitempty"`
+}
+
+// storedUse is a Use with short names and milliseconds since 1970: there are many of
+// them, and the largest report that a verifier makes must fit into an observation.
+type storedUse struct {
+	Grant       string `json:"g"`
+	Fingerprint []byte `json:"f,omitempty"`
+	Key         string `json:"k,omitempty"`
+	Peer        string `json:"p,omitempty"`
+	Address     string `json:"a,omitempty"`
+	Reason      string `json:"r,omitempty"` // "": accepted
+	Count       uint64 `json:"n"`
+	First       int64  `json:"b"`
+	Last        int64  `json:"l"`
+	Head        uint64 `json:"h"`
+	Era         string `json:"e,omitempty"`
+}
+
+func storeUse(u Use) storedUse {
+	return storedUse{u.Grant, u.Fingerprint, u.Key, u.Peer, u.Address, u.Reason, u.Count, u.First.UnixMilli(), u.Last.UnixMilli(), u.Head, u.Era}
+}
+
+func (s storedUse) use() Use {
+	return Use{
+		s.Grant, s.Fingerprint, s.Key, s.Peer, s.Address, s.Reason == "", s.Reason, s.Count,
+		time.UnixMilli(s.First).UTC(), time.UnixMilli(s.Last).UTC(), s.Head, s.Era,
+	}
+}
+
+func storeReport(id feed.VerifierID, at time.Time, r UseReport) ([]byte, error) {
+	stored := storedUses{Verifier: id.Identity, Instance: id.Instance, At: at, Dropped: r.Dropped}
+	for _, u := range r.Uses {
+		stored.Uses = append(stored.Uses, storeUse(u))
+	}
+	return json.Marshal(stored)
 }
 
 // What the store keeps of uses:
@@ -79,7 +113,7 @@ const (
 
 const (
 	maxUses   = 256      // in one report
-	maxReport = 64 << 10 // bytes of it in the store
+	maxReport = 64 << 10 // bytes of it in the store; an honest one has fewer by far
 	usesKept  = grantsKept
 	flowsKept = 24 * time.Hour
 
@@ -255,8 +289,8 @@ func (f *Follower) Report(ctx context.Context, r UseReport) error {
 	}
 	b := f.b
 	now := b.cfg.Now().UTC()
-	value, err := json.Marshal(storedUses{Verifier: f.id.Identity, Instance: f.id.Instance, At: now, Dropped: r.Dropped, Uses: r.Uses})
-	if err != nil || len(value) > maxReport { // a time that no calendar has; escapes that swell
+	value, err := storeReport(f.id, now, r)
+	if err != nil || len(value) > maxReport { // escapes that swell
 		return ErrFeedRejected.because("a use report that can't be kept")
 	}
 	if !b.uses.take(f.id.Identity, len(value), b.cfg.Boot()) {
@@ -468,7 +502,7 @@ func (b *Broker) check(ctx context.Context, places []string) error {
 		}
 		kept, again := b.uses.looked[place]
 		for _, use := range r.Uses {
-			if err := b.checkUse(ctx, found, &r, use, again); err != nil {
+			if err := b.checkUse(ctx, found, &r, use.use(), again); err != nil {
 				return err
 			}
 		}
@@ -478,7 +512,9 @@ func (b *Broker) check(ctx context.Context, places []string) error {
 		}
 		if !kept {
 			found.deleted = append(found.deleted, usesPrefix+place)
-			found.counts.Unkept += (&UseReport{Uses: r.Uses}).total()
+			for _, use := range r.Uses {
+				found.counts.Unkept += use.Count
+			}
 		}
 	}
 	if err := b.cfg.Store.Observe(ctx, found.observations()...); err != nil {

@@ -78,7 +78,6 @@ func TestUseReports(t *testing.T) {
 	}
 	for name, uses := range map[string][]broker.Use{
 		"too many":            make([]broker.Use, broker.MaxUses+1),
-		"a time of no year":   {{First: time.Unix(1<<60, 0)}},
 		"escapes that swell":  {{Reason: strings.Repeat("<", 30_000)}},
 		"too large by itself": {{Reason: strings.Repeat("r", 65<<10)}},
 	} {
@@ -423,7 +422,7 @@ func TestReporterIsBounded(t *testing.T) {
 	limited := c.Limited
 	for range 6 {
 		w.clock.advance(5 * time.Minute)
-		for range 80 {
+		for range 100 {
 			if err := hostile.Report(ctx, broker.UseReport{Uses: uses}); err != nil {
 				t.Fatal(err)
 			}
@@ -538,10 +537,11 @@ func TestPlanWorkflows(t *testing.T) {
 	root := w.issue(w.caller("payments"), "orders")
 	derived := w.exchange(w.caller("orders"), root.Token, "ledger")
 	other := w.issue(w.caller("other"), "orders")
-	orders, ledger := w.follow("orders", "instance-1", time.Second), w.follow("ledger", "instance-1", time.Second)
+	orders := w.follow("orders", "instance-1", time.Second)
 	w.report(orders, w.use(root), w.use(root), w.use(other))
 	w.clock.advance(2 * time.Hour)
-	orders, ledger = w.follow("orders", "instance-1", time.Second), w.follow("ledger", "instance-1", time.Second)
+	orders = w.follow("orders", "instance-1", time.Second) // with a new SVID
+	ledger := w.follow("ledger", "instance-1", time.Second)
 	last := w.clock.Now()
 	ahead := w.use(derived)
 	ahead.Last = last.Add(time.Hour) // a clock that is off

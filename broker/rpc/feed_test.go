@@ -275,9 +275,52 @@ func TestUses(t *testing.T) {
 	}
 	for name, c := range map[string]*dayflyv1.Containment{"watched": m.GetContainment(), "got": got.GetContainment()} {
 		if a := c.GetUsesAfter(); len(a) != 1 || a[0].GetVerifier() != payments.String() || a[0].GetRefused() != 3 || a[0].GetAcceptedKnowing()+a[0].GetAcceptedUnaware() != 0 ||
-			!slices.Equal(a[0].GetPeers(), []string{payments.String()}) || !slices.Equal(a[0].GetAddresses(), []string{"192.0.2.7"}) || !a[0].GetLastSeen().AsTime().Equal(u.GetLastSeen().AsTime()) {
+			!slices.Equal(a[0].GetPeers(), []string{payments.String()}) || !slices.Equal(a[0].GetAddresses(), []string{"192.0.2.7"}) || !a[0].GetLastSeen().AsTime().Equal(u.GetLastSeen().AsTime().Truncate(time.Millisecond)) {
 			t.Errorf("%s: uses after %v", name, a)
 		}
+	}
+}
+
+// The largest reports that an honest verifier makes are taken: one that is refused would
+// come again and again, and its stream end each time.
+func TestLargestReports(t *testing.T) {
+	w := newWorld(t)
+	s := w.follow(w.as(payments), subscription())
+	var outbox wire.Outbox
+	for _, peer := range []int{0, 20, 60, 200, 2000} {
+		u := use()
+		u.Accepted, u.RefusalReason, u.PeerAddress = false, "CERTIFICATE_MISMATCH", "2001:db8:1111:2222:3333:4444:5555:6666"
+		u.Head, u.Count, u.Era, u.KeyId, u.Fingerprint = 1<<62, 1<<40, "ffffffff", "AAAAAAAA", make([]byte, 32)
+		u.LastSeen = &timestamppb.Timestamp{Seconds: 1_700_000_000, Nanos: 999_999_999}
+		if peer > 0 {
+			u.PeerIdentity = "spiffe://example.org/" + strings.Repeat("p", peer)
+		}
+		outbox.Put(slices.Repeat([]*dayflyv1.Use{u}, 2*wire.MaxUses), 1)
+		bare := use() // many of them
+		bare.Head = 1 << 62
+		outbox.Put(slices.Repeat([]*dayflyv1.Use{bare}, 2*wire.MaxUses), 1)
+	}
+	sent := 0
+	for m := outbox.Next(); m != nil; m = outbox.Next() {
+		sent++
+		if err := s.Send(&dayflyv1.FollowRequest{Message: &dayflyv1.FollowRequest_UseReport{UseReport: m}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := s.Send(ping("12345678")); err != nil {
+		t.Fatal(err)
+	}
+	for {
+		m, err := s.Recv()
+		if err != nil {
+			t.Fatalf("after %d reports: %v", sent, err)
+		}
+		if m.GetPong() != nil {
+			break
+		}
+	}
+	if c := w.b.UseCounts(); c.Dropped+c.Limited < 10 || c.Uses == 0 {
+		t.Errorf("%d reports: counts %+v", sent, c)
 	}
 }
 

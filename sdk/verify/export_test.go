@@ -7,3 +7,9 @@ func (v *Verifier) Judge(raw string, peer Peer) error {
 	}
 	return nil
 }
+
+// Counter returns what Verify does beside judging: it counts one use.
+func (v *Verifier) Counter(raw string, peer Peer) func() {
+	t, at, r := v.judge(raw, peer)
+	return func() { v.uses.note(t, at, peer, r, v.cfg.Now()) }
+}
