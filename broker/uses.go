@@ -19,6 +19,7 @@ import (
 	"github.com/dayflyhq/dayfly/proto/revocation"
 	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/sync/singleflight"
 )
 
 // A Use is a verifier's aggregate of one grant, one peer, one outcome and one head. It
@@ -180,7 +181,8 @@ type usage struct {
 	unnamed   uint64 // reports without a number
 	life      string // random, of this process: names those
 
-	wake chan struct{} // has an element when there is something to look at
+	flight singleflight.Group // by place: one report is written once
+	wake   chan struct{}      // has an element when there is something to look at
 
 	// checking is held by whoever looks at reports; it guards what follows.
 	checking sync.Mutex
@@ -298,19 +300,24 @@ func (f *Follower) Report(ctx context.Context, r UseReport) error {
 		return nil
 	}
 	place := b.uses.reportPlace(f.id, r.Number)
-	if r.Number > 0 {
-		if known, err := b.reported(ctx, place, now); known || err != nil {
-			return storeRefusal(err)
-		}
+	// A stream that broke may still be at it when the next one repeats the report.
+	_, err, _ = b.uses.flight.Do(place, func() (any, error) { return nil, b.keepReport(context.WithoutCancel(ctx), place, now, value, r) })
+	return storeRefusal(err)
+}
+
+// keepReport writes a report down with its mark, if it isn't there yet.
+func (b *Broker) keepReport(ctx context.Context, place string, now time.Time, value []byte, r UseReport) error {
+	if known, err := b.reported(ctx, place, now); known || err != nil {
+		return err
 	}
 	place = now.Format(dayLayout) + "/" + place
-	err = b.cfg.Store.Observe(ctx, Observation{Key: usesPrefix + place, Value: value}, Observation{Key: uncheckedPrefix + place, Value: []byte{}})
+	err := b.cfg.Store.Observe(ctx, Observation{Key: usesPrefix + place, Value: value}, Observation{Key: uncheckedPrefix + place, Value: []byte{}})
 	if errors.Is(err, ErrStoreFull) {
 		b.storeFull(ctx, r)
 		return nil
 	}
 	if err != nil {
-		return storeRefusal(err)
+		return err
 	}
 	u := &b.uses
 	u.mu.Lock()

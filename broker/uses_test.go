@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -153,6 +154,48 @@ func TestUseReportsCountOnce(t *testing.T) {
 	send("orders", "instance-1")
 	send("orders", "instance-1")
 	want(6)
+}
+
+// The same report on two streams at once, the first of which is broken and still being
+// taken, counts once.
+func TestUseReportsCountOnceAtOnce(t *testing.T) {
+	w := newWorld(t)
+	cred := w.issue(w.caller("payments"), "orders")
+	rec := w.revoke(broker.LockNone, revocation.Grant(cred.Grant.ID()))
+	f, again := w.follow("orders", "instance-1", time.Second), w.follow("orders", "instance-1", time.Second)
+	held, release := make(chan struct{}), make(chan struct{})
+	var first atomic.Bool
+	w.store.set(func(s *tap) {
+		s.observe = func(o []broker.Observation) error {
+			if len(o) > 0 && strings.HasPrefix(o[0].Key, "uses/") && !first.Swap(true) {
+				close(held)
+				<-release
+			}
+			return nil
+		}
+	})
+	r := broker.UseReport{Number: 1, Uses: []broker.Use{refusedUse(w.use(cred))}}
+	done := make(chan error, 2)
+	go func() { done <- f.Report(ctx, r) }()
+	<-held
+	go func() { done <- again.Report(ctx, r) }()
+	left := 2
+	select {
+	case err := <-done: // it must not: the first isn't through
+		left--
+		t.Errorf("the second report came through: %v", err)
+	case <-time.After(100 * time.Millisecond):
+	}
+	close(release)
+	for range left {
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	}
+	w.check()
+	if a := w.b.UsesAfter(rec.Seq); len(a) != 1 || a[0].Refused != 1 {
+		t.Errorf("got %+v", a)
+	}
 }
 
 // What is used after its revocation is part of the revocation's status: by the head
