@@ -17,6 +17,9 @@
 //     (TestLiftRevivesNothing).
 //   - A verifier is on the roster, durably, before it gets anything, and a receipt counts
 //     only for what was delivered to whom sent it (TestReceipts).
+//   - What verifiers report is a word, and named as theirs: it raises alarms and counts
+//     exactly over crashes (TestUnrecordedUse, TestChecksAreExact), costs a bounded amount
+//     (TestReporterIsBounded), and ends no stream (TestReportOnFullDisk).
 //   - The log is trimmed only where nothing it names can still be alive (TestPrune).
 //
 // Usage:
