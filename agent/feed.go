@@ -18,7 +18,6 @@ import (
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/protobuf/proto"
 )
 
 const (
@@ -32,9 +31,8 @@ const (
 	minPause = 50 * time.Millisecond
 	// deniedPause is between attempts that policy refuses.
 	deniedPause = 15 * time.Second
-	// reportedAtOnce and usesBytes keep a message below the broker's limit of 64 KiB.
+	// reportedAtOnce keeps a message below the broker's limit of 64 KiB.
 	reportedAtOnce = 64
-	usesBytes      = 48 << 10
 )
 
 // follower is the agent's own stream of the feed.
@@ -179,6 +177,7 @@ func (f *follower) begin(stream upstream, w *dayflyv1.Welcome, relay bool) *sess
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.relay.Connected(relay)
+	k.outbox.Reconnected()
 	k.welcome, k.relays, k.refused = w, relay, nil
 	k.ring()
 	f.log.Info("following the feed", "issuer", w.GetIssuer(), "position", k.relay.View.Position().String(), "relay", relay)
@@ -253,6 +252,7 @@ func (s *session) ping() error {
 	entries := s.k.relay.Report(now, true)
 	s.k.relay.Ping(string(nonce), now)
 	s.k.mu.Unlock()
+	s.k.outbox.Pinged(string(nonce))
 	if err := s.report(entries); err != nil {
 		return err
 	}
@@ -287,28 +287,6 @@ func (s *session) report(entries []feed.Relayed) error {
 			m.Verifiers = append(m.Verifiers, wire.Relayed(r))
 		}
 		if err := s.up(&dayflyv1.FollowRequest{Message: &dayflyv1.FollowRequest_RelayReport{RelayReport: m}}); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// passUses passes on the use reports of those below.
-func (s *session) passUses() error {
-	s.k.mu.Lock()
-	uses, dropped := s.k.uses, s.k.usesDropped
-	s.k.uses, s.k.usesDropped = nil, 0
-	s.k.mu.Unlock()
-	for len(uses) > 0 || dropped > 0 {
-		m := &dayflyv1.UseReport{Dropped: dropped}
-		size := 0
-		for len(uses) > 0 && len(m.Uses) < maxUsesAtOnce && size < usesBytes {
-			size += proto.Size(uses[0])
-			m.Uses = append(m.Uses, uses[0])
-			uses = uses[1:]
-		}
-		dropped = 0
-		if err := s.up(&dayflyv1.FollowRequest{Message: &dayflyv1.FollowRequest_UseReport{UseReport: m}}); err != nil {
 			return err
 		}
 	}
@@ -360,6 +338,7 @@ func (s *session) answered(m *dayflyv1.Pong) error {
 	defer k.mu.Unlock()
 	err = k.relay.Answered(pong.Nonce, pong.Head, pong.Age)
 	s.heard = k.boot()
+	k.outbox.Answered(pong.Nonce)
 	k.ring()
 	return err
 }

@@ -7,6 +7,7 @@ import (
 	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
 	"github.com/dayflyhq/dayfly/proto/feed"
 	"github.com/dayflyhq/dayfly/proto/revocation"
+	"github.com/dayflyhq/dayfly/proto/wire"
 )
 
 // knowledge is what the agent knows of the log, how fresh that is, and who learns it
@@ -22,8 +23,9 @@ type knowledge struct {
 	refused error             // why the broker does not let it follow, nil if it does
 	streams map[*feed.Downstream]*downstream
 
-	uses        []*dayflyv1.Use // reports on their way up
+	uses        map[useKey]*dayflyv1.Use // what those below reported, on its way up
 	usesDropped uint64
+	outbox      wire.Outbox
 
 	changed chan struct{} // closed at every change that a stream below may wait for
 	work    chan struct{} // has an element when there is something to send up
@@ -31,7 +33,7 @@ type knowledge struct {
 
 func newKnowledge(boot func() feed.Instant) *knowledge {
 	return &knowledge{
-		boot: boot, streams: map[*feed.Downstream]*downstream{},
+		boot: boot, streams: map[*feed.Downstream]*downstream{}, uses: map[useKey]*dayflyv1.Use{},
 		changed: make(chan struct{}), work: make(chan struct{}, 1),
 	}
 }

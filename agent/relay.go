@@ -25,10 +25,6 @@ const (
 	// maxRefusals bounds the refusals that wait for a relay below. One that was dropped
 	// comes again with the answer to the next report.
 	maxRefusals = 4096
-	// maxUses bounds the use reports that wait for the broker, maxUsesAtOnce those of
-	// one message.
-	maxUses       = 4096
-	maxUsesAtOnce = 256
 )
 
 // feedService relays what the agent knows.
@@ -261,22 +257,6 @@ func (d *downstream) acknowledge(m *dayflyv1.Acknowledge) error {
 		d.k.kick()
 	}
 	return nil
-}
-
-// use keeps reports for the broker, as many as there is room for.
-func (d *downstream) use(m *dayflyv1.UseReport) {
-	d.k.mu.Lock()
-	defer d.k.mu.Unlock()
-	d.k.usesDropped += m.GetDropped()
-	for _, u := range m.GetUses() {
-		if len(d.k.uses) == maxUses || len(u.GetGrant()) > 64 || len(u.GetPeerIdentity()) > 2048 ||
-			len(u.GetPeerAddress()) > 64 || len(u.GetRefusalReason()) > 64 {
-			d.k.usesDropped++
-			continue
-		}
-		d.k.uses = append(d.k.uses, u)
-	}
-	d.k.kick()
 }
 
 // relayed takes the report of a relay below.

@@ -12,11 +12,14 @@ import (
 	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
 	"github.com/dayflyhq/dayfly/proto/feed"
 	"github.com/dayflyhq/dayfly/proto/revocation"
+	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/dayflyhq/dayfly/proto/wire"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
 )
 
 // verifier follows through the agent with the same state machines that sdk/verify has.
@@ -475,7 +478,28 @@ func TestInstanceReplaced(t *testing.T) {
 	again.pong()
 }
 
-// Use reports reach the broker.
+func use(t *testing.T, count uint64) *dayflyv1.Use {
+	t.Helper()
+	grant, err := token.NewGrantID(payments, time.Unix(1_700_000_000, 0), zeros{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	seen := timestamppb.New(time.Unix(1_700_000_000, 0))
+	return &dayflyv1.Use{Grant: grant.String(), Accepted: true, Count: count, FirstSeen: seen, LastSeen: seen, Head: 2}
+}
+
+type zeros struct{}
+
+func (zeros) Read(p []byte) (int, error) { clear(p); return len(p), nil }
+
+func useReport(number, dropped uint64, uses ...*dayflyv1.Use) *dayflyv1.FollowRequest {
+	return &dayflyv1.FollowRequest{Message: &dayflyv1.FollowRequest_UseReport{UseReport: &dayflyv1.UseReport{Uses: uses, Dropped: dropped, Number: number}}}
+}
+
+func isUseReport(m *dayflyv1.FollowRequest) bool { return m.GetUseReport() != nil }
+
+// Use reports reach the broker, added up; what it would refuse doesn't, and is counted
+// as dropped. A report that a verifier repeats counts once.
 func TestUseReports(t *testing.T) {
 	noLeaks(t)
 	td := newDomain(t)
@@ -483,12 +507,42 @@ func TestUseReports(t *testing.T) {
 	f := start(t, td, b, nil)
 	v := f.follow(nil)
 	v.welcome()
-	v.send(&dayflyv1.FollowRequest{Message: &dayflyv1.FollowRequest_UseReport{UseReport: &dayflyv1.UseReport{
-		Uses: []*dayflyv1.Use{{Grant: "g", Count: 3}, {Grant: strings.Repeat("g", 100)}}, Dropped: 2,
-	}}})
-	m := b.sent("the use report", func(m *dayflyv1.FollowRequest) bool { return m.GetUseReport() != nil }).GetUseReport()
-	if len(m.GetUses()) != 1 || m.GetUses()[0].GetCount() != 3 || m.GetDropped() != 3 {
+	long := use(t, 1)
+	long.PeerAddress = strings.Repeat("1", 100)
+	v.send(useReport(1, 2, use(t, 3), long, use(t, 4)))
+	m := b.sent("the use report", isUseReport).GetUseReport()
+	if len(m.GetUses()) != 1 || m.GetUses()[0].GetCount() != 7 || m.GetDropped() != 3 {
 		t.Errorf("got %v", m)
+	}
+	again := f.follow(func(s *wire.Subscription) { s.Instance = v.sub.Instance })
+	again.welcome()
+	again.send(useReport(1, 2, use(t, 7)))
+	again.send(useReport(2, 0, use(t, 5)))
+	m = b.sent("the next use report", isUseReport).GetUseReport()
+	if len(m.GetUses()) != 1 || m.GetUses()[0].GetCount() != 5 || m.GetDropped() != 0 {
+		t.Errorf("got %v", m)
+	}
+}
+
+// What the broker didn't answer for comes again on the next stream, under its number.
+func TestUseReportsSurviveAStream(t *testing.T) {
+	noLeaks(t)
+	td := newDomain(t)
+	b := newBroker(t, td)
+	f := start(t, td, b, nil)
+	v := f.follow(nil)
+	v.welcome()
+	b.set(func(b *broker) { b.silent = true })
+	v.send(useReport(1, 0, use(t, 3)))
+	first := b.sent("the use report", isUseReport).GetUseReport()
+	b.sent("a ping after it", func(m *dayflyv1.FollowRequest) bool { return m.GetPing() != nil })
+	b.sent("another", func(m *dayflyv1.FollowRequest) bool { return m.GetPing() != nil })
+	b.stop()
+	b.set(func(b *broker) { b.silent = false })
+	b.restart()
+	again := b.sent("the use report again", isUseReport).GetUseReport()
+	if first.GetNumber() == 0 || !proto.Equal(first, again) {
+		t.Errorf("first %v, then %v", first, again)
 	}
 }
 

@@ -73,6 +73,7 @@ type Broker struct {
 	cfg     Config
 	state   *state
 	roster  roster
+	uses    usage
 	seen    seenSVIDs
 	retries retries
 	flight  singleflight.Group
@@ -115,6 +116,7 @@ func New(cfg Config) (*Broker, error) {
 	}
 	b := &Broker{cfg: cfg, state: newState()}
 	b.roster.changed = make(chan struct{})
+	b.uses.init()
 	return b, nil
 }
 
@@ -137,7 +139,10 @@ func (b *Broker) Load(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("loading the log: %w", err)
 	}
-	return b.loadRoster(ctx)
+	if err := b.loadRoster(ctx); err != nil {
+		return err
+	}
+	return b.loadUses(ctx)
 }
 
 // CheckKeys checks the key records that were read so far, and from then on each as it
@@ -163,16 +168,15 @@ func (b *Broker) verifier(ctx context.Context) func(Record, time.Time) error {
 	}
 }
 
-// Run follows the store until ctx ends, and prunes. The broker serves only while it runs.
+// Run follows the store until ctx ends, looks at use reports, and prunes. The broker
+// serves only while it runs.
 func (b *Broker) Run(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	pruned := make(chan struct{})
-	go func() {
-		defer close(pruned)
-		b.pruneLoop(ctx)
-	}()
-	defer func() { cancel(); <-pruned }()
+	var beside sync.WaitGroup
+	beside.Go(func() { b.pruneLoop(ctx) })
+	beside.Go(func() { b.checkLoop(ctx) })
+	defer func() { cancel(); beside.Wait() }()
 	err := b.follow(ctx, 0)
 	if ctx.Err() != nil {
 		return nil

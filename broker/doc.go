@@ -19,6 +19,9 @@
 //     only for what was delivered to whom sent it (TestReceipts).
 //   - No key is published, and none is revoked as foreign, before it was checked
 //     (TestKeysUnchecked, TestForeignKey).
+//   - What verifiers report is a word, and named as theirs: it raises alarms and counts
+//     exactly over crashes (TestUnrecordedUse, TestChecksAreExact), costs a bounded amount
+//     (TestReporterIsBounded), and ends no stream (TestReportOnFullDisk).
 //   - The log is trimmed only where nothing it names can still be alive (TestPrune).
 //
 // Usage:

@@ -13,6 +13,7 @@ const (
 	MaxRelayed  = maxRelayed
 	MaxRoster   = maxRoster
 	MaxUses     = maxUses
+	MaxAfter    = maxAfter
 	GrantsKept  = grantsKept
 	RetryWindow = retryWindow
 	SignGrace   = signGrace

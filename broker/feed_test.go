@@ -396,52 +396,6 @@ func TestLongNamesOnRoster(t *testing.T) {
 	}
 }
 
-// Use reports are kept, within limits.
-func TestUseReports(t *testing.T) {
-	w := newWorld(t)
-	f := w.follow("orders", "instance-1", time.Second)
-	cred := w.issue(w.caller("payments"), "orders")
-	use := broker.Use{Grant: cred.Grant.ID().String(), Peer: id("payments").String(), Accepted: true, Count: 3, First: noon, Last: noon}
-	if err := f.Report(ctx, []broker.Use{use}, 1); err != nil {
-		t.Fatal(err)
-	}
-	uses := func() (n int) {
-		for o, err := range w.store.Observed(ctx, "uses/") {
-			if err != nil {
-				t.Fatal(err)
-			}
-			if !strings.Contains(string(o.Value), use.Grant) {
-				t.Errorf("kept: %s", o.Value)
-			}
-			n++
-		}
-		return n
-	}
-	if uses() != 1 {
-		t.Errorf("%d reports are kept", uses())
-	}
-	for name, report := range map[string][]broker.Use{
-		"too many":            make([]broker.Use, broker.MaxUses+1),
-		"a time of no year":   {{First: time.Unix(1<<60, 0)}},
-		"escapes that swell":  {{Reason: strings.Repeat("<", 30_000)}},
-		"too large by itself": {{Reason: strings.Repeat("r", 65<<10)}},
-	} {
-		if err := f.Report(ctx, report, 0); !errors.Is(err, broker.ErrFeedRejected) {
-			t.Errorf("%s: %v", name, err)
-		}
-	}
-	w.clock.set(broker.GrantsKept) // still kept on that day
-	w.prune()
-	if uses() != 1 {
-		t.Error("a report went too early")
-	}
-	w.clock.set(24 * time.Hour)
-	w.prune()
-	if uses() != 0 {
-		t.Error("a report stays for ever")
-	}
-}
-
 func (w *world) prune() {
 	w.t.Helper()
 	if err := w.b.Prune(ctx); err != nil {

@@ -11,6 +11,7 @@ import (
 	"encoding/json"
 	"errors"
 	"iter"
+	"log/slog"
 	"math/big"
 	"net/netip"
 	"path/filepath"
@@ -86,6 +87,7 @@ type policy struct {
 	script    func(broker.Question) (broker.Decision, error)
 	names     map[spiffeid.ID]string
 	audiences map[string]broker.Audience
+	fallbacks map[spiffeid.ID]broker.Fallback
 	asked     []broker.Question
 }
 
@@ -127,6 +129,15 @@ func (p *policy) Audience(name string) (broker.Audience, bool) {
 	defer p.mu.Unlock()
 	a, ok := p.audiences[name]
 	return a, ok
+}
+
+func (p *policy) Fallback(caller spiffeid.ID, audience string) broker.Fallback {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if f, ok := p.fallbacks[caller]; ok {
+		return f
+	}
+	return p.audiences[audience].Fallback
 }
 
 // tap is a store in which a test can act or fail at a call.
@@ -219,6 +230,7 @@ type world struct {
 	noSigner bool
 	audit    []broker.AuditEntry
 	auditErr error
+	logs     []string
 	secrets  []token.Secret
 
 	stop       func() // ends the broker and closes the store
@@ -299,8 +311,8 @@ func (w *world) newBroker() *broker.Broker {
 		VerifyKey: func(k feed.Key, at time.Time) error {
 			return keys.VerifyKey(issuer, k, w.td, spiffeid.MatchID(brokerID), at)
 		},
-		Audit: w.record,
-		Now:   w.clock.Now, Boot: w.clock.Boot,
+		Audit: w.record, Log: slog.New(slog.NewJSONHandler(w, nil)),
+		Now: w.clock.Now, Boot: w.clock.Boot,
 	})
 	if err != nil {
 		w.t.Fatal(err)
@@ -334,6 +346,26 @@ func (w *world) record(e broker.AuditEntry) error {
 	return nil
 }
 
+// Write takes a line of the broker's log.
+func (w *world) Write(line []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.logs = append(w.logs, string(line))
+	return len(line), nil
+}
+
+// logged returns the lines of the log that hold a text.
+func (w *world) logged(text string) (lines []string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, line := range w.logs {
+		if strings.Contains(line, text) {
+			lines = append(lines, line)
+		}
+	}
+	return lines
+}
+
 func (w *world) entries() []broker.AuditEntry {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -356,10 +388,11 @@ func (w *world) noSecrets() {
 	if err != nil {
 		w.t.Error(err)
 	}
+	text = append(text, strings.Join(w.logged(""), "")...)
 	for _, s := range w.secrets {
 		for _, part := range strings.Split(s.Reveal(), ".") {
 			if len(part) > 16 && strings.Contains(string(text), part) {
-				w.t.Error("the audit holds a part of a token")
+				w.t.Error("the audit or the log holds a part of a token")
 			}
 		}
 	}

@@ -419,52 +419,6 @@ func (b *Broker) acknowledge(ctx context.Context, id feed.VerifierID, p feed.Pos
 	return storeRefusal(b.cfg.Store.Observe(ctx, observe(v)))
 }
 
-// A Use is a verifier's aggregate of one grant, one peer and one outcome.
-type Use struct {
-	Grant    string    `json:"grant"`
-	Peer     string    `json:"peer,omitempty"`
-	Address  string    `json:"address,omitempty"`
-	Accepted bool      `json:"accepted"`
-	Reason   string    `json:"reason,omitempty"`
-	Count    uint64    `json:"count"`
-	First    time.Time `json:"first"`
-	Last     time.Time `json:"last"`
-	Head     uint64    `json:"head"`
-}
-
-// storedUses is one use report as the store keeps it.
-type storedUses struct {
-	Verifier  string   `json:"verifier"`
-	Instance  string   `json:"instance"`
-	Dropped   uint64   `json:"dropped,omitempty"`
-	Uses      []Use    `json:"uses"`
-	Audiences []string `json:"audiences,omitempty"`
-}
-
-const (
-	usesPrefix = "uses/"
-	maxUses    = 256      // in one report
-	maxReport  = 64 << 10 // bytes of it in the store
-	usesKept   = grantsKept
-)
-
-// Report keeps a use report: the evidence of an incident.
-func (f *Follower) Report(ctx context.Context, uses []Use, dropped uint64) error {
-	if err := f.Check(); err != nil {
-		return err
-	}
-	if len(uses) > maxUses {
-		return ErrFeedRejected.because("a use report of more than %d entries", maxUses)
-	}
-	value, err := json.Marshal(storedUses{Verifier: f.id.Identity, Instance: f.id.Instance, Dropped: dropped, Uses: uses})
-	if err != nil || len(value) > maxReport { // a time that no calendar has; escapes that swell
-		return ErrFeedRejected.because("a use report that can't be kept")
-	}
-	now := f.b.cfg.Now().UTC()
-	key := fmt.Sprintf("%s%s/%d/%s", usesPrefix, now.Format("20060102"), now.UnixNano(), f.id.Instance)
-	return storeRefusal(f.b.cfg.Store.Observe(ctx, Observation{Key: key, Value: value}))
-}
-
 // A Containment is feed.Containment with wall-clock times and what the feed can't
 // reach.
 type Containment struct {
@@ -474,6 +428,8 @@ type Containment struct {
 	Now        time.Time
 	// External are the audiences outside the feed that it reaches.
 	External []PlannedAudience
+	// UsesAfter are uses of what was revoked, after it was.
+	UsesAfter []UsesAfter
 }
 
 // Time tells an instant of the containment as a time.
@@ -493,7 +449,7 @@ func (b *Broker) Containment(rec RevocationRecord) (*Containment, <-chan struct{
 	if c.Contained {
 		c.By = r.firstContained(rec.Seq, c.By)
 	}
-	return &Containment{Containment: c, NowInstant: now, Now: b.cfg.Now()}, r.changed
+	return &Containment{Containment: c, NowInstant: now, Now: b.cfg.Now(), UsesAfter: b.UsesAfter(rec.Seq)}, r.changed
 }
 
 // firstContained remembers when a revocation was contained, as far as this process

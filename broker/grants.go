@@ -1,12 +1,8 @@
 package broker
 
 import (
-	"cmp"
 	"context"
 	"errors"
-	"maps"
-	"slices"
-	"time"
 
 	"github.com/dayflyhq/dayfly/proto/revocation"
 	"github.com/dayflyhq/dayfly/proto/token"
@@ -72,106 +68,4 @@ func (b *Broker) Grants(ctx context.Context, f GrantFilter, limit int, after str
 		return nil, "", ErrBadPageToken
 	}
 	return grants, next, storeRefusal(err)
-}
-
-// A Plan says what a revocation would kill and break.
-type Plan struct {
-	Live, Derived uint64
-	Identities    []PlannedIdentity
-	Audiences     []PlannedAudience
-	Standing      []Lock
-}
-
-// A PlannedIdentity is one that presents, or has derived, what would die.
-type PlannedIdentity struct {
-	ID                spiffeid.ID
-	Presents, Derives uint64
-}
-
-// A PlannedAudience is one that what would die is addressed to.
-type PlannedAudience struct {
-	Audience   Audience
-	Live       uint64
-	LastExpiry time.Time
-}
-
-// Plan looks at every live grant and changes nothing.
-func (b *Broker) Plan(ctx context.Context, selectors []revocation.Selector) (*Plan, error) {
-	if err := CheckSelectors(selectors); err != nil {
-		return nil, err
-	}
-	reach, err := b.reach(ctx, func(g *Grant) bool {
-		state, _ := b.GrantState(g)
-		return state == GrantLive && slices.ContainsFunc(selectors, func(s revocation.Selector) bool { return s.Matches(g.Subject()) })
-	})
-	if err != nil {
-		return nil, err
-	}
-	for _, l := range b.Locks() {
-		if slices.ContainsFunc(l.Selectors, func(s revocation.Selector) bool { return slices.Contains(selectors, s) }) {
-			reach.Standing = append(reach.Standing, l)
-		}
-	}
-	return reach, nil
-}
-
-// reach adds up the live grants that match.
-func (b *Broker) reach(ctx context.Context, match func(*Grant) bool) (*Plan, error) {
-	p := &Plan{}
-	identities := map[spiffeid.ID]*PlannedIdentity{}
-	audiences := map[string]*PlannedAudience{}
-	q := GrantQuery{LiveAt: b.cfg.Now(), Limit: MaxPageSize, Match: match}
-	for {
-		grants, next, err := b.cfg.Store.Grants(ctx, q)
-		if err != nil {
-			return nil, storeRefusal(err)
-		}
-		for _, g := range grants {
-			p.add(g, identities, audiences, b.cfg.Policy)
-		}
-		if next == "" {
-			break
-		}
-		q.After = next
-	}
-	for _, i := range identities {
-		p.Identities = append(p.Identities, *i)
-	}
-	slices.SortFunc(p.Identities, func(x, y PlannedIdentity) int { return cmp.Compare(x.ID.String(), y.ID.String()) })
-	for _, name := range slices.Sorted(maps.Keys(audiences)) {
-		p.Audiences = append(p.Audiences, *audiences[name])
-	}
-	return p, nil
-}
-
-func (p *Plan) add(g *Grant, identities map[spiffeid.ID]*PlannedIdentity, audiences map[string]*PlannedAudience, policy Policy) {
-	p.Live++
-	if g.Derived() {
-		p.Derived++
-	}
-	for i, m := range g.Lineage {
-		pi := identities[m.Identity]
-		if pi == nil {
-			pi = &PlannedIdentity{ID: m.Identity}
-			identities[m.Identity] = pi
-		}
-		if i == len(g.Lineage)-1 {
-			pi.Presents++
-		} else {
-			pi.Derives++
-		}
-	}
-	pa := audiences[g.Audience]
-	if pa == nil {
-		a, ok := policy.Audience(g.Audience)
-		if !ok {
-			a = Audience{Name: g.Audience, VerifiedBy: "external"} // undeclared: promise nothing
-		}
-		pa = &PlannedAudience{Audience: a}
-		audiences[g.Audience] = pa
-	}
-	pa.Live++
-	if g.Expires.After(pa.LastExpiry) {
-		pa.LastExpiry = g.Expires
-	}
 }

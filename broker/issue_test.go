@@ -432,7 +432,7 @@ func TestSVIDExpires(t *testing.T) {
 		},
 		"ping":        func() error { _, err := f.Prove(ctx); return err },
 		"acknowledge": func() error { return f.Acknowledge(ctx, feed.Position{}) },
-		"report":      func() error { return f.Report(ctx, nil, 0) },
+		"report":      func() error { return f.Report(ctx, broker.UseReport{}) },
 		"relayed":     func() error { _, err := f.Relayed(ctx, nil); return err },
 	} {
 		refused(t, call(), broker.ErrSVIDExpired)

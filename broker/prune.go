@@ -31,7 +31,7 @@ func (b *Broker) Prune(ctx context.Context) error {
 	now := b.cfg.Boot()
 	horizon, moved := b.nextHorizon(now)
 	keep := b.keeper(now)
-	p := Pruning{Keep: keep, GrantsExpiredBefore: b.cfg.Now().Add(-grantsKept)}
+	p := Pruning{Keep: keep, GrantsExpiredBefore: b.cfg.Now().Add(-grantsKept), Observations: b.oldUses()}
 	if moved {
 		p.Horizon = horizon.Seq
 	}
@@ -52,30 +52,11 @@ func (b *Broker) Prune(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	deletions, err := b.oldUses(ctx)
-	if err != nil || len(deletions) == 0 {
-		return err
+	deletions := b.forgetUses(now)
+	if len(deletions) == 0 {
+		return nil
 	}
 	return b.cfg.Store.Observe(ctx, deletions...)
-}
-
-// maxUsesPruned bounds the use reports that one pruning deletes.
-const maxUsesPruned = 1000
-
-// oldUses names use reports, whole days of them, whose grants are gone.
-func (b *Broker) oldUses(ctx context.Context) ([]Observation, error) {
-	var old []Observation
-	first := usesPrefix + b.cfg.Now().UTC().Add(-usesKept).Format("20060102")
-	for o, err := range b.cfg.Store.Observed(ctx, usesPrefix) {
-		if err != nil {
-			return nil, err
-		}
-		if o.Key >= first || len(old) == maxUsesPruned {
-			break
-		}
-		old = append(old, Observation{Key: o.Key})
-	}
-	return old, nil
 }
 
 // nextHorizon is the highest position such that all up to it are past their age.

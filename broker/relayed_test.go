@@ -21,7 +21,7 @@ func (w *world) relay(instance string) *broker.Follower {
 	return f
 }
 
-func (w *world) report(f *broker.Follower, verifiers ...feed.Relayed) []broker.RelayedRefusal {
+func (w *world) relays(f *broker.Follower, verifiers ...feed.Relayed) []broker.RelayedRefusal {
 	w.t.Helper()
 	refused, err := f.Relayed(ctx, verifiers)
 	if err != nil {
@@ -57,7 +57,7 @@ func TestRelayedNeedPolicy(t *testing.T) {
 	wide.Audiences = []string{"orders", "ledger"}
 	open.AcceptsStale = true
 	long.Bound = time.Minute
-	refused := w.report(f, below("verifier-1"), wide, open, long)
+	refused := w.relays(f, below("verifier-1"), wide, open, long)
 	var names []string
 	for _, r := range refused {
 		names = append(names, r.Path[0])
@@ -81,21 +81,21 @@ func TestRelayedNeedPolicy(t *testing.T) {
 	}
 
 	asked = 0
-	if got := w.report(f, below("verifier-1")); len(got) != 0 || asked != 0 {
+	if got := w.relays(f, below("verifier-1")); len(got) != 0 || asked != 0 {
 		t.Errorf("the same terms: refused %v, policy was asked %d times", got, asked)
 	}
 	raised := below("verifier-1")
 	raised.Bound = time.Minute
-	if got := w.report(f, raised); len(got) != 1 || asked != 1 {
+	if got := w.relays(f, raised); len(got) != 1 || asked != 1 {
 		t.Errorf("other terms: refused %v, policy was asked %d times", got, asked)
 	}
 	raised.Gone = true
-	if got := w.report(f, raised); len(got) != 0 {
+	if got := w.relays(f, raised); len(got) != 0 {
 		t.Errorf("one that leaves was refused: %v", got)
 	}
 	left := below("verifier-5")
 	left.Gone = true
-	w.report(f, left)
+	w.relays(f, left)
 	if s := w.state(rec, "verifier-5"); s != "not on the roster" {
 		t.Errorf("one that came and left unanswered is %s", s)
 	}
@@ -106,11 +106,11 @@ func TestRelayedNeedPolicy(t *testing.T) {
 func TestGoneBehindRelay(t *testing.T) {
 	w := newWorld(t)
 	f := w.relay("relay-0001")
-	w.report(f, below("verifier-1"), below("verifier-2"))
+	w.relays(f, below("verifier-1"), below("verifier-2"))
 	rec := w.revoke(broker.LockNone, revocation.Identity(id("payments")))
 	gone := below("verifier-1")
 	gone.Gone, gone.LastAnswerAge = true, time.Second
-	w.report(f, gone)
+	w.relays(f, gone)
 	if s := w.state(rec, "verifier-1"); s != feed.Pending {
 		t.Errorf("within its bound: %s", s)
 	}
@@ -134,7 +134,7 @@ func TestGoneBehindRelay(t *testing.T) {
 	if s := w.state(rec, "verifier-1"); s != feed.Closed {
 		t.Errorf("after a restart: %s", s)
 	}
-	w.report(f, below("verifier-1"))
+	w.relays(f, below("verifier-1"))
 	if s := w.state(rec, "verifier-1"); s != feed.Pending {
 		t.Errorf("after its return: %s", s)
 	}
@@ -150,18 +150,18 @@ func TestRosterFull(t *testing.T) {
 			batch = append(batch, below(fmt.Sprintf("verifier-%d", n)))
 			n++
 		}
-		w.report(f, batch...)
+		w.relays(f, batch...)
 	}
 	if _, err := f.Relayed(ctx, []feed.Relayed{below("one-too-many")}); err != nil {
 		refused(t, err, broker.ErrRosterFull)
 	} else {
 		t.Error("one too many was let in")
 	}
-	w.report(f, below("verifier-1")) // those on the roster go on
+	w.relays(f, below("verifier-1")) // those on the roster go on
 	w.follow("orders", "instance-1", time.Second).Close()
 
 	w.clock.advance(3 * time.Second)
-	w.report(f, below("the-next"))
+	w.relays(f, below("the-next"))
 	rec := w.revoke(broker.LockNone, revocation.Identity(id("payments")))
 	for instance, want := range map[string]feed.ReceiptState{
 		"the-next": feed.Pending, "verifier-1": "not on the roster", "instance-1": feed.Closed,

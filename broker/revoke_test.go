@@ -3,6 +3,7 @@ package broker_test
 import (
 	"context"
 	"errors"
+	"net/netip"
 	"slices"
 	"strings"
 	"sync"
@@ -545,7 +546,7 @@ func TestPlan(t *testing.T) {
 
 	sel := revocation.Identity(id("payments"))
 	head := w.b.Head()
-	p, err := w.b.Plan(ctx, []revocation.Selector{sel, revocation.Identity(id("somebody"))})
+	p, err := w.b.Plan(ctx, []revocation.Selector{sel, revocation.Identity(id("somebody"))}, netip.Addr{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -561,10 +562,10 @@ func TestPlan(t *testing.T) {
 	if len(p.Standing) != 1 || p.Standing[0].Number != lock.Seq {
 		t.Errorf("standing %+v", p.Standing)
 	}
-	if p, err := w.b.Plan(ctx, []revocation.Selector{revocation.Identity(id("nobody"))}); err != nil || p.Live != 0 {
+	if p, err := w.b.Plan(ctx, []revocation.Selector{revocation.Identity(id("nobody"))}, netip.Addr{}); err != nil || p.Live != 0 {
 		t.Errorf("a selector that matches nothing: %+v, %v", p, err)
 	}
-	_, err = w.b.Plan(ctx, nil)
+	_, err = w.b.Plan(ctx, nil, netip.Addr{})
 	refused(t, err, broker.ErrInvalidRequest)
 
 	// After the revocation the external audience is named.

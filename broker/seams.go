@@ -128,6 +128,9 @@ type Policy interface {
 	// AnswersTo reports whether data assigns the audience name to the identity.
 	AnswersTo(id spiffeid.ID, audience string) bool
 	Audience(name string) (Audience, bool)
+	// Fallback is what a caller does without credentials for an audience: its own, where
+	// data has one, else the audience's.
+	Fallback(caller spiffeid.ID, audience string) Fallback
 }
 
 // A Signer signs with a key that is published.
@@ -148,7 +151,7 @@ type AuditEntry struct {
 	Action   Action    `json:"action"`
 	Actor    string    `json:"actor"`
 	Peer     string    `json:"peer,omitempty"`
-	Outcome  string    `json:"outcome"` // "allowed", "refused" or "proposed"
+	Outcome  string    `json:"outcome"` // "allowed", "refused", "proposed" or "alarm"
 	Reason   string    `json:"reason,omitempty"`
 	Message  string    `json:"message,omitempty"`
 	Rule     string    `json:"rule,omitempty"`

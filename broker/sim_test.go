@@ -666,4 +666,6 @@ func (simPolicy) Audience(name string) (broker.Audience, bool) {
 	return broker.Audience{Name: name, VerifiedBy: "feed"}, true
 }
 
+func (simPolicy) Fallback(spiffeid.ID, string) broker.Fallback { return broker.Fallback{} }
+
 func simAudience(id spiffeid.ID) string { return "aud" + strings.ReplaceAll(id.Path(), "/", "-") }

@@ -105,12 +105,19 @@ type Pruning struct {
 	Drop []uint64
 	// GrantsExpiredBefore drops whole days of grants that expired before it; zero: none.
 	GrantsExpiredBefore time.Time
+	// Observations drops those whose keys are in one of the ranges. The cost is that of
+	// what goes, in steps so small that an Append between them doesn't wait.
+	Observations []KeyRange
 }
+
+// A KeyRange is the keys from From on and before Until.
+type KeyRange struct{ From, Until string }
 
 // PruneReport says what went.
 type PruneReport struct {
-	Records int
-	Grants  int
+	Records      int
+	Grants       int
+	Observations int
 	// Horizon is the horizon after the pruning.
 	Horizon feed.Position
 }

@@ -96,6 +96,7 @@ type (
 		scopes, defaults []string
 		ttl              time.Duration
 		binding          string
+		fallback         Fallback // zero: the audience's
 	}
 	verifier struct {
 		follow []string
@@ -305,6 +306,7 @@ func (p *parser) parseTargets(n *yaml.Node, into map[string]entitlement, path ..
 			"default_scopes": func(n *yaml.Node) { hasDefaults, e.defaults = true, p.strings(n, checkScope) },
 			"ttl":            func(n *yaml.Node) { e.ttl = p.duration(n, minTTL) },
 			"binding":        func(n *yaml.Node) { e.binding = p.oneOf(n, BindingSPIFFE, BindingX5T, BindingNone) },
+			"fallback":       func(n *yaml.Node) { e.fallback = p.fallback(n) },
 		})
 		if !hasScopes {
 			p.failf(key, "no scopes: write \"scopes: []\" for credentials without any")

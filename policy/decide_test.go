@@ -369,6 +369,48 @@ func TestAudiences(t *testing.T) {
 	}
 }
 
+// A caller's own fallback stands with what entitles it, the most specific first; where
+// it has none, the audience's counts.
+func TestFallback(t *testing.T) {
+	const data = `
+audiences:
+  orders: {owner: o, identities: [spiffe://dayfly.test/orders], fallback: {owner: on-call, text: orders queue up}}
+  ledger: {owner: o, identities: [spiffe://dayfly.test/ledger]}
+entitlements:
+  spiffe://dayfly.test/*:
+    orders: {scopes: [], fallback: {text: everybody waits}}
+  spiffe://dayfly.test/shop/*:
+    orders: {scopes: [], fallback: {text: cash only, link: "https://wiki/cash"}}
+  spiffe://dayfly.test/shop/web:
+    orders: {scopes: []}
+exchange:
+  spiffe://dayfly.test/orders:
+    orders:
+      ledger: {scopes: [], fallback: {text: bookings wait}}
+`
+	p := load(t, policy.Config{FS: fstest.MapFS{
+		"policy.rego": {Data: []byte("package policy\ndecision := {\"allow\": false}\n")}, "data.yaml": {Data: []byte(data)},
+	}})
+	for _, c := range []struct {
+		caller, audience string
+		want             policy.Fallback
+	}{
+		{"/x", "orders", policy.Fallback{Text: "everybody waits"}},
+		{"/shop/till", "orders", policy.Fallback{Text: "cash only", Link: "https://wiki/cash"}},
+		{"/shop/web", "orders", policy.Fallback{Owner: "on-call", Text: "orders queue up"}}, // its entry decides, and has none
+		{"/orders", "ledger", policy.Fallback{Text: "bookings wait"}},
+		{"/x", "ledger", policy.Fallback{}},
+		{"/x", "nowhere", policy.Fallback{}},
+	} {
+		if got := p.Fallback(id(c.caller), c.audience); got != c.want {
+			t.Errorf("%s at %s: %+v, want %+v", c.caller, c.audience, got, c.want)
+		}
+	}
+	if got := problems("audiences:\n  a: {owner: o, verified_by: external}\nentitlements:\n  spiffe://td/x:\n    a: {scopes: [], fallback: {txt: x}}\n"); len(got) != 1 || !strings.Contains(got[0], "unknown key \"txt\"") {
+		t.Errorf("problems %q", got)
+	}
+}
+
 func TestAnswersTo(t *testing.T) {
 	dir := written(t, map[string]string{"more.yaml": `audiences:
   books: {owner: x, identities: ["spiffe://dayfly.test/books/*"]}`})

@@ -249,6 +249,31 @@ func (p *Policy) declared() map[string]Audience {
 	return nil
 }
 
+// Fallback returns what is documented for a caller that has no credentials for an
+// audience: that of the entitlement by which it gets them, or of the exchange (the first
+// by the name of what is exchanged), where the most specific pattern counts; else the
+// audience's.
+func (p *Policy) Fallback(caller spiffeid.ID, audience string) Fallback {
+	g := p.current.Load()
+	if g == nil {
+		return Fallback{}
+	}
+	data := g.data
+	patterns := Patterns(caller)
+	own := first(patterns, func(pattern string) bool { _, ok := data.entitlements[pattern][audience]; return ok })
+	if f := data.entitlements[own][audience].fallback; f != (Fallback{}) {
+		return f
+	}
+	for _, pattern := range patterns {
+		for _, from := range slices.Sorted(maps.Keys(data.exchange[pattern])) {
+			if f := data.exchange[pattern][from][audience].fallback; f != (Fallback{}) {
+				return f
+			}
+		}
+	}
+	return data.audiences[audience].Fallback
+}
+
 // Audiences lists all that are declared, by name.
 func (p *Policy) Audiences() []Audience {
 	declared := p.declared()

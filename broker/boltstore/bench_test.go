@@ -9,6 +9,7 @@ import (
 	"sync/atomic"
 	"testing"
 
+	"github.com/dayflyhq/dayfly/broker"
 	"github.com/dayflyhq/dayfly/broker/boltstore"
 	"github.com/dayflyhq/dayfly/broker/storetest"
 	"go.etcd.io/bbolt"
@@ -97,4 +98,40 @@ func benchmarkPut(b *testing.B) {
 			b.Fatal(err)
 		}
 	}
+}
+
+// BenchmarkPruneObserved is a day of use reports going, beside as many that stay.
+func BenchmarkPruneObserved(b *testing.B) {
+	const day = 20_000
+	path := filepath.Join(b.TempDir(), "store.db")
+	if err := boltstore.Create(path, storetest.Era(1)); err != nil {
+		b.Fatal(err)
+	}
+	s, err := boltstore.Open(boltstore.Config{Path: path})
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer s.Close()
+	fill := func(day string, n int) {
+		for i := 0; i < n; i += 500 {
+			var batch []broker.Observation
+			for j := range 500 {
+				batch = append(batch, broker.Observation{Key: fmt.Sprintf("uses/%s/%08d", day, i+j), Value: make([]byte, 4<<10)})
+			}
+			if err := s.Observe(b.Context(), batch...); err != nil {
+				b.Fatal(err)
+			}
+		}
+	}
+	fill("1", day)
+	for b.Loop() {
+		b.StopTimer()
+		fill("0", day)
+		b.StartTimer()
+		report, err := s.Prune(b.Context(), broker.Pruning{Observations: []broker.KeyRange{{From: "uses/0", Until: "uses/1"}}})
+		if err != nil || report.Observations != day {
+			b.Fatal(report, err)
+		}
+	}
+	b.ReportMetric(day*float64(b.N)/b.Elapsed().Seconds(), "reports/s")
 }

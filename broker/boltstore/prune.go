@@ -1,6 +1,7 @@
 package boltstore
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 
@@ -47,7 +48,8 @@ func (t *txn) onLog(at feed.Position) (bool, error) {
 	return e.position == at, nil
 }
 
-// Prune implements broker.Store: the log in one step, then each day of grants.
+// Prune implements broker.Store: the log in one step, then each day of grants, then
+// observations some at a time.
 func (s *Store) Prune(ctx context.Context, p broker.Pruning) (broker.PruneReport, error) {
 	var report broker.PruneReport
 	err := s.alone(ctx, func(t *txn) (err error) {
@@ -73,7 +75,46 @@ func (s *Store) Prune(ctx context.Context, p broker.Pruning) (broker.PruneReport
 		}
 		report.Grants += n
 	}
+	for _, r := range p.Observations {
+		n, err := s.pruneObserved(ctx, r)
+		report.Observations += n
+		if err != nil {
+			return report, fmt.Errorf("pruning observations from %q on: %w", r.From, err)
+		}
+	}
 	return report, nil
+}
+
+// observationsAtOnce bounds the deletions of one transaction: an append may wait for it.
+const observationsAtOnce = 1000
+
+func (s *Store) pruneObserved(ctx context.Context, r broker.KeyRange) (total int, err error) {
+	for n := observationsAtOnce; n == observationsAtOnce; total += n {
+		err := s.alone(ctx, func(t *txn) (err error) {
+			n, err = dropObserved(t.tx.Bucket(bucketObserved), r)
+			return err
+		})
+		if err != nil {
+			return total, err
+		}
+	}
+	return total, nil
+}
+
+// dropObserved deletes the first keys of a range. They are collected before the first
+// goes: a cursor is undefined after a deletion.
+func dropObserved(b *bbolt.Bucket, r broker.KeyRange) (int, error) {
+	var gone [][]byte
+	c := b.Cursor()
+	for k, _ := c.Seek([]byte(r.From)); k != nil && string(k) < r.Until && len(gone) < observationsAtOnce; k, _ = c.Next() {
+		gone = append(gone, bytes.Clone(k))
+	}
+	for _, k := range gone {
+		if err := b.Delete(k); err != nil {
+			return 0, err
+		}
+	}
+	return len(gone), nil
 }
 
 // alone runs f in a transaction of its own.

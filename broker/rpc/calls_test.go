@@ -90,6 +90,10 @@ func TestMalformedCalls(t *testing.T) {
 			_, err := revocations.Plan(ctx, &dayflyv1.PlanRequest{Selectors: one, LockMode: 99})
 			return err
 		}, codes.InvalidArgument, "INVALID_REQUEST", "lock_mode"},
+		{"plan: an address with a port", func(ctx context.Context) error {
+			_, err := revocations.Plan(ctx, &dayflyv1.PlanRequest{Selectors: one, SeenFrom: "203.0.113.9:443"})
+			return err
+		}, codes.InvalidArgument, "INVALID_REQUEST", "seen_from"},
 		{"lift: nothing", func(ctx context.Context) error { _, err := revocations.Lift(ctx, &dayflyv1.LiftRequest{}); return err }, codes.InvalidArgument, "REASON_REQUIRED", ""},
 		{"lift: none", func(ctx context.Context) error {
 			_, err := revocations.Lift(ctx, &dayflyv1.LiftRequest{Lock: 1, Reason: "r"})

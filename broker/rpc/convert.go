@@ -170,6 +170,12 @@ func containmentMessage(seq uint64, c *broker.Containment) *dayflyv1.Containment
 	for _, r := range c.Receipts {
 		m.Receipts = append(m.Receipts, receiptMessage(r, c))
 	}
+	for _, a := range c.UsesAfter {
+		m.UsesAfter = append(m.UsesAfter, &dayflyv1.UseAfter{
+			Verifier: a.Verifier, Refused: a.Refused, AcceptedKnowing: a.AcceptedKnowing, AcceptedUnaware: a.AcceptedUnaware,
+			LastSeen: timestamp(a.LastSeen), Peers: a.Peers, Addresses: a.Addresses, More: a.More,
+		})
+	}
 	switch {
 	case c.Contained:
 		m.ContainedAt = timestamp(c.Time(c.By))

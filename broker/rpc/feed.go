@@ -160,7 +160,11 @@ func (u *upstream) take(ctx context.Context, m *dayflyv1.FollowRequest) error {
 		}
 		return u.follower.Acknowledge(ctx, p)
 	case m.GetUseReport() != nil:
-		return u.follower.Report(ctx, toUses(m.GetUseReport().GetUses()), m.GetUseReport().GetDropped())
+		report, err := toReport(m.GetUseReport())
+		if err != nil {
+			return feedInvalid(err)
+		}
+		return u.follower.Report(ctx, report)
 	case m.GetRelayReport() != nil:
 		relayed, err := wire.ToRelayed(m.GetRelayReport().GetVerifiers())
 		if err != nil {
@@ -229,14 +233,17 @@ func toSubscriber(m *dayflyv1.Subscribe) (broker.Subscriber, error) {
 	}, nil
 }
 
-func toUses(ms []*dayflyv1.Use) []broker.Use {
-	uses := make([]broker.Use, len(ms))
-	for i, m := range ms {
-		uses[i] = broker.Use{
-			Grant: m.GetGrant(), Peer: m.GetPeerIdentity(), Address: m.GetPeerAddress(), Accepted: m.GetAccepted(),
-			Reason: m.GetRefusalReason(), Count: m.GetCount(), First: m.GetFirstSeen().AsTime(), Last: m.GetLastSeen().AsTime(),
-			Head: m.GetHead(),
+func toReport(m *dayflyv1.UseReport) (broker.UseReport, error) {
+	r := broker.UseReport{Number: m.GetNumber(), Dropped: m.GetDropped(), Uses: make([]broker.Use, len(m.GetUses()))}
+	for i, u := range m.GetUses() {
+		if err := wire.CheckUse(u); err != nil {
+			return broker.UseReport{}, err
+		}
+		r.Uses[i] = broker.Use{
+			Grant: u.GetGrant(), Fingerprint: u.GetFingerprint(), Key: u.GetKeyId(),
+			Peer: u.GetPeerIdentity(), Address: u.GetPeerAddress(), Accepted: u.GetAccepted(), Reason: u.GetRefusalReason(),
+			Count: u.GetCount(), First: u.GetFirstSeen().AsTime(), Last: u.GetLastSeen().AsTime(), Head: u.GetHead(), Era: u.GetEra(),
 		}
 	}
-	return uses
+	return r, nil
 }

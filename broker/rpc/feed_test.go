@@ -3,11 +3,13 @@ package rpc_test
 import (
 	"context"
 	"io"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
+	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/dayflyhq/dayfly/proto/wire"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -174,8 +176,8 @@ func TestFeedMisuse(t *testing.T) {
 		"a receipt of an unseen one": acknowledge(wire.Position(unseen)),
 		"a receipt of a wrong sum":   acknowledge(wire.Position(wrong)),
 		"a receipt without position": acknowledge(&dayflyv1.Position{Era: "zz"}),
-		"too many uses":              report(make([]*dayflyv1.Use, 300)...),
-		"a use at no time":           report(&dayflyv1.Use{FirstSeen: &timestamppb.Timestamp{Seconds: 1 << 60}}),
+		"too many uses":              report(slices.Repeat([]*dayflyv1.Use{use()}, wire.MaxUses+1)...),
+		"a use at no time":           report(use(), &dayflyv1.Use{Grant: use().GetGrant(), Accepted: true, Count: 1}),
 		"a relay report of no relay": {Message: &dayflyv1.FollowRequest_RelayReport{RelayReport: &dayflyv1.RelayReport{}}},
 	} {
 		t.Run("then: "+name, func(t *testing.T) {
@@ -204,6 +206,140 @@ func TestFeedMisuse(t *testing.T) {
 		refused(t, end(t, s), codes.ResourceExhausted, "")
 	})
 	w.follow(conn, subscription()) // and the next is served
+}
+
+func use() *dayflyv1.Use {
+	seen := timestamppb.New(time.Unix(1_700_000_000, 0))
+	return &dayflyv1.Use{Grant: strings.Repeat("A", 24), Accepted: true, Count: 1, FirstSeen: seen, LastSeen: seen}
+}
+
+// What a verifier reports is in the plan before a revocation, and in its status after;
+// who watches is told.
+func TestUses(t *testing.T) {
+	w := newWorld(t)
+	conn := w.as(payments)
+	s := w.follow(conn, subscription())
+	operator := dayflyv1.NewRevocationServiceClient(conn)
+	cred, err := issue(t, conn)
+	if err != nil {
+		t.Fatal(err)
+	}
+	parsed, err := token.Inspect(cred.GetCredential().GetToken())
+	if err != nil {
+		t.Fatal(err)
+	}
+	number := uint64(0)
+	report := func(u *dayflyv1.Use) {
+		t.Helper()
+		number++
+		if err := s.Send(&dayflyv1.FollowRequest{Message: &dayflyv1.FollowRequest_UseReport{UseReport: &dayflyv1.UseReport{Number: number, Uses: []*dayflyv1.Use{u}}}}); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Send(ping("12345678")); err != nil {
+			t.Fatal(err)
+		}
+		for { // the pong says that it has arrived
+			m, err := s.Recv()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if m.GetPong() != nil {
+				break
+			}
+		}
+		if err := w.b.CheckUses(soon(t)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	u := use()
+	u.Grant, u.Fingerprint, u.Count = cred.GetCredential().GetGrant(), parsed.Fingerprint[:], 3
+	u.PeerIdentity, u.PeerAddress, u.Era, u.Head, u.KeyId = payments.String(), "192.0.2.7", w.b.Head().Era.String(), w.b.Head().Seq, parsed.Self().Key.String()
+	u.FirstSeen, u.LastSeen = timestamppb.New(w.clock.Now()), timestamppb.New(w.clock.Now())
+	report(u)
+	selectors := []*dayflyv1.Selector{{Selector: &dayflyv1.Selector_Subtree{Subtree: "spiffe://example.org/ns/*"}}, identity(payments.String())}
+	plan, err := operator.Plan(soon(t), &dayflyv1.PlanRequest{Selectors: selectors, SeenFrom: "127.0.0.1"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if f := plan.GetWorkflows(); len(f) != 1 || f[0].GetCaller() != payments.String() || f[0].GetCallee() != "orders" || f[0].GetVerifier() != payments.String() ||
+		f[0].GetCount() != 3 || f[0].GetLastSeen() == nil || f[0].GetFallback().GetText() != "they queue up" {
+		t.Errorf("workflows %v", f)
+	}
+	if n := plan.GetNarrower(); len(n) != 2 || n[0].GetSelectors()[0].GetSvid() != parsed.Self().SVID.String() || n[1].GetSelectors()[0].GetGrant() != u.GetGrant() || n[0].GetWhy() == "" {
+		t.Errorf("narrower %v", n)
+	}
+
+	r, err := operator.Revoke(soon(t), &dayflyv1.RevokeRequest{Selectors: selectors, Reason: "r"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	seq := r.GetRevocation().GetPosition().GetSequence()
+	watch, err := operator.WatchContainment(soon(t), &dayflyv1.WatchContainmentRequest{Sequence: seq})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if m, err := watch.Recv(); err != nil || len(m.GetContainment().GetUsesAfter()) != 0 {
+		t.Fatalf("watched %v, %v", m, err)
+	}
+	u.Accepted, u.RefusalReason, u.Head = false, "TOKEN_REVOKED", seq
+	report(u)
+	m, err := watch.Recv()
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := operator.GetRevocation(soon(t), &dayflyv1.GetRevocationRequest{Sequence: seq})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, c := range map[string]*dayflyv1.Containment{"watched": m.GetContainment(), "got": got.GetContainment()} {
+		if a := c.GetUsesAfter(); len(a) != 1 || a[0].GetVerifier() != payments.String() || a[0].GetRefused() != 3 || a[0].GetAcceptedKnowing()+a[0].GetAcceptedUnaware() != 0 ||
+			!slices.Equal(a[0].GetPeers(), []string{payments.String()}) || !slices.Equal(a[0].GetAddresses(), []string{"192.0.2.7"}) || !a[0].GetLastSeen().AsTime().Equal(u.GetLastSeen().AsTime().Truncate(time.Millisecond)) {
+			t.Errorf("%s: uses after %v", name, a)
+		}
+	}
+}
+
+// The largest reports that an honest verifier makes are taken: one that is refused would
+// come again and again, and its stream end each time.
+func TestLargestReports(t *testing.T) {
+	w := newWorld(t)
+	s := w.follow(w.as(payments), subscription())
+	var outbox wire.Outbox
+	for _, peer := range []int{0, 20, 60, 200, 2000} {
+		u := use()
+		u.Accepted, u.RefusalReason, u.PeerAddress = false, "CERTIFICATE_MISMATCH", "2001:db8:1111:2222:3333:4444:5555:6666"
+		u.Head, u.Count, u.Era, u.KeyId, u.Fingerprint = 1<<62, 1<<40, "ffffffff", "AAAAAAAA", make([]byte, 32)
+		u.LastSeen = &timestamppb.Timestamp{Seconds: 1_700_000_000, Nanos: 999_999_999}
+		if peer > 0 {
+			u.PeerIdentity = "spiffe://example.org/" + strings.Repeat("p", peer)
+		}
+		outbox.Put(slices.Repeat([]*dayflyv1.Use{u}, 2*wire.MaxUses), 1)
+		bare := use() // many of them
+		bare.Head = 1 << 62
+		outbox.Put(slices.Repeat([]*dayflyv1.Use{bare}, 2*wire.MaxUses), 1)
+	}
+	sent := 0
+	for m := outbox.Next(); m != nil; m = outbox.Next() {
+		sent++
+		if err := s.Send(&dayflyv1.FollowRequest{Message: &dayflyv1.FollowRequest_UseReport{UseReport: m}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := s.Send(ping("12345678")); err != nil {
+		t.Fatal(err)
+	}
+	for {
+		m, err := s.Recv()
+		if err != nil {
+			t.Fatalf("after %d reports: %v", sent, err)
+		}
+		if m.GetPong() != nil {
+			break
+		}
+	}
+	if c := w.b.UseCounts(); c.Dropped+c.Limited < 10 || c.Uses == 0 {
+		t.Errorf("%d reports: counts %+v", sent, c)
+	}
 }
 
 // Shutdown ends streams with a reason, also those that never subscribed, finishes at

@@ -81,6 +81,9 @@ func (p *policy) AnswersTo(spiffeid.ID, string) bool { return true }
 func (p *policy) Audience(name string) (broker.Audience, bool) {
 	return broker.Audience{Name: name, VerifiedBy: "feed"}, true
 }
+func (p *policy) Fallback(spiffeid.ID, string) broker.Fallback {
+	return broker.Fallback{Owner: "team orders", Text: "they queue up"}
+}
 
 // bundles tells of its changes, as a source of the Workload API does.
 type bundles struct {

@@ -3,6 +3,7 @@ package rpc
 import (
 	"context"
 	"errors"
+	"net/netip"
 	"strings"
 	"time"
 
@@ -30,8 +31,14 @@ func (s *revocationService) Plan(ctx context.Context, m *dayflyv1.PlanRequest) (
 	if _, err := toLockMode(m.GetLockMode()); err != nil {
 		return nil, err
 	}
+	var seenFrom netip.Addr
+	if m.GetSeenFrom() != "" {
+		if seenFrom, err = netip.ParseAddr(m.GetSeenFrom()); err != nil {
+			return nil, invalid("seen_from", "is no network address; it has no port")
+		}
+	}
 	head := s.broker.Head()
-	plan, err := s.broker.Plan(ctx, selectors)
+	plan, err := s.broker.Plan(ctx, selectors, seenFrom)
 	if err != nil {
 		return nil, err
 	}
@@ -41,6 +48,15 @@ func (s *revocationService) Plan(ctx context.Context, m *dayflyv1.PlanRequest) (
 	}
 	for _, i := range plan.Identities {
 		out.Identities = append(out.Identities, &dayflyv1.AffectedIdentity{Identity: i.ID.String(), Presents: i.Presents, Derives: i.Derives})
+	}
+	for _, w := range plan.Workflows {
+		out.Workflows = append(out.Workflows, &dayflyv1.AffectedWorkflow{
+			Caller: w.Caller.String(), Callee: w.Audience, Verifier: w.Verifier, Count: w.Count,
+			LastSeen: timestamp(w.Last), Fallback: fallbackMessage(w.Fallback),
+		})
+	}
+	for _, n := range plan.Narrower {
+		out.Narrower = append(out.Narrower, &dayflyv1.NarrowerProposal{Selectors: wire.Selectors(n.Selectors), Why: n.Why})
 	}
 	for _, l := range plan.Standing {
 		out.StandingLocks = append(out.StandingLocks, lockMessage(l))

@@ -488,6 +488,14 @@ func (d *memory) prune(p broker.Pruning) (report broker.PruneReport, err error) 
 			report.Grants++
 		}
 	}
+	for _, r := range p.Observations {
+		for k := range d.observed {
+			if k >= r.From && k < r.Until {
+				delete(d.observed, k)
+				report.Observations++
+			}
+		}
+	}
 	return report, nil
 }
 

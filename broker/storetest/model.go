@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"reflect"
 	"slices"
 	"testing"
@@ -119,6 +120,9 @@ func (m *model) prune(rt *rapid.T, s *subject) {
 		Keep:                func(r broker.Record) bool { return r.Seq%3 == 0 },
 		GrantsExpiredBefore: noon.Add(time.Duration(rapid.IntRange(0, 3*24).Draw(rt, "hour")) * time.Hour),
 	}
+	if rapid.Bool().Draw(rt, "observations") {
+		p.Observations = []broker.KeyRange{{From: rapid.SampledFrom([]string{"", "a/1", "a/2"}).Draw(rt, "from"), Until: rapid.SampledFrom([]string{"a/2", "b/"}).Draw(rt, "until")}}
+	}
 	report, err := s.Prune(context.Background(), p)
 	if err != nil {
 		rt.Fatalf("Prune: %v", err)
@@ -136,7 +140,11 @@ func (m *model) prune(rt *rapid.T, s *subject) {
 	m.grants = slices.DeleteFunc(m.grants, func(g *broker.Grant) bool {
 		return !g.Expires.Truncate(24 * time.Hour).Add(24 * time.Hour).After(p.GrantsExpiredBefore)
 	})
-	want := broker.PruneReport{Records: records, Grants: before - len(m.grants), Horizon: m.at(m.horizon)}
+	observed := len(m.observed)
+	for _, r := range p.Observations {
+		maps.DeleteFunc(m.observed, func(k, _ string) bool { return k >= r.From && k < r.Until })
+	}
+	want := broker.PruneReport{Records: records, Grants: before - len(m.grants), Observations: observed - len(m.observed), Horizon: m.at(m.horizon)}
 	if report != want {
 		rt.Errorf("report %+v, want %+v", report, want)
 	}

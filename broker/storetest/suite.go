@@ -47,6 +47,7 @@ func Run(t *testing.T, make func(t *testing.T, first broker.Record) Opener) {
 		{"ObserveRefuses", testObserveRefuses},
 		{"PruneLog", testPruneLog},
 		{"PruneGrants", testPruneGrants},
+		{"PruneObserved", testPruneObserved},
 		{"Cancelled", testCancelled},
 		{"Closed", testClosed},
 		{"AtOnce", testAtOnce},
@@ -623,6 +624,39 @@ func testPruneGrants(t *testing.T, s *subject) {
 		t.Errorf("a pruned grant: %v", err)
 	}
 	prune(day(9), 20)
+}
+
+func testPruneObserved(t *testing.T, s *subject) {
+	var all []broker.Observation
+	for i := range 2500 { // more than any step
+		all = append(all, broker.Observation{Key: fmt.Sprintf("uses/%04d", i), Value: []byte{byte(i)}})
+	}
+	others := []broker.Observation{{Key: "use", Value: []byte("v")}, {Key: "uses0", Value: []byte("v")}, {Key: "verifier/1", Value: []byte("v")}}
+	if err := s.Observe(t.Context(), append(slices.Clone(all), others...)...); err != nil {
+		t.Fatal(err)
+	}
+	prune := func(want int, ranges ...broker.KeyRange) {
+		t.Helper()
+		report, err := s.Prune(t.Context(), broker.Pruning{Observations: ranges})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if report.Observations != want || report.Records != 0 || report.Grants != 0 {
+			t.Errorf("pruning %v: %+v, want %d observations", ranges, report, want)
+		}
+	}
+	prune(0, broker.KeyRange{From: "uses/", Until: "uses/0000"}) // the end is not in it
+	prune(0, broker.KeyRange{From: "x", Until: "y"}, broker.KeyRange{From: "uses/9", Until: "uses/0"})
+	prune(2001, broker.KeyRange{From: "uses/", Until: "uses/2000"}, broker.KeyRange{From: "uses/2499", Until: "uses0"})
+	s.reopen()
+	equal(t, "observations left", s.observed("uses/"), all[2000:2499])
+	for _, o := range others {
+		if !slices.ContainsFunc(s.observed(""), func(left broker.Observation) bool { return reflect.DeepEqual(left, o) }) {
+			t.Errorf("%s went, too", o.Key)
+		}
+	}
+	prune(499, broker.KeyRange{From: "uses/", Until: "uses0"})
+	prune(0, broker.KeyRange{From: "uses/", Until: "uses0"})
 }
 
 // calls are all methods, each as one call.

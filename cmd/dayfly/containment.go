@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strconv"
 	"strings"
 	"time"
 
@@ -179,6 +180,28 @@ func (a *app) writeContainment(w io.Writer, r *dayflyv1.Revocation, c *dayflyv1.
 	if len(open) > 0 {
 		fmt.Fprintln(w, "\nOutside the feed, accepted until it expires:")
 		writeAudiences(w, "AUDIENCE", open)
+	}
+	a.writeUsesAfter(w, c.GetUsesAfter())
+}
+
+// writeUsesAfter lists who still presents what is revoked, and who still accepts it.
+func (a *app) writeUsesAfter(w io.Writer, uses []*dayflyv1.UseAfter) {
+	if len(uses) == 0 {
+		return
+	}
+	fmt.Fprintln(w, "\nUsed after the revocation, as verifiers report:")
+	section(w, "VERIFIER\tREFUSED\tACCEPTED BEFORE IT KNEW\tACCEPTED KNOWING\tLAST SEEN\tPRESENTED BY\tFROM", uses, func(u *dayflyv1.UseAfter) {
+		more := ""
+		if u.GetMore() {
+			more = " and more"
+		}
+		row(w, u.GetVerifier(), strconv.FormatUint(u.GetRefused(), 10), strconv.FormatUint(u.GetAcceptedUnaware(), 10), strconv.FormatUint(u.GetAcceptedKnowing(), 10),
+			at(u.GetLastSeen()), orDash(strings.Join(u.GetPeers(), ",")), orDash(strings.Join(u.GetAddresses(), ","))+more)
+	})
+	for _, u := range uses {
+		if u.GetAcceptedKnowing() > 0 {
+			fmt.Fprintf(w, "%s %s accepted what it knew to be revoked: it doesn't do its job. Call its owner.\n", a.paint(a.stdout, red, "BROKEN VERIFIER:"), clean(u.GetVerifier()))
+		}
 	}
 }
 

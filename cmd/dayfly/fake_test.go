@@ -398,7 +398,7 @@ func (f *fake) Plan(_ context.Context, r *dayflyv1.PlanRequest) (*dayflyv1.PlanR
 	out := &dayflyv1.PlanResponse{
 		Position: &dayflyv1.Position{Sequence: firstSequence - 1}, LiveGrants: 17, DerivedGrants: 5,
 		Audiences: []*dayflyv1.AffectedAudience{{Audience: "orders", Owner: "team orders", VerifiedBy: "feed", LiveGrants: 12, LastExpiry: timestamppb.Now(), Fallback: &dayflyv1.Fallback{Text: "orders queue up", Link: "https://wiki.example.org/orders"}}},
-		Workflows: []*dayflyv1.AffectedWorkflow{{Caller: paymentsID.String(), Callee: "orders", Count: 4012, LastSeen: timestamppb.Now()}},
+		Workflows: []*dayflyv1.AffectedWorkflow{{Caller: paymentsID.String(), Callee: "orders", Count: 4012, LastSeen: timestamppb.Now(), Verifier: ordersID.String(), Fallback: &dayflyv1.Fallback{Owner: "team pay", Text: "cash only"}}},
 		Narrower:  []*dayflyv1.NarrowerProposal{{Selectors: r.GetSelectors(), Why: "all of them come from one SVID"}},
 		StandingLocks: []*dayflyv1.Lock{{Number: 3, Mode: dayflyv1.LockMode_LOCK_MODE_REISSUE, Selectors: r.GetSelectors(), Actor: operatorID.String(),
 			Reason: "an older\x1b[2J story", Time: timestamppb.Now()}},
@@ -449,6 +449,12 @@ func (f *fake) Revoke(ctx context.Context, r *dayflyv1.RevokeRequest) (*dayflyv1
 			Reason: r.GetReason(), Actor: operatorID.String(), Time: timestamppb.Now(),
 		},
 		Containment: pendingOf(sequence),
+	}
+	if what == "spiffe://example.org/used" {
+		resp.Containment.UsesAfter = []*dayflyv1.UseAfter{
+			{Verifier: ordersID.String(), Refused: 12, AcceptedUnaware: 3, LastSeen: timestamppb.Now(), Peers: []string{paymentsID.String()}, Addresses: []string{"203.0.113.9", "\x1b[2J"}, More: true},
+			{Verifier: "spiffe://example.org/ledger", AcceptedKnowing: 1, LastSeen: timestamppb.Now()},
+		}
 	}
 	if r.GetAllowEverything() && overTLS(ctx) {
 		resp.Revocation.Proposal = proposalOf("r", "spiffe://example.org/ops/bob")

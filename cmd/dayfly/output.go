@@ -60,12 +60,14 @@ func (a *app) printValue(v any, text func(io.Writer)) error {
 }
 
 // table aligns what text writes at its tabs and prints it at once.
-func (a *app) table(text func(io.Writer)) error {
+func (a *app) table(text func(io.Writer)) error { return tableTo(a.stdout, text) }
+
+func tableTo(stream io.Writer, text func(io.Writer)) error {
 	var out bytes.Buffer
 	w := tabwriter.NewWriter(&out, 0, 8, 2, ' ', 0)
 	text(w)
 	_ = w.Flush() // writing to a buffer
-	_, err := a.stdout.Write(out.Bytes())
+	_, err := stream.Write(out.Bytes())
 	return err
 }
 

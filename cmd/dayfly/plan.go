@@ -13,10 +13,10 @@ import (
 // --output json has them all.
 const planRows = 20
 
-func (a *app) plan(ctx context.Context, client dayflyv1.RevocationServiceClient, req *dayflyv1.RevokeRequest) (*dayflyv1.PlanResponse, error) {
+func (a *app) plan(ctx context.Context, client dayflyv1.RevocationServiceClient, req *dayflyv1.RevokeRequest, seenFrom string) (*dayflyv1.PlanResponse, error) {
 	ctx, cancel := a.call(ctx)
 	defer cancel()
-	return client.Plan(ctx, &dayflyv1.PlanRequest{Selectors: req.GetSelectors(), LockMode: req.GetLockMode()})
+	return client.Plan(ctx, &dayflyv1.PlanRequest{Selectors: req.GetSelectors(), LockMode: req.GetLockMode(), SeenFrom: seenFrom})
 }
 
 // writePlan says what would die and what would break.
@@ -33,11 +33,11 @@ func (a *app) writePlan(w io.Writer, p *dayflyv1.PlanResponse) {
 	if len(p.GetWorkflows()) > 0 {
 		fmt.Fprintln(w, "\nIn use within the last day, and would break:")
 	}
-	section(w, "CALLER\tCALLEE\tCALLS\tLAST SEEN\tFALLBACK", p.GetWorkflows(), func(f *dayflyv1.AffectedWorkflow) {
-		row(w, f.GetCaller(), f.GetCallee(), strconv.FormatUint(f.GetCount(), 10), at(f.GetLastSeen()), fallbackText(f.GetFallback()))
+	section(w, "CALLER\tCALLEE\tVERIFIER\tCALLS\tLAST SEEN\tFALLBACK", p.GetWorkflows(), func(f *dayflyv1.AffectedWorkflow) {
+		row(w, f.GetCaller(), f.GetCallee(), orDash(f.GetVerifier()), strconv.FormatUint(f.GetCount(), 10), at(f.GetLastSeen()), fallbackText(f.GetFallback()))
 	})
 	for _, n := range p.GetNarrower() {
-		fmt.Fprintf(w, "\nNarrower would do: %s (%s)\n", clean(selectorTexts(n.GetSelectors())), clean(n.GetWhy()))
+		fmt.Fprintf(w, "\nNarrower would do: %s\n  %s\n", clean(selectorTexts(n.GetSelectors())), clean(n.GetWhy()))
 	}
 	if len(p.GetStandingLocks()) > 0 {
 		fmt.Fprintln(w, "\nLocks that stand already:")

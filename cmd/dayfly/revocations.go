@@ -76,7 +76,9 @@ func (a *app) revocationsShowCmd() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "show NUMBER",
 		Short: "Show one revocation with its receipts",
-		Long: `Show one revocation and who has confirmed it. With --watch, stay until it is
+		Long: `Show one revocation, who has confirmed it, and what verifiers saw of its
+credentials since: refused, because somebody still presents them, or accepted, before the
+verifier knew or although it did. With --watch, stay until it is
 contained: exit code 0 says that it is, 3 that nobody waited long enough.`,
 		Example: "  dayfly revocations show 1043\n  dayfly revocations show 1043 --watch",
 		Args:    oneArg("the number of a revocation"),

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/netip"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -36,6 +37,7 @@ type revokeFlags struct {
 	tokenFile string
 	reason    string
 	dryRun    bool
+	seenFrom  string
 	yes       bool
 	wait      time.Duration
 	key       string
@@ -66,6 +68,7 @@ confirms; root on the broker's host needs nobody else (--break-glass).
 Exit codes: 0 contained, 3 recorded but somebody may still accept it, 4 refused,
 5 the broker could not be reached, 6 proposed: nothing is revoked yet. docs/revoke.md is the page for an emergency.`,
 		Example: `  dayfly revoke --identity spiffe://example.org/payments --dry-run
+  dayfly revoke --identity spiffe://example.org/payments --dry-run --seen-from 203.0.113.9
   dayfly revoke --identity spiffe://example.org/payments --reason "host owned, INC-7"
   dayfly revoke --token-file leaked.jwt --reason "found in a ticket" --yes
   dayfly revoke --subtree 'spiffe://example.org/ns/prod/*' --lock reissue --lock-for 2h --reason "rotated the nodes"
@@ -81,6 +84,7 @@ Exit codes: 0 contained, 3 recorded but somebody may still accept it, 4 refused,
 	f.DurationVar(&flags.lock.last, "lock-for", 0, "when the lock ends by itself; 0: when it is lifted")
 	f.StringVar(&flags.lock.until, "lock-until", "", "the same as a `time`: 2026-11-23T15:00:00Z")
 	f.BoolVar(&flags.dryRun, "dry-run", false, "show what would die and break, and change nothing")
+	f.StringVar(&flags.seenFrom, "seen-from", "", "suspicious network `address`: does one SVID alone come from there?")
 	f.BoolVarP(&flags.yes, "yes", "y", false, "don't ask; needed where stdin is no terminal")
 	f.DurationVar(&flags.wait, "wait", defaultWait, "how long to wait for containment; 0: don't")
 	f.StringVar(&flags.key, "idempotency-key", "", "`key` of an attempt whose outcome is unknown: repeated, it is recorded once")
@@ -116,10 +120,10 @@ func (a *app) revoke(ctx context.Context, flags *revokeFlags) error {
 		IdempotencyKey: flags.key, AllowEverything: flags.selectors.everything,
 	}
 	if flags.dryRun {
-		return a.dryRun(ctx, client, req)
+		return a.dryRun(ctx, client, req, flags.seenFrom)
 	}
 	if !flags.yes {
-		if err := a.confirmRevoke(ctx, client, selectors, req); err != nil {
+		if err := a.confirmRevoke(ctx, client, selectors, req, flags.seenFrom); err != nil {
 			return err
 		}
 	}
@@ -148,6 +152,14 @@ func (r *revokeFlags) check(a *app) ([]revocation.Selector, dayflyv1.LockMode, e
 	if r.wait < 0 {
 		return nil, 0, usagef("write a duration such as 30s, or 0", "--wait is negative")
 	}
+	if r.seenFrom != "" {
+		if _, err := netip.ParseAddr(r.seenFrom); err != nil {
+			return nil, 0, usagef("--seen-from 203.0.113.9", "--seen-from %q is no network address: it has no port", short(r.seenFrom))
+		}
+		if r.yes && !r.dryRun {
+			return nil, 0, usagef("look with --dry-run --seen-from first", "--seen-from changes what is shown, and --yes shows nothing")
+		}
+	}
 	if r.key == "" {
 		r.key = rand.Text()
 	}
@@ -174,8 +186,8 @@ func checkReason(reason string) error {
 	return nil
 }
 
-func (a *app) dryRun(ctx context.Context, client *sdk.Client, req *dayflyv1.RevokeRequest) error {
-	plan, err := a.plan(ctx, dayflyv1.NewRevocationServiceClient(client.Conn()), req)
+func (a *app) dryRun(ctx context.Context, client *sdk.Client, req *dayflyv1.RevokeRequest, seenFrom string) error {
+	plan, err := a.plan(ctx, dayflyv1.NewRevocationServiceClient(client.Conn()), req, seenFrom)
 	if err != nil {
 		return err
 	}
@@ -213,17 +225,18 @@ func (a *app) checkLeaked(ctx context.Context, client *sdk.Client, t *token.Toke
 // plain is a refusal without reason and hint, for a sentence of ours.
 func plain(e *sdk.Error) error { return errors.New(e.Message) }
 
-// confirmRevoke shows what would die and has the operator type what is to be revoked.
-// The plan gets half the time of a call: a revocation doesn't wait long for a scan of
-// the records.
-func (a *app) confirmRevoke(ctx context.Context, client *sdk.Client, selectors []revocation.Selector, req *dayflyv1.RevokeRequest) error {
+// confirmRevoke shows what would die and break, and has the operator type what is to be
+// revoked. The plan gets half the time of a call: a revocation doesn't wait long for a
+// scan of the records.
+func (a *app) confirmRevoke(ctx context.Context, client *sdk.Client, selectors []revocation.Selector, req *dayflyv1.RevokeRequest, seenFrom string) error {
 	quick, cancel := context.WithTimeout(ctx, a.timeout/2)
-	plan, err := a.plan(quick, dayflyv1.NewRevocationServiceClient(client.Conn()), req)
+	plan, err := a.plan(quick, dayflyv1.NewRevocationServiceClient(client.Conn()), req, seenFrom)
 	cancel()
 	if err != nil {
 		a.notef("what would die isn't known (%s); that keeps nothing from being revoked", clean(reportOf(err).Message))
 	} else {
-		a.notef("%s would die, %d derived, at %s", count(plan.GetLiveGrants(), "live grant", "live grants"), plan.GetDerivedGrants(), count(uint64(len(plan.GetAudiences())), "audience", "audiences"))
+		_ = tableTo(a.stderr, func(w io.Writer) { a.writePlan(w, plan) })
+		a.notef("")
 	}
 	for _, s := range selectors {
 		a.notef("  %s", clean(s.String()))

@@ -70,6 +70,7 @@ type learner struct {
 	Relayed
 	answered Instant // when one of its pings was last answered
 	ever     bool    // answered at all
+	reports  uint64  // the number of its newest use report
 	gen      uint64
 	dirty    bool // not reported as it is now
 	owner    *Downstream
@@ -213,6 +214,7 @@ func (r *Relay) join(l *learner, now Instant) error {
 			l.Acked = old.Acked
 		}
 		l.answered, l.ever = max(l.answered, old.answered), l.ever || old.ever
+		l.reports = old.reports
 	}
 	if known && !old.Gone && !l.Gone && l.Bound <= old.Bound && (!l.AcceptsStale || old.AcceptsStale) && slices.Equal(l.Audiences, old.Audiences) {
 		l.gen = old.gen // every report named it, with no smaller a bound
@@ -373,6 +375,16 @@ func (d *Downstream) report(below Relayed, now Instant) error {
 	}
 	d.need = max(d.need, l.gen)
 	return nil
+}
+
+// UseReport notes the number of a use report, and reports whether it is new: one that
+// was sent on an earlier stream may come again. Unnumbered ones, 0, always are.
+func (d *Downstream) UseReport(number uint64) bool {
+	if number > 0 && number <= d.self.reports {
+		return false
+	}
+	d.self.reports = max(d.self.reports, number)
+	return true
 }
 
 // Leave ends the stream: all that it spoke for is gone. A relay may have answered those

@@ -11,7 +11,8 @@ import (
 )
 
 // BenchmarkVerify is the cost of one verification, with a set of revocations of the size
-// of a bad day. BenchmarkFloor is the signature alone.
+// of a bad day. "uncounted" is the same without the use report, "counting" is the
+// difference alone. BenchmarkFloor is the signature alone.
 func BenchmarkVerify(b *testing.B) {
 	w := newWorld(b, nil)
 	for range 1000 {
@@ -28,6 +29,21 @@ func BenchmarkVerify(b *testing.B) {
 			if _, err := w.verifier.Verify(b.Context(), raw, peer); err != nil {
 				b.Fatal(err)
 			}
+		}
+	})
+	b.Run("uncounted", func(b *testing.B) {
+		b.ReportAllocs()
+		for b.Loop() {
+			if err := w.verifier.Judge(raw, peer); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+	b.Run("counting", func(b *testing.B) {
+		count := w.verifier.Counter(raw, peer)
+		b.ReportAllocs()
+		for b.Loop() {
+			count()
 		}
 	})
 	b.Run("parallel", func(b *testing.B) {

@@ -62,6 +62,7 @@ type broker struct {
 	acks     []feed.Position
 	uses     []*dayflyv1.Use
 	dropped  uint64
+	reports  map[uint64]int // number to how often it came
 	pings    int
 	streams  int
 }
@@ -76,7 +77,7 @@ func newBroker(t testing.TB) *broker {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b := &broker{key: key, public: public, changed: make(chan struct{}), issuer: issuer}
+	b := &broker{key: key, public: public, changed: make(chan struct{}), issuer: issuer, reports: map[uint64]int{}}
 	b.append(t, feed.Event{Era: &feed.Era{Era: 0x1000}})
 	b.publish(t, public)
 	return b
@@ -220,6 +221,9 @@ func (b *broker) listen(rpc dayflyv1.FeedService_FollowServer, pings chan<- []by
 				b.acks = append(b.acks, p)
 			}
 			if r := m.GetUseReport(); r != nil {
+				if b.reports[r.GetNumber()]++; b.reports[r.GetNumber()] > 1 {
+					return // as a broker does: it was counted
+				}
 				b.uses = append(b.uses, r.GetUses()...)
 				b.dropped += r.GetDropped()
 			}

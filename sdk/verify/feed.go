@@ -176,6 +176,7 @@ func (s *stream) subscribe() error {
 	known := v.view.Position()
 	v.mu.Unlock()
 	v.asks.reconnected()
+	v.uses.outbox.Reconnected()
 	return s.rpc.Send(&dayflyv1.FollowRequest{Message: &dayflyv1.FollowRequest_Subscribe{Subscribe: wire.Subscribe(wire.Subscription{
 		Instance:     v.instance,
 		Audiences:    v.cfg.Audiences,
@@ -227,17 +228,23 @@ func (s *stream) serve() error {
 	}
 }
 
+// tick reports and then pings: the answer says that the reports have arrived.
 func (s *stream) tick() error {
-	if err := s.ping(rand.Text()); err != nil {
-		return err
+	u := &s.v.uses
+	u.pack(s.v.cfg.Boot(), s.v.currentBound())
+	for m := u.outbox.Next(); m != nil; m = u.outbox.Next() {
+		if err := s.rpc.Send(&dayflyv1.FollowRequest{Message: &dayflyv1.FollowRequest_UseReport{UseReport: m}}); err != nil {
+			return err
+		}
 	}
-	return s.v.uses.send(s.report)
+	return s.ping(rand.Text())
 }
 
 func (s *stream) ping(nonce string) error {
 	s.v.mu.Lock()
 	s.v.fresh.Sent(nonce, s.v.cfg.Boot()) // before it is sent: asOf must err to the old side
 	s.v.mu.Unlock()
+	s.v.uses.outbox.Pinged(nonce)
 	return s.rpc.Send(&dayflyv1.FollowRequest{Message: &dayflyv1.FollowRequest_Ping{Ping: &dayflyv1.Ping{Nonce: []byte(nonce)}}})
 }
 
@@ -251,10 +258,6 @@ func (s *stream) question(again *time.Timer) error {
 		return nil
 	}
 	return s.ping(nonce)
-}
-
-func (s *stream) report(m *dayflyv1.UseReport) error {
-	return s.rpc.Send(&dayflyv1.FollowRequest{Message: &dayflyv1.FollowRequest_UseReport{UseReport: m}})
 }
 
 // acknowledge says up to where everything is applied: only now is it refused.
@@ -387,6 +390,7 @@ func (v *Verifier) answered(m *dayflyv1.Pong) error {
 		return fmt.Errorf("comparing heads: %w", err)
 	}
 	v.asks.answered(pong.Nonce, pong.Head)
+	v.uses.outbox.Answered(pong.Nonce)
 	v.asks.applied(position)
 	v.notify()
 	return nil

@@ -2,11 +2,13 @@ package verify
 
 import (
 	"sync"
+	"sync/atomic"
 	"time"
 
 	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
+	"github.com/dayflyhq/dayfly/proto/feed"
 	"github.com/dayflyhq/dayfly/proto/token"
-	"google.golang.org/protobuf/proto"
+	"github.com/dayflyhq/dayfly/proto/wire"
 	"google.golang.org/protobuf/types/known/timestamppb"
 )
 
@@ -15,13 +17,19 @@ const (
 	useShards = 16
 	// maxUsesPerShard bounds the memory of what waits to be reported.
 	maxUsesPerShard = 256
-	// maxReportBytes keeps a report below the size of a request.
-	maxReportBytes = 32 << 10
 )
 
 // uses adds up which grants were seen. Only tokens whose signature holds are counted:
-// anybody can write a grant's ID into a token of their own.
-type uses struct{ shards [useShards]useShard }
+// anybody can write a grant's ID into a token of their own. A verification costs one
+// entry of a map under one of many locks; nothing here waits for the feed.
+type uses struct {
+	shards [useShards]useShard
+	// urgent is set by what the next ping should carry along: a refusal, or counts that
+	// fill up. What was accepted may wait for a bound.
+	urgent atomic.Bool
+	outbox wire.Outbox
+	taken  feed.Instant // when counts last went to the outbox; of the sender alone
+}
 
 type useShard struct {
 	mu      sync.Mutex
@@ -29,134 +37,97 @@ type useShard struct {
 	dropped uint64
 }
 
+// useKey has the head, so that what was accepted before a revocation was known and what
+// was accepted after are never one count.
 type useKey struct {
-	grant    token.GrantID
-	identity string
-	address  string
-	refusal  Reason // "" for accepted
+	grant       token.GrantID
+	fingerprint token.Fingerprint
+	identity    string
+	address     string
+	refusal     Reason // "" for accepted
+	head        uint64
+	era         token.Era
+	signer      token.KeyID
 }
 
 type use struct {
 	count       uint64
 	first, last time.Time
-	head        uint64
 }
 
-func (v *Verifier) noteUse(t *token.Token, peer Peer, refusal *Refusal) {
-	key := useKey{grant: t.Grant(), address: peer.Address}
+// note counts one use, judged at a position.
+func (u *uses) note(t *token.Token, at feed.Position, peer Peer, refusal *Refusal, now time.Time) {
+	key := useKey{grant: t.Grant(), fingerprint: t.Fingerprint, address: peer.Address, head: at.Seq, era: at.Era, signer: t.Self().Key}
 	if !peer.ID.IsZero() {
 		key.identity = peer.ID.String()
 	}
 	if refusal != nil {
 		key.refusal = refusal.Reason
 	}
-	v.mu.RLock()
-	head := v.view.Position().Seq
-	v.mu.RUnlock()
-	now := v.cfg.Now()
-	v.uses.shard(key).add(key, use{1, now, now, head})
+	waiting := u.shards[int(t.Fingerprint[0])%useShards].add(key, now)
+	if (refusal != nil || waiting >= maxUsesPerShard/2) && !u.urgent.Load() {
+		u.urgent.Store(true)
+	}
 }
 
-// shard picks by the fingerprint's worth of randomness that ends a grant ID.
-func (u *uses) shard(key useKey) *useShard {
-	b := key.grant.Bytes()
-	return &u.shards[int(b[len(b)-1])%useShards]
-}
-
-func (s *useShard) add(key useKey, n use) {
+// add returns how many counts wait.
+func (s *useShard) add(key useKey, now time.Time) int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	old, ok := s.counts[key]
 	switch {
 	case ok:
-		old.count += n.count
-		if n.first.Before(old.first) {
-			old.first = n.first
+		old.count++
+		if now.Before(old.first) {
+			old.first = now
 		}
-		if n.last.After(old.last) {
-			old.last, old.head = n.last, n.head
+		if now.After(old.last) {
+			old.last = now
 		}
 	case len(s.counts) == maxUsesPerShard:
-		s.dropped += n.count
+		s.dropped++
 	default:
 		if s.counts == nil {
 			s.counts = map[useKey]*use{}
 		}
-		s.counts[key] = &n
+		s.counts[key] = &use{1, now, now}
+	}
+	return len(s.counts)
+}
+
+// pack puts the counts into the outbox, if they are due and there is room for them.
+func (u *uses) pack(now feed.Instant, every time.Duration) {
+	due := u.taken == 0 || now.Sub(u.taken) >= every
+	if !due && !u.urgent.Load() || u.outbox.Full() {
+		return
+	}
+	u.urgent.Store(false) // before the counts: what comes meanwhile sets it again
+	if counts, dropped := u.take(); len(counts) > 0 || dropped > 0 {
+		u.outbox.Put(counts, dropped)
+		u.taken = now
 	}
 }
 
-// A report is what was taken out to be sent.
-type report struct {
-	uses    map[useKey]*use
-	dropped uint64
-}
-
-func (u *uses) take() report {
-	out := report{uses: map[useKey]*use{}}
+func (u *uses) take() (out []*dayflyv1.Use, dropped uint64) {
 	for i := range u.shards {
 		s := &u.shards[i]
 		s.mu.Lock()
-		for k, n := range s.counts {
-			out.uses[k] = n
-		}
-		out.dropped += s.dropped
+		counts := s.counts
+		dropped += s.dropped
 		s.counts, s.dropped = nil, 0
 		s.mu.Unlock()
-	}
-	return out
-}
-
-// put back what could not be sent.
-func (u *uses) put(r report) {
-	for k, n := range r.uses {
-		u.shard(k).add(k, *n)
-	}
-	s := &u.shards[0]
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.dropped += r.dropped
-}
-
-// send gives the report to a function in messages of bounded size, and puts back what
-// it refuses.
-func (u *uses) send(send func(*dayflyv1.UseReport) error) error {
-	r := u.take()
-	m := &dayflyv1.UseReport{Dropped: r.dropped}
-	size := 0
-	var batch []useKey
-	flush := func() error {
-		if len(m.Uses) == 0 && m.Dropped == 0 {
-			return nil
+		for k, n := range counts {
+			out = append(out, k.message(n))
 		}
-		if err := send(m); err != nil {
-			u.put(r)
-			return err
-		}
-		for _, k := range batch {
-			delete(r.uses, k)
-		}
-		r.dropped = 0
-		m, size, batch = &dayflyv1.UseReport{}, 0, nil
-		return nil
 	}
-	for k, n := range r.uses {
-		one := k.message(n)
-		if size += proto.Size(one) + 4; size > maxReportBytes {
-			if err := flush(); err != nil {
-				return err
-			}
-			size = proto.Size(one) + 4
-		}
-		m.Uses, batch = append(m.Uses, one), append(batch, k)
-	}
-	return flush()
+	return out, dropped
 }
 
 func (k useKey) message(n *use) *dayflyv1.Use {
 	return &dayflyv1.Use{
-		Grant: k.grant.String(), PeerIdentity: k.identity, PeerAddress: k.address,
+		Grant: k.grant.String(), PeerIdentity: k.identity, PeerAddress: wire.PeerAddress(k.address),
 		Accepted: k.refusal == "", RefusalReason: string(k.refusal),
-		Count: n.count, FirstSeen: timestamppb.New(n.first), LastSeen: timestamppb.New(n.last), Head: n.head,
+		Count: n.count, FirstSeen: timestamppb.New(n.first), LastSeen: timestamppb.New(n.last),
+		Head: k.head, Era: k.era.String(), Fingerprint: k.fingerprint[:], KeyId: k.signer.String(),
 	}
 }

@@ -221,12 +221,12 @@ func (t *Verified) RequireScope(scopes ...string) error {
 // token that names a signing key or a position that is not known yet is held for one
 // ping of the feed, for two seconds at most. Errors are *Refusal.
 func (v *Verifier) Verify(ctx context.Context, rawToken string, peer Peer) (*Verified, error) {
-	t, refusal := v.judge(rawToken, peer)
+	t, at, refusal := v.judge(rawToken, peer)
 	if refusal != nil && (refusal.Reason == KeyUnknown || refusal.Reason == Ahead) && v.asks.ask(ctx) {
-		t, refusal = v.judge(rawToken, peer)
+		t, at, refusal = v.judge(rawToken, peer)
 	}
 	if t != nil {
-		v.noteUse(t, peer, refusal)
+		v.uses.note(t, at, peer, refusal, v.cfg.Now())
 	}
 	if refusal != nil {
 		return nil, refusal
@@ -234,25 +234,27 @@ func (v *Verifier) Verify(ctx context.Context, rawToken string, peer Peer) (*Ver
 	return &Verified{Claims: t.Claims, Token: token.NewSecret(rawToken), Peer: peer}, nil
 }
 
-// judge returns the token, nil where its signature proves nothing, and why it is refused.
-func (v *Verifier) judge(raw string, peer Peer) (*token.Token, *Refusal) {
+// judge returns the token, nil where its signature proves nothing, the position that it
+// was judged at, and why it is refused.
+func (v *Verifier) judge(raw string, peer Peer) (*token.Token, feed.Position, *Refusal) {
 	if r := v.closed(); r != nil {
-		return nil, r
+		return nil, feed.Position{}, r
 	}
 	t, err := token.Parse(raw, v.key)
 	if err != nil {
-		return nil, unparsed(err)
+		return nil, feed.Position{}, unparsed(err)
 	}
-	if r := v.dead(&t.Claims); r != nil {
-		return t, r
+	at, r := v.dead(&t.Claims)
+	if r != nil {
+		return t, at, r
 	}
 	if r := v.expired(&t.Claims); r != nil {
-		return t, r
+		return t, at, r
 	}
 	if !slices.Contains(v.cfg.Audiences, t.Audience) {
-		return t, Because(AudienceMismatch)
+		return t, at, Because(AudienceMismatch)
 	}
-	return t, unbound(&t.Claims, peer)
+	return t, at, unbound(&t.Claims, peer)
 }
 
 // key looks a signing key up.
@@ -282,23 +284,25 @@ func (v *Verifier) closedLocked() *Refusal {
 }
 
 // dead applies the rule of revocation, in one moment with the check that what it is
-// applied to is fresh.
-func (v *Verifier) dead(c *token.Claims) *Refusal {
+// applied to is fresh, and with reading the position: a later one would make a use that
+// was accepted rightly look like one that was not.
+func (v *Verifier) dead(c *token.Claims) (feed.Position, *Refusal) {
 	v.mu.RLock()
 	defer v.mu.RUnlock()
+	at := v.view.Position()
 	if r := v.closedLocked(); r != nil {
-		return r
+		return at, r
 	}
 	if r := killed(v.view.Judge(revocation.SubjectOf(c))); r != nil {
-		return r
+		return at, r
 	}
 	switch {
 	case c.Issuer != v.issuer:
-		return Because(IssuerMismatch)
+		return at, Because(IssuerMismatch)
 	case c.Expires.Sub(c.IssuedAt) > v.maxTTL:
-		return Because(TokenTooLong)
+		return at, Because(TokenTooLong)
 	}
-	return nil
+	return at, nil
 }
 
 func (v *Verifier) expired(c *token.Claims) *Refusal {

@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -23,6 +24,7 @@ import (
 	"github.com/dayflyhq/dayfly/proto/feed"
 	"github.com/dayflyhq/dayfly/proto/revocation"
 	"github.com/dayflyhq/dayfly/proto/token"
+	"github.com/dayflyhq/dayfly/proto/wire"
 	"github.com/dayflyhq/dayfly/sdk/verify"
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -636,8 +638,14 @@ func TestUseReports(t *testing.T) {
 				t.Fatalf("got %v", w.uses)
 			}
 			for _, u := range w.uses {
-				if u.GetGrant() != c.Grant().String() || u.GetPeerAddress() != "192.0.2.1" || u.GetHead() != 2 {
+				if u.GetGrant() != c.Grant().String() || u.GetPeerAddress() != "192.0.2.1" || u.GetHead() != 2 || u.GetEra() != "00001000" {
 					t.Errorf("got %v", u)
+				}
+				if parsed, err := token.Inspect(raw); err != nil || !bytes.Equal(u.GetFingerprint(), parsed.Fingerprint[:]) {
+					t.Errorf("fingerprint %x, %v", u.GetFingerprint(), err)
+				}
+				if err := wire.CheckUse(u); err != nil {
+					t.Errorf("a broker won't take it: %v", err)
 				}
 				switch u.GetPeerIdentity() {
 				case payments.String():
@@ -701,6 +709,67 @@ func TestUseReportsSurviveAStream(t *testing.T) {
 		w.do(func() {
 			if len(w.subs) != 2 {
 				t.Errorf("%d streams, want a second one", len(w.subs))
+			}
+		})
+	})
+}
+
+// A report that arrived, but whose stream broke before the verifier could know, comes
+// again under its own number; one that was answered for doesn't.
+func TestUseReportsAreNumbered(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, nil)
+		w.ready(t)
+		w.want(t, w.good(t), "")
+		w.until(t, "the first report", func() bool { return len(w.uses) == 1 })
+		w.applied(t, w.head().Seq)
+		time.Sleep(10 * time.Second) // two pings: it was answered for
+		w.do(func() { w.mute = true })
+		w.want(t, w.good(t), "")
+		if _, err := w.verify(w.good(t), thief); err == nil { // makes it urgent
+			t.Fatal("stolen token accepted")
+		}
+		w.until(t, "the second report", func() bool { return len(w.uses) == 3 })
+		w.net.cut()
+		w.do(func() { w.mute = false })
+		w.net.start(w.broker)
+		w.until(t, "it again", func() bool { return w.reports[2] == 2 })
+		w.ready(t)
+		time.Sleep(time.Minute)
+		w.do(func() {
+			if w.reports[1] != 1 || w.reports[2] != 2 || len(w.reports) != 2 || len(w.uses) != 3 || w.dropped != 0 {
+				t.Errorf("reports %v, %d uses, %d dropped", w.reports, len(w.uses), w.dropped)
+			}
+		})
+	})
+}
+
+// A use says at which head it was judged, also where another came before it was counted;
+// what was accepted before a revocation and what was refused after are two counts, and a
+// refusal doesn't wait for a bound to pass.
+func TestUseNamesItsHead(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, func(c *verify.Config) { c.MaxStaleness = 5 * time.Minute })
+		w.ready(t)
+		c := w.claims(t)
+		raw := w.sign(t, c)
+		w.want(t, raw, "")
+		before := w.head().Seq
+		w.until(t, "the first use", func() bool { return len(w.uses) == 1 }) // the next isn't due for five minutes
+		w.revoke(t, revocation.Grant(w.claims(t).Grant()))                   // somebody else's
+		w.applied(t, before+1)
+		w.want(t, raw, "")
+		w.revoke(t, revocation.Grant(c.Grant()))
+		w.applied(t, before+2)
+		w.want(t, raw, verify.TokenRevoked)
+		w.until(t, "the uses", func() bool { return len(w.uses) == 3 })
+		w.do(func() {
+			got := map[uint64]string{}
+			for _, u := range w.uses {
+				got[u.GetHead()] = u.GetRefusalReason()
+			}
+			if want := map[uint64]string{before: "", before + 1: "", before + 2: string(verify.TokenRevoked)}; !maps.Equal(got, want) {
+				t.Errorf("by head: %v, want %v", got, want)
 			}
 		})
 	})

@@ -35,7 +35,7 @@ func (v *Verifier) Watch(ctx context.Context, t *Verified) (context.Context, con
 	v.watches.all[w] = struct{}{}
 	w.timer = time.AfterFunc(v.watchFor(t), func() { v.endWatch(w) })
 	v.watches.mu.Unlock()
-	if r := v.dead(&t.Claims); r != nil {
+	if _, r := v.dead(&t.Claims); r != nil {
 		cancel(r)
 	}
 	return ctx, func() {
@@ -81,7 +81,7 @@ func (v *Verifier) judgeWatches() {
 	v.watches.mu.Lock()
 	defer v.watches.mu.Unlock()
 	for w := range v.watches.all {
-		if r := v.dead(&w.token.Claims); r != nil {
+		if _, r := v.dead(&w.token.Claims); r != nil {
 			w.end(r)
 		}
 	}

@@ -69,6 +69,7 @@ func (m *metrics) watch(b *broker.Broker, s *boltstore.Store) {
 	gauge := func(name, help string, value func() float64) {
 		m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, value))
 	}
+	m.watchUses(b)
 	gauge("dayfly_log_head", "Number of the newest record applied.", func() float64 { return float64(b.Head().Seq) })
 	gauge("dayfly_locks", "Standing locks.", func() float64 { return float64(len(b.Locks())) })
 	stat := func(of func(boltstore.Stats) float64) func() float64 {
@@ -82,4 +83,23 @@ func (m *metrics) watch(b *broker.Broker, s *boltstore.Store) {
 	}
 	gauge("dayfly_store_bytes", "Size of the store's file.", stat(func(st boltstore.Stats) float64 { return float64(st.File) }))
 	gauge("dayfly_store_waiting", "Calls that wait for a commit.", stat(func(st boltstore.Stats) float64 { return float64(st.Waiting) }))
+}
+
+// watchUses counts what verifiers reported.
+func (m *metrics) watchUses(b *broker.Broker) {
+	counter := func(name, help string, labels prometheus.Labels, value func(broker.UseCounts) uint64) {
+		m.registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help, ConstLabels: labels}, func() float64 {
+			return float64(value(b.UseCounts()))
+		}))
+	}
+	counter("dayfly_uses_total", "Uses that verifiers reported.", nil, func(c broker.UseCounts) uint64 { return c.Uses })
+	const dropped = "Uses without a record: dropped by a verifier for want of room, by the broker for an identity's allowance or a full disk, or not kept after they were looked at."
+	counter("dayfly_uses_dropped_total", dropped, prometheus.Labels{"by": "verifier"}, func(c broker.UseCounts) uint64 { return c.Dropped })
+	counter("dayfly_uses_dropped_total", dropped, prometheus.Labels{"by": "limit"}, func(c broker.UseCounts) uint64 { return c.Limited })
+	counter("dayfly_uses_dropped_total", dropped, prometheus.Labels{"by": "retention"}, func(c broker.UseCounts) uint64 { return c.Unkept })
+	const after = "Uses of revoked credentials, after the revocation: refused or accepted by a verifier that knew it, or accepted by one that hadn't heard of it."
+	counter("dayfly_revoked_uses_total", after, prometheus.Labels{"outcome": "refused"}, func(c broker.UseCounts) uint64 { return c.Refused })
+	counter("dayfly_revoked_uses_total", after, prometheus.Labels{"outcome": "accepted_knowing"}, func(c broker.UseCounts) uint64 { return c.AcceptedKnowing })
+	counter("dayfly_revoked_uses_total", after, prometheus.Labels{"outcome": "accepted_unaware"}, func(c broker.UseCounts) uint64 { return c.AcceptedUnaware })
+	counter("dayfly_unrecorded_uses_total", "Uses of what was never recorded: somebody holds a signing key, or a verifier lies.", nil, func(c broker.UseCounts) uint64 { return c.Unrecorded })
 }

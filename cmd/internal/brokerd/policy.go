@@ -27,6 +27,10 @@ func (d decider) Audience(name string) (broker.Audience, bool) {
 	}, true
 }
 
+func (d decider) Fallback(caller spiffeid.ID, audience string) broker.Fallback {
+	return broker.Fallback(d.p.Fallback(caller, audience))
+}
+
 func (d decider) Decide(ctx context.Context, q broker.Question) (broker.Decision, error) {
 	got, err := d.p.Decide(ctx, input(q))
 	if errors.Is(err, policy.ErrNone) {

@@ -359,7 +359,11 @@ type UseReport struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Uses  []*Use                 `protobuf:"bytes,1,rep,name=uses,proto3" json:"uses,omitempty"`
 	// Uses that memory bounds made it drop since its last report.
-	Dropped       uint64 `protobuf:"varint,2,opt,name=dropped,proto3" json:"dropped,omitempty"`
+	Dropped uint64 `protobuf:"varint,2,opt,name=dropped,proto3" json:"dropped,omitempty"`
+	// Counts the reports of an instance, from 1. A report is sent again on the next
+	// stream until a ping sent after it was answered; the number keeps it from being
+	// counted twice. 0: it doesn't say.
+	Number        uint64 `protobuf:"varint,3,opt,name=number,proto3" json:"number,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -408,7 +412,14 @@ func (x *UseReport) GetDropped() uint64 {
 	return 0
 }
 
-// Use is the aggregate of one grant, one peer and one outcome.
+func (x *UseReport) GetNumber() uint64 {
+	if x != nil {
+		return x.Number
+	}
+	return 0
+}
+
+// Use is the aggregate of one grant, one peer, one outcome and one head.
 type Use struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Grant string                 `protobuf:"bytes,1,opt,name=grant,proto3" json:"grant,omitempty"`
@@ -422,8 +433,14 @@ type Use struct {
 	Count         uint64                 `protobuf:"varint,6,opt,name=count,proto3" json:"count,omitempty"`
 	FirstSeen     *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=first_seen,json=firstSeen,proto3" json:"first_seen,omitempty"`
 	LastSeen      *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=last_seen,json=lastSeen,proto3" json:"last_seen,omitempty"`
-	// Sequence of the head that the verifier knew at last_seen.
-	Head          uint64 `protobuf:"varint,9,opt,name=head,proto3" json:"head,omitempty"`
+	// Sequence of the head that the verifier judged all of them at.
+	Head uint64 `protobuf:"varint,9,opt,name=head,proto3" json:"head,omitempty"`
+	// Era of that head, 8 lower-case hexadecimal digits; empty: it doesn't say.
+	Era string `protobuf:"bytes,10,opt,name=era,proto3" json:"era,omitempty"`
+	// SHA-256 of the JWS signing input, 32 bytes; empty: it doesn't say.
+	Fingerprint []byte `protobuf:"bytes,11,opt,name=fingerprint,proto3" json:"fingerprint,omitempty"`
+	// ID of the key that signed the token; empty: it doesn't say.
+	KeyId         string `protobuf:"bytes,12,opt,name=key_id,json=keyId,proto3" json:"key_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -519,6 +536,27 @@ func (x *Use) GetHead() uint64 {
 		return x.Head
 	}
 	return 0
+}
+
+func (x *Use) GetEra() string {
+	if x != nil {
+		return x.Era
+	}
+	return ""
+}
+
+func (x *Use) GetFingerprint() []byte {
+	if x != nil {
+		return x.Fingerprint
+	}
+	return nil
+}
+
+func (x *Use) GetKeyId() string {
+	if x != nil {
+		return x.KeyId
+	}
+	return ""
 }
 
 // RelayReport passes receipts up. A relay never acknowledges for others: it
@@ -1712,10 +1750,11 @@ const file_dayfly_v1_feed_proto_rawDesc = "" +
 	"\x04Ping\x12\x14\n" +
 	"\x05nonce\x18\x01 \x01(\fR\x05nonce\">\n" +
 	"\vAcknowledge\x12/\n" +
-	"\bposition\x18\x01 \x01(\v2\x13.dayfly.v1.PositionR\bposition\"I\n" +
+	"\bposition\x18\x01 \x01(\v2\x13.dayfly.v1.PositionR\bposition\"a\n" +
 	"\tUseReport\x12\"\n" +
 	"\x04uses\x18\x01 \x03(\v2\x0e.dayfly.v1.UseR\x04uses\x12\x18\n" +
-	"\adropped\x18\x02 \x01(\x04R\adropped\"\xc4\x02\n" +
+	"\adropped\x18\x02 \x01(\x04R\adropped\x12\x16\n" +
+	"\x06number\x18\x03 \x01(\x04R\x06number\"\x8f\x03\n" +
 	"\x03Use\x12\x14\n" +
 	"\x05grant\x18\x01 \x01(\tR\x05grant\x12#\n" +
 	"\rpeer_identity\x18\x02 \x01(\tR\fpeerIdentity\x12!\n" +
@@ -1726,7 +1765,11 @@ const file_dayfly_v1_feed_proto_rawDesc = "" +
 	"\n" +
 	"first_seen\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\tfirstSeen\x127\n" +
 	"\tlast_seen\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\blastSeen\x12\x12\n" +
-	"\x04head\x18\t \x01(\x04R\x04head\"p\n" +
+	"\x04head\x18\t \x01(\x04R\x04head\x12\x10\n" +
+	"\x03era\x18\n" +
+	" \x01(\tR\x03era\x12 \n" +
+	"\vfingerprint\x18\v \x01(\fR\vfingerprint\x12\x15\n" +
+	"\x06key_id\x18\f \x01(\tR\x05keyId\"p\n" +
 	"\vRelayReport\x128\n" +
 	"\tverifiers\x18\x01 \x03(\v2\x1a.dayfly.v1.RelayedVerifierR\tverifiers\x12'\n" +
 	"\x0fconfirmed_count\x18\x02 \x01(\x04R\x0econfirmedCount\"\xde\x02\n" +

@@ -86,8 +86,11 @@ func (ReceiptState) EnumDescriptor() ([]byte, []int) {
 type PlanRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// 1 to 64.
-	Selectors     []*Selector `protobuf:"bytes,1,rep,name=selectors,proto3" json:"selectors,omitempty"`
-	LockMode      LockMode    `protobuf:"varint,2,opt,name=lock_mode,json=lockMode,proto3,enum=dayfly.v1.LockMode" json:"lock_mode,omitempty"`
+	Selectors []*Selector `protobuf:"bytes,1,rep,name=selectors,proto3" json:"selectors,omitempty"`
+	LockMode  LockMode    `protobuf:"varint,2,opt,name=lock_mode,json=lockMode,proto3,enum=dayfly.v1.LockMode" json:"lock_mode,omitempty"`
+	// A suspicious network address, without port: if one SVID alone was seen from it,
+	// the plan proposes that SVID.
+	SeenFrom      string `protobuf:"bytes,3,opt,name=seen_from,json=seenFrom,proto3" json:"seen_from,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -134,6 +137,13 @@ func (x *PlanRequest) GetLockMode() LockMode {
 		return x.LockMode
 	}
 	return LockMode_LOCK_MODE_UNSPECIFIED
+}
+
+func (x *PlanRequest) GetSeenFrom() string {
+	if x != nil {
+		return x.SeenFrom
+	}
+	return ""
 }
 
 type PlanResponse struct {
@@ -452,12 +462,18 @@ func (x *Fallback) GetLink() string {
 }
 
 type AffectedWorkflow struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Caller        string                 `protobuf:"bytes,1,opt,name=caller,proto3" json:"caller,omitempty"`
-	Callee        string                 `protobuf:"bytes,2,opt,name=callee,proto3" json:"callee,omitempty"`
-	Count         uint64                 `protobuf:"varint,3,opt,name=count,proto3" json:"count,omitempty"`
-	LastSeen      *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=last_seen,json=lastSeen,proto3" json:"last_seen,omitempty"`
-	Fallback      *Fallback              `protobuf:"bytes,5,opt,name=fallback,proto3" json:"fallback,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// SPIFFE ID of the presenter.
+	Caller string `protobuf:"bytes,1,opt,name=caller,proto3" json:"caller,omitempty"`
+	// Audience that was called.
+	Callee string `protobuf:"bytes,2,opt,name=callee,proto3" json:"callee,omitempty"`
+	// Uses that were accepted, as the verifier reported them.
+	Count    uint64                 `protobuf:"varint,3,opt,name=count,proto3" json:"count,omitempty"`
+	LastSeen *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=last_seen,json=lastSeen,proto3" json:"last_seen,omitempty"`
+	// The caller's own for this audience, else the audience's.
+	Fallback *Fallback `protobuf:"bytes,5,opt,name=fallback,proto3" json:"fallback,omitempty"`
+	// SPIFFE ID of the verifier that reported the uses, or of the relay before it.
+	Verifier      string `protobuf:"bytes,6,opt,name=verifier,proto3" json:"verifier,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -525,6 +541,13 @@ func (x *AffectedWorkflow) GetFallback() *Fallback {
 		return x.Fallback
 	}
 	return nil
+}
+
+func (x *AffectedWorkflow) GetVerifier() string {
+	if x != nil {
+		return x.Verifier
+	}
+	return ""
 }
 
 type NarrowerProposal struct {
@@ -1370,7 +1393,10 @@ type Containment struct {
 	ContainedBy *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=contained_by,json=containedBy,proto3" json:"contained_by,omitempty"`
 	// Audiences outside the feed that the revoked credentials reach: bounded by
 	// expiry, never contained.
-	External      []*AffectedAudience `protobuf:"bytes,10,rep,name=external,proto3" json:"external,omitempty"`
+	External []*AffectedAudience `protobuf:"bytes,10,rep,name=external,proto3" json:"external,omitempty"`
+	// Uses of what was revoked, after the revocation, as verifiers reported them: at
+	// most 256 verifiers.
+	UsesAfter     []*UseAfter `protobuf:"bytes,11,rep,name=uses_after,json=usesAfter,proto3" json:"uses_after,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1475,14 +1501,133 @@ func (x *Containment) GetExternal() []*AffectedAudience {
 	return nil
 }
 
+func (x *Containment) GetUsesAfter() []*UseAfter {
+	if x != nil {
+		return x.UsesAfter
+	}
+	return nil
+}
+
+// UseAfter is what one verifier reported of credentials that were revoked already. It
+// is that verifier's word.
+type UseAfter struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// SPIFFE ID of the verifier, or of the relay before it.
+	Verifier string `protobuf:"bytes,1,opt,name=verifier,proto3" json:"verifier,omitempty"`
+	// Refused by a verifier that knew the revocation: somebody still presents them.
+	Refused uint64 `protobuf:"varint,2,opt,name=refused,proto3" json:"refused,omitempty"`
+	// Accepted by a verifier that knew the revocation: it doesn't do its job.
+	AcceptedKnowing uint64 `protobuf:"varint,3,opt,name=accepted_knowing,json=acceptedKnowing,proto3" json:"accepted_knowing,omitempty"`
+	// Accepted by one that didn't know it yet, later than the revocation by the clocks of
+	// both, which may be off.
+	AcceptedUnaware uint64 `protobuf:"varint,4,opt,name=accepted_unaware,json=acceptedUnaware,proto3" json:"accepted_unaware,omitempty"`
+	// By the verifier's clock.
+	LastSeen *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=last_seen,json=lastSeen,proto3" json:"last_seen,omitempty"`
+	// SPIFFE IDs that presented them, at most 8.
+	Peers []string `protobuf:"bytes,6,rep,name=peers,proto3" json:"peers,omitempty"`
+	// Network addresses without port, at most 16.
+	Addresses []string `protobuf:"bytes,7,rep,name=addresses,proto3" json:"addresses,omitempty"`
+	// There are more peers or addresses than listed.
+	More          bool `protobuf:"varint,8,opt,name=more,proto3" json:"more,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UseAfter) Reset() {
+	*x = UseAfter{}
+	mi := &file_dayfly_v1_revocation_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UseAfter) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UseAfter) ProtoMessage() {}
+
+func (x *UseAfter) ProtoReflect() protoreflect.Message {
+	mi := &file_dayfly_v1_revocation_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UseAfter.ProtoReflect.Descriptor instead.
+func (*UseAfter) Descriptor() ([]byte, []int) {
+	return file_dayfly_v1_revocation_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *UseAfter) GetVerifier() string {
+	if x != nil {
+		return x.Verifier
+	}
+	return ""
+}
+
+func (x *UseAfter) GetRefused() uint64 {
+	if x != nil {
+		return x.Refused
+	}
+	return 0
+}
+
+func (x *UseAfter) GetAcceptedKnowing() uint64 {
+	if x != nil {
+		return x.AcceptedKnowing
+	}
+	return 0
+}
+
+func (x *UseAfter) GetAcceptedUnaware() uint64 {
+	if x != nil {
+		return x.AcceptedUnaware
+	}
+	return 0
+}
+
+func (x *UseAfter) GetLastSeen() *timestamppb.Timestamp {
+	if x != nil {
+		return x.LastSeen
+	}
+	return nil
+}
+
+func (x *UseAfter) GetPeers() []string {
+	if x != nil {
+		return x.Peers
+	}
+	return nil
+}
+
+func (x *UseAfter) GetAddresses() []string {
+	if x != nil {
+		return x.Addresses
+	}
+	return nil
+}
+
+func (x *UseAfter) GetMore() bool {
+	if x != nil {
+		return x.More
+	}
+	return false
+}
+
 var File_dayfly_v1_revocation_proto protoreflect.FileDescriptor
 
 const file_dayfly_v1_revocation_proto_rawDesc = "" +
 	"\n" +
-	"\x1adayfly/v1/revocation.proto\x12\tdayfly.v1\x1a\x15dayfly/v1/types.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"r\n" +
+	"\x1adayfly/v1/revocation.proto\x12\tdayfly.v1\x1a\x15dayfly/v1/types.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x8f\x01\n" +
 	"\vPlanRequest\x121\n" +
 	"\tselectors\x18\x01 \x03(\v2\x13.dayfly.v1.SelectorR\tselectors\x120\n" +
-	"\tlock_mode\x18\x02 \x01(\x0e2\x13.dayfly.v1.LockModeR\blockMode\"\xab\x03\n" +
+	"\tlock_mode\x18\x02 \x01(\x0e2\x13.dayfly.v1.LockModeR\blockMode\x12\x1b\n" +
+	"\tseen_from\x18\x03 \x01(\tR\bseenFrom\"\xab\x03\n" +
 	"\fPlanResponse\x12/\n" +
 	"\bposition\x18\x01 \x01(\v2\x13.dayfly.v1.PositionR\bposition\x12\x1f\n" +
 	"\vlive_grants\x18\x02 \x01(\x04R\n" +
@@ -1512,13 +1657,14 @@ const file_dayfly_v1_revocation_proto_rawDesc = "" +
 	"\bFallback\x12\x14\n" +
 	"\x05owner\x18\x01 \x01(\tR\x05owner\x12\x12\n" +
 	"\x04text\x18\x02 \x01(\tR\x04text\x12\x12\n" +
-	"\x04link\x18\x03 \x01(\tR\x04link\"\xc2\x01\n" +
+	"\x04link\x18\x03 \x01(\tR\x04link\"\xde\x01\n" +
 	"\x10AffectedWorkflow\x12\x16\n" +
 	"\x06caller\x18\x01 \x01(\tR\x06caller\x12\x16\n" +
 	"\x06callee\x18\x02 \x01(\tR\x06callee\x12\x14\n" +
 	"\x05count\x18\x03 \x01(\x04R\x05count\x127\n" +
 	"\tlast_seen\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\blastSeen\x12/\n" +
-	"\bfallback\x18\x05 \x01(\v2\x13.dayfly.v1.FallbackR\bfallback\"W\n" +
+	"\bfallback\x18\x05 \x01(\v2\x13.dayfly.v1.FallbackR\bfallback\x12\x1a\n" +
+	"\bverifier\x18\x06 \x01(\tR\bverifier\"W\n" +
 	"\x10NarrowerProposal\x121\n" +
 	"\tselectors\x18\x01 \x03(\v2\x13.dayfly.v1.SelectorR\tselectors\x12\x10\n" +
 	"\x03why\x18\x02 \x01(\tR\x03why\"\x9e\x02\n" +
@@ -1577,7 +1723,7 @@ const file_dayfly_v1_revocation_proto_rawDesc = "" +
 	"\tcloses_at\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\bclosesAt\x12>\n" +
 	"\rmax_staleness\x18\a \x01(\v2\x19.google.protobuf.DurationR\fmaxStaleness\x12-\n" +
 	"\bon_stale\x18\b \x01(\x0e2\x12.dayfly.v1.OnStaleR\aonStale\x12\x10\n" +
-	"\x03via\x18\t \x03(\tR\x03via\"\x9c\x03\n" +
+	"\x03via\x18\t \x03(\tR\x03via\"\xd0\x03\n" +
 	"\vContainment\x12\x1a\n" +
 	"\bsequence\x18\x01 \x01(\x04R\bsequence\x12.\n" +
 	"\breceipts\x18\x02 \x03(\v2\x12.dayfly.v1.ReceiptR\breceipts\x12\x1c\n" +
@@ -1589,7 +1735,18 @@ const file_dayfly_v1_revocation_proto_rawDesc = "" +
 	"\fcontained_at\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\vcontainedAt\x12=\n" +
 	"\fcontained_by\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\vcontainedBy\x127\n" +
 	"\bexternal\x18\n" +
-	" \x03(\v2\x1b.dayfly.v1.AffectedAudienceR\bexternal*\x9c\x01\n" +
+	" \x03(\v2\x1b.dayfly.v1.AffectedAudienceR\bexternal\x122\n" +
+	"\n" +
+	"uses_after\x18\v \x03(\v2\x13.dayfly.v1.UseAfterR\tusesAfter\"\x97\x02\n" +
+	"\bUseAfter\x12\x1a\n" +
+	"\bverifier\x18\x01 \x01(\tR\bverifier\x12\x18\n" +
+	"\arefused\x18\x02 \x01(\x04R\arefused\x12)\n" +
+	"\x10accepted_knowing\x18\x03 \x01(\x04R\x0facceptedKnowing\x12)\n" +
+	"\x10accepted_unaware\x18\x04 \x01(\x04R\x0facceptedUnaware\x127\n" +
+	"\tlast_seen\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\blastSeen\x12\x14\n" +
+	"\x05peers\x18\x06 \x03(\tR\x05peers\x12\x1c\n" +
+	"\taddresses\x18\a \x03(\tR\taddresses\x12\x12\n" +
+	"\x04more\x18\b \x01(\bR\x04more*\x9c\x01\n" +
 	"\fReceiptState\x12\x1d\n" +
 	"\x19RECEIPT_STATE_UNSPECIFIED\x10\x00\x12\x1b\n" +
 	"\x17RECEIPT_STATE_CONFIRMED\x10\x01\x12\x19\n" +
@@ -1618,7 +1775,7 @@ func file_dayfly_v1_revocation_proto_rawDescGZIP() []byte {
 }
 
 var file_dayfly_v1_revocation_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_dayfly_v1_revocation_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
+var file_dayfly_v1_revocation_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
 var file_dayfly_v1_revocation_proto_goTypes = []any{
 	(ReceiptState)(0),                // 0: dayfly.v1.ReceiptState
 	(*PlanRequest)(nil),              // 1: dayfly.v1.PlanRequest
@@ -1642,71 +1799,74 @@ var file_dayfly_v1_revocation_proto_goTypes = []any{
 	(*WatchContainmentResponse)(nil), // 19: dayfly.v1.WatchContainmentResponse
 	(*Receipt)(nil),                  // 20: dayfly.v1.Receipt
 	(*Containment)(nil),              // 21: dayfly.v1.Containment
-	(*Selector)(nil),                 // 22: dayfly.v1.Selector
-	(LockMode)(0),                    // 23: dayfly.v1.LockMode
-	(*Position)(nil),                 // 24: dayfly.v1.Position
-	(*Lock)(nil),                     // 25: dayfly.v1.Lock
-	(*timestamppb.Timestamp)(nil),    // 26: google.protobuf.Timestamp
-	(*Revocation)(nil),               // 27: dayfly.v1.Revocation
-	(*Proposal)(nil),                 // 28: dayfly.v1.Proposal
-	(*Lift)(nil),                     // 29: dayfly.v1.Lift
-	(*durationpb.Duration)(nil),      // 30: google.protobuf.Duration
-	(OnStale)(0),                     // 31: dayfly.v1.OnStale
+	(*UseAfter)(nil),                 // 22: dayfly.v1.UseAfter
+	(*Selector)(nil),                 // 23: dayfly.v1.Selector
+	(LockMode)(0),                    // 24: dayfly.v1.LockMode
+	(*Position)(nil),                 // 25: dayfly.v1.Position
+	(*Lock)(nil),                     // 26: dayfly.v1.Lock
+	(*timestamppb.Timestamp)(nil),    // 27: google.protobuf.Timestamp
+	(*Revocation)(nil),               // 28: dayfly.v1.Revocation
+	(*Proposal)(nil),                 // 29: dayfly.v1.Proposal
+	(*Lift)(nil),                     // 30: dayfly.v1.Lift
+	(*durationpb.Duration)(nil),      // 31: google.protobuf.Duration
+	(OnStale)(0),                     // 32: dayfly.v1.OnStale
 }
 var file_dayfly_v1_revocation_proto_depIdxs = []int32{
-	22, // 0: dayfly.v1.PlanRequest.selectors:type_name -> dayfly.v1.Selector
-	23, // 1: dayfly.v1.PlanRequest.lock_mode:type_name -> dayfly.v1.LockMode
-	24, // 2: dayfly.v1.PlanResponse.position:type_name -> dayfly.v1.Position
+	23, // 0: dayfly.v1.PlanRequest.selectors:type_name -> dayfly.v1.Selector
+	24, // 1: dayfly.v1.PlanRequest.lock_mode:type_name -> dayfly.v1.LockMode
+	25, // 2: dayfly.v1.PlanResponse.position:type_name -> dayfly.v1.Position
 	3,  // 3: dayfly.v1.PlanResponse.identities:type_name -> dayfly.v1.AffectedIdentity
 	4,  // 4: dayfly.v1.PlanResponse.audiences:type_name -> dayfly.v1.AffectedAudience
 	6,  // 5: dayfly.v1.PlanResponse.workflows:type_name -> dayfly.v1.AffectedWorkflow
 	7,  // 6: dayfly.v1.PlanResponse.narrower:type_name -> dayfly.v1.NarrowerProposal
-	25, // 7: dayfly.v1.PlanResponse.standing_locks:type_name -> dayfly.v1.Lock
-	26, // 8: dayfly.v1.AffectedAudience.last_expiry:type_name -> google.protobuf.Timestamp
+	26, // 7: dayfly.v1.PlanResponse.standing_locks:type_name -> dayfly.v1.Lock
+	27, // 8: dayfly.v1.AffectedAudience.last_expiry:type_name -> google.protobuf.Timestamp
 	5,  // 9: dayfly.v1.AffectedAudience.fallback:type_name -> dayfly.v1.Fallback
-	26, // 10: dayfly.v1.AffectedWorkflow.last_seen:type_name -> google.protobuf.Timestamp
+	27, // 10: dayfly.v1.AffectedWorkflow.last_seen:type_name -> google.protobuf.Timestamp
 	5,  // 11: dayfly.v1.AffectedWorkflow.fallback:type_name -> dayfly.v1.Fallback
-	22, // 12: dayfly.v1.NarrowerProposal.selectors:type_name -> dayfly.v1.Selector
-	22, // 13: dayfly.v1.RevokeRequest.selectors:type_name -> dayfly.v1.Selector
-	23, // 14: dayfly.v1.RevokeRequest.lock_mode:type_name -> dayfly.v1.LockMode
-	26, // 15: dayfly.v1.RevokeRequest.lock_ends_at:type_name -> google.protobuf.Timestamp
-	27, // 16: dayfly.v1.RevokeResponse.revocation:type_name -> dayfly.v1.Revocation
+	23, // 12: dayfly.v1.NarrowerProposal.selectors:type_name -> dayfly.v1.Selector
+	23, // 13: dayfly.v1.RevokeRequest.selectors:type_name -> dayfly.v1.Selector
+	24, // 14: dayfly.v1.RevokeRequest.lock_mode:type_name -> dayfly.v1.LockMode
+	27, // 15: dayfly.v1.RevokeRequest.lock_ends_at:type_name -> google.protobuf.Timestamp
+	28, // 16: dayfly.v1.RevokeResponse.revocation:type_name -> dayfly.v1.Revocation
 	21, // 17: dayfly.v1.RevokeResponse.containment:type_name -> dayfly.v1.Containment
-	28, // 18: dayfly.v1.RevokeResponse.proposal:type_name -> dayfly.v1.Proposal
-	29, // 19: dayfly.v1.LiftResponse.lift:type_name -> dayfly.v1.Lift
-	27, // 20: dayfly.v1.ListRevocationsResponse.revocations:type_name -> dayfly.v1.Revocation
-	27, // 21: dayfly.v1.GetRevocationResponse.revocation:type_name -> dayfly.v1.Revocation
+	29, // 18: dayfly.v1.RevokeResponse.proposal:type_name -> dayfly.v1.Proposal
+	30, // 19: dayfly.v1.LiftResponse.lift:type_name -> dayfly.v1.Lift
+	28, // 20: dayfly.v1.ListRevocationsResponse.revocations:type_name -> dayfly.v1.Revocation
+	28, // 21: dayfly.v1.GetRevocationResponse.revocation:type_name -> dayfly.v1.Revocation
 	21, // 22: dayfly.v1.GetRevocationResponse.containment:type_name -> dayfly.v1.Containment
-	25, // 23: dayfly.v1.ListLocksResponse.locks:type_name -> dayfly.v1.Lock
+	26, // 23: dayfly.v1.ListLocksResponse.locks:type_name -> dayfly.v1.Lock
 	21, // 24: dayfly.v1.WatchContainmentResponse.containment:type_name -> dayfly.v1.Containment
 	0,  // 25: dayfly.v1.Receipt.state:type_name -> dayfly.v1.ReceiptState
-	26, // 26: dayfly.v1.Receipt.since:type_name -> google.protobuf.Timestamp
-	26, // 27: dayfly.v1.Receipt.closes_at:type_name -> google.protobuf.Timestamp
-	30, // 28: dayfly.v1.Receipt.max_staleness:type_name -> google.protobuf.Duration
-	31, // 29: dayfly.v1.Receipt.on_stale:type_name -> dayfly.v1.OnStale
+	27, // 26: dayfly.v1.Receipt.since:type_name -> google.protobuf.Timestamp
+	27, // 27: dayfly.v1.Receipt.closes_at:type_name -> google.protobuf.Timestamp
+	31, // 28: dayfly.v1.Receipt.max_staleness:type_name -> google.protobuf.Duration
+	32, // 29: dayfly.v1.Receipt.on_stale:type_name -> dayfly.v1.OnStale
 	20, // 30: dayfly.v1.Containment.receipts:type_name -> dayfly.v1.Receipt
-	26, // 31: dayfly.v1.Containment.contained_at:type_name -> google.protobuf.Timestamp
-	26, // 32: dayfly.v1.Containment.contained_by:type_name -> google.protobuf.Timestamp
+	27, // 31: dayfly.v1.Containment.contained_at:type_name -> google.protobuf.Timestamp
+	27, // 32: dayfly.v1.Containment.contained_by:type_name -> google.protobuf.Timestamp
 	4,  // 33: dayfly.v1.Containment.external:type_name -> dayfly.v1.AffectedAudience
-	1,  // 34: dayfly.v1.RevocationService.Plan:input_type -> dayfly.v1.PlanRequest
-	8,  // 35: dayfly.v1.RevocationService.Revoke:input_type -> dayfly.v1.RevokeRequest
-	10, // 36: dayfly.v1.RevocationService.Lift:input_type -> dayfly.v1.LiftRequest
-	12, // 37: dayfly.v1.RevocationService.ListRevocations:input_type -> dayfly.v1.ListRevocationsRequest
-	14, // 38: dayfly.v1.RevocationService.GetRevocation:input_type -> dayfly.v1.GetRevocationRequest
-	16, // 39: dayfly.v1.RevocationService.ListLocks:input_type -> dayfly.v1.ListLocksRequest
-	18, // 40: dayfly.v1.RevocationService.WatchContainment:input_type -> dayfly.v1.WatchContainmentRequest
-	2,  // 41: dayfly.v1.RevocationService.Plan:output_type -> dayfly.v1.PlanResponse
-	9,  // 42: dayfly.v1.RevocationService.Revoke:output_type -> dayfly.v1.RevokeResponse
-	11, // 43: dayfly.v1.RevocationService.Lift:output_type -> dayfly.v1.LiftResponse
-	13, // 44: dayfly.v1.RevocationService.ListRevocations:output_type -> dayfly.v1.ListRevocationsResponse
-	15, // 45: dayfly.v1.RevocationService.GetRevocation:output_type -> dayfly.v1.GetRevocationResponse
-	17, // 46: dayfly.v1.RevocationService.ListLocks:output_type -> dayfly.v1.ListLocksResponse
-	19, // 47: dayfly.v1.RevocationService.WatchContainment:output_type -> dayfly.v1.WatchContainmentResponse
-	41, // [41:48] is the sub-list for method output_type
-	34, // [34:41] is the sub-list for method input_type
-	34, // [34:34] is the sub-list for extension type_name
-	34, // [34:34] is the sub-list for extension extendee
-	0,  // [0:34] is the sub-list for field type_name
+	22, // 34: dayfly.v1.Containment.uses_after:type_name -> dayfly.v1.UseAfter
+	27, // 35: dayfly.v1.UseAfter.last_seen:type_name -> google.protobuf.Timestamp
+	1,  // 36: dayfly.v1.RevocationService.Plan:input_type -> dayfly.v1.PlanRequest
+	8,  // 37: dayfly.v1.RevocationService.Revoke:input_type -> dayfly.v1.RevokeRequest
+	10, // 38: dayfly.v1.RevocationService.Lift:input_type -> dayfly.v1.LiftRequest
+	12, // 39: dayfly.v1.RevocationService.ListRevocations:input_type -> dayfly.v1.ListRevocationsRequest
+	14, // 40: dayfly.v1.RevocationService.GetRevocation:input_type -> dayfly.v1.GetRevocationRequest
+	16, // 41: dayfly.v1.RevocationService.ListLocks:input_type -> dayfly.v1.ListLocksRequest
+	18, // 42: dayfly.v1.RevocationService.WatchContainment:input_type -> dayfly.v1.WatchContainmentRequest
+	2,  // 43: dayfly.v1.RevocationService.Plan:output_type -> dayfly.v1.PlanResponse
+	9,  // 44: dayfly.v1.RevocationService.Revoke:output_type -> dayfly.v1.RevokeResponse
+	11, // 45: dayfly.v1.RevocationService.Lift:output_type -> dayfly.v1.LiftResponse
+	13, // 46: dayfly.v1.RevocationService.ListRevocations:output_type -> dayfly.v1.ListRevocationsResponse
+	15, // 47: dayfly.v1.RevocationService.GetRevocation:output_type -> dayfly.v1.GetRevocationResponse
+	17, // 48: dayfly.v1.RevocationService.ListLocks:output_type -> dayfly.v1.ListLocksResponse
+	19, // 49: dayfly.v1.RevocationService.WatchContainment:output_type -> dayfly.v1.WatchContainmentResponse
+	43, // [43:50] is the sub-list for method output_type
+	36, // [36:43] is the sub-list for method input_type
+	36, // [36:36] is the sub-list for extension type_name
+	36, // [36:36] is the sub-list for extension extendee
+	0,  // [0:36] is the sub-list for field type_name
 }
 
 func init() { file_dayfly_v1_revocation_proto_init() }
@@ -1721,7 +1881,7 @@ func file_dayfly_v1_revocation_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dayfly_v1_revocation_proto_rawDesc), len(file_dayfly_v1_revocation_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   21,
+			NumMessages:   22,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
