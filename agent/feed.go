@@ -55,8 +55,8 @@ type upstream = grpc.BidiStreamingClient[dayflyv1.FollowRequest, dayflyv1.Follow
 // errRotated ends a stream that was made with an older SVID.
 var errRotated = errors.New("the SVID was rotated")
 
-// run follows the feed until ctx ends, and then returns nil. A fork ends the following
-// for good: nothing is relayed from then on.
+// run follows the feed until ctx ends, and then returns nil. After a fork nothing is
+// relayed until a new era begins.
 func (f *follower) run(ctx context.Context) error {
 	relay := true
 	for ctx.Err() == nil {
@@ -65,9 +65,10 @@ func (f *follower) run(ctx context.Context) error {
 			break
 		}
 		if errors.Is(err, feed.ErrFork) {
-			f.log.ErrorContext(ctx, "THE LOG HAS TWO HISTORIES: nothing is relayed any more, verifiers beside this agent close; an operator must look", "err", err)
-			<-ctx.Done()
-			return nil
+			f.log.ErrorContext(ctx, "THE LOG HAS TWO HISTORIES: nothing is relayed, verifiers beside this agent close, until an operator has restored the broker's store", "err", err)
+			f.counts.reconnects.Add(1)
+			sleep(ctx, f.k.bound(f.bound)+f.pause(err, false)) // only to see whether a new era has begun
+			continue
 		}
 		denied := codeOf(err) == codes.PermissionDenied
 		f.note(err, denied)
@@ -403,14 +404,19 @@ func (s *session) deliver(ctx context.Context, m *dayflyv1.FollowResponse) error
 	}
 	k := s.k
 	k.mu.Lock()
+	before := k.view.Position()
 	err = k.view.Apply(d, k.boot())
+	after := k.view.Position()
 	if err == nil {
-		k.fresh.Applied(k.view.Position())
+		k.fresh.Applied(after)
 	}
 	k.ring()
 	k.mu.Unlock()
 	if err != nil {
 		return err
+	}
+	if before.Era != 0 && before.Era != after.Era {
+		s.log.WarnContext(ctx, "a new era has begun: every credential of earlier ones is dropped", "before", before.String(), "position", after.String())
 	}
 	s.counts.events.Add(uint64(len(d.Events)))
 	s.applied(ctx)

@@ -85,7 +85,7 @@ func (a *Agent) checkFeed() Check {
 	age, known := a.k.fresh.Age(a.k.boot())
 	switch {
 	case a.k.view.Err() != nil:
-		c.Message = "the log has two histories: an operator must look"
+		c.Message = "the log has two histories: closed until the broker's store is restored"
 	case a.k.refused != nil:
 		c.Message = sdk.FromRPC(a.k.refused).Error()
 	case !known:

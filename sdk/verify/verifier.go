@@ -241,7 +241,7 @@ func (v *Verifier) judge(raw string, peer Peer) (*token.Token, *Refusal) {
 	}
 	t, err := token.Parse(raw, v.key)
 	if err != nil {
-		return nil, unparsed(err)
+		return nil, v.unparsed(raw, err)
 	}
 	if r := v.dead(&t.Claims); r != nil {
 		return t, r
@@ -253,6 +253,22 @@ func (v *Verifier) judge(raw string, peer Peer) (*token.Token, *Refusal) {
 		return t, Because(AudienceMismatch)
 	}
 	return t, unbound(&t.Claims, peer)
+}
+
+// unparsed says why a token proves nothing. The keys of earlier eras are forgotten: a
+// token that names such an era itself need not wait for an answer about its key.
+func (v *Verifier) unparsed(raw string, err error) *Refusal {
+	r := unparsed(err)
+	if r.Reason != KeyUnknown {
+		return r
+	}
+	v.mu.RLock()
+	era := v.view.Position().Era
+	v.mu.RUnlock()
+	if shown, err := token.Inspect(raw); err == nil && shown.Position.Era < era {
+		return Because(WrongEra)
+	}
+	return r
 }
 
 // key looks a signing key up.
@@ -342,7 +358,7 @@ type Status struct {
 	// Bound is the staleness bound in force, 0 before the feed has welcomed the
 	// verifier.
 	Bound time.Duration
-	// Err is a fork that closed the verifier for good, else why the last stream
+	// Err is a fork that closed the verifier until a new era begins, else why the last stream
 	// ended, nil while one is open.
 	Err error
 }
