@@ -137,6 +137,9 @@ func (b *Broker) Load(ctx context.Context) error {
 	if err := b.loadRoster(ctx); err != nil {
 		return err
 	}
+	if err := b.auditRestore(ctx); err != nil {
+		return err
+	}
 	seq, err := b.revokeForeignKeys(ctx)
 	if err != nil {
 		return err

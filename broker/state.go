@@ -63,7 +63,8 @@ type state struct {
 	set     *revocation.Set
 	keys    map[token.KeyID]feed.Key
 	keySeq  map[token.KeyID]uint64
-	eraSeq  uint64 // number of the record that began the era
+	eraSeq  uint64          // number of the record that began the era
+	eras    []feed.Position // where each era began
 	records map[uint64]Record
 	known   map[uint64]feed.Instant // when this process first knew each record
 	locks   map[uint64]*Lock
@@ -101,6 +102,7 @@ func (s *state) apply(rec Record, now feed.Instant, verify func(feed.Key) error)
 	if rec.Era != nil {
 		s.set = revocation.NewSet(rec.Era.Era)
 		s.eraSeq = rec.Seq
+		s.eras = append(s.eras, s.log.Head())
 		clear(s.keys) // private halves died with their era
 		clear(s.keySeq)
 	}
@@ -130,6 +132,20 @@ func (s *state) apply(rec Record, now feed.Instant, verify func(feed.Key) error)
 	}
 	s.broadcast()
 	return nil
+}
+
+// eraOf returns the era of a number: revocations of earlier eras are kept for their
+// locks. The caller holds the lock.
+func (s *state) eraOf(seq uint64) token.Era {
+	for i := len(s.eras) - 1; i >= 0; i-- {
+		if s.eras[i].Seq <= seq {
+			return s.eras[i].Era
+		}
+	}
+	if len(s.eras) == 0 {
+		return s.log.Head().Era // the record of the only era is gone
+	}
+	return 0
 }
 
 // broadcast wakes whoever waits for a change. The caller holds the lock.

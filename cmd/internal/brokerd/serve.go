@@ -275,7 +275,7 @@ func (d *daemon) servers(l *listeners) ([]server, error) {
 	}
 	servers := []server{grpcServer(main, l.grpc)}
 	if l.breakGlass != nil {
-		glass, err := rpc.NewBreakGlass(rpc.Config{Broker: d.broker, Log: d.log})
+		glass, err := rpc.NewBreakGlass(rpc.Config{Broker: d.broker, Log: d.log, Backup: d.beginBackup})
 		if err != nil {
 			return nil, err
 		}
