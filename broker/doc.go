@@ -17,6 +17,9 @@
 //     (TestLiftRevivesNothing).
 //   - A verifier is on the roster, durably, before it gets anything, and a receipt counts
 //     only for what was delivered to whom sent it (TestReceipts).
+//   - A restore begins a new era, loses no lock without an operator's word, and lifts
+//     nothing that it isn't sure of (TestRestoreConsent, TestRestoreCarries,
+//     TestRestoreFork, TestRestorePruned).
 //   - The log is trimmed only where nothing it names can still be alive (TestPrune).
 //
 // Usage:

@@ -25,7 +25,6 @@ type LogCopy struct {
 	Records       []Record        // by number
 	Dropped       []feed.Position // of which only the place is known
 	Verifiers     []Observation   // the roster
-	Grants        int
 	// Made is when the copy was made as a backup: what came later isn't in it. Zero
 	// for a store.
 	Made time.Time
@@ -512,7 +511,7 @@ func (b *Broker) auditRestore(ctx context.Context) error {
 		"era", rec.Era.Era.String(), "by", rec.Details.Actor, "reason", rec.Details.Reason, "restored", string(how))
 	err = b.cfg.Audit(AuditEntry{
 		Time: rec.Details.Time, Action: ActionRestore, Actor: rec.Details.Actor, Outcome: "allowed",
-		Message: string(how), Sequence: rec.Seq, Why: rec.Details.Reason, Alert: true,
+		Message: string(how), Sequence: rec.Seq, Why: rec.Details.Reason,
 	})
 	if err != nil {
 		return fmt.Errorf("auditing the restore: %w", err)

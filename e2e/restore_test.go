@@ -248,7 +248,7 @@ func TestRestoreOnBinaries(t *testing.T) {
 	if refused := sdk.FromRPC(err); refused == nil || !strings.Contains(refused.Error(), fmt.Sprint(said.Carried[0].Number)) {
 		t.Errorf("lifting it by its old number: %v", refused)
 	}
-	if a := audited(t, box, "restore"); len(a) != 1 || a[0]["alert"] != true || !strings.HasPrefix(fmt.Sprint(a[0]["actor"]), "dayfly-broker restore:uid=") {
+	if a := audited(t, box, "restore"); len(a) != 1 || a[0]["why"] != "restored from a backup" || !strings.HasPrefix(fmt.Sprint(a[0]["actor"]), "dayfly-broker restore:uid=") {
 		t.Errorf("audited %v", a)
 	}
 
@@ -299,6 +299,36 @@ func TestRestoreOnBinaries(t *testing.T) {
 		t.Errorf("audited %d times", len(a))
 	}
 	wantLocked(t, box, sandbox.Reports)
+}
+
+// TestRestoreWithoutLocks: nothing is left but the backup. The operator's word is on
+// record, and for as long as a verifier that nobody knows of may accept what is revoked,
+// nothing is called contained.
+func TestRestoreWithoutLocks(t *testing.T) {
+	ctx := t.Context()
+	box := newBox(t)
+	backup := filepath.Join(box.Dir, "backup.db")
+	wantDone(t, "backup", "--break-glass", "unix://"+box.Info.BreakGlass, "--to", backup)
+	box.KillBroker()
+	if err := os.Remove(box.StorePath()); err != nil {
+		t.Fatal(err)
+	}
+	wantDone(t, "restore", "--from", backup, "--store", box.StorePath(), "--accept-lost-locks", "--reason", "disk lost, INC-9")
+	if err := box.StartBroker(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if a := audited(t, box, "restore"); len(a) != 1 || a[0]["why"] != "disk lost, INC-9" || !strings.Contains(fmt.Sprint(a[0]["message"]), `"locks_lost":true`) {
+		t.Errorf("audited %v", a)
+	}
+	if err := issues(t, box, sandbox.Payments, "orders"); err != nil {
+		t.Error(err)
+	}
+	number := quarantine(t, box, sandbox.Payments, dayflyv1.LockMode_LOCK_MODE_QUARANTINE)
+	alice := must(box.Client(ctx, sandbox.Alice, box.Info.GRPC))(t)
+	shown := must(dayflyv1.NewRevocationServiceClient(alice.Conn()).GetRevocation(ctx, &dayflyv1.GetRevocationRequest{Sequence: number}))(t).GetContainment()
+	if shown.GetContained() || shown.GetPending() != 1 || len(shown.GetReceipts()) != 1 {
+		t.Errorf("containment %v", shown)
+	}
 }
 
 // waitABit yields between two looks at what another process does; the test's own

@@ -33,7 +33,7 @@ func ReadLog(ctx context.Context, path string) (*broker.LogCopy, error) {
 		if err != nil {
 			return err
 		}
-		c.Head, c.Horizon, c.Made, c.Grants = st.head, st.horizon, backupMade(tx), report.Grants
+		c.Head, c.Horizon, c.Made = st.head, st.horizon, backupMade(tx)
 		readEntries(c, tx.Bucket(bucketLog))
 		readRoster(c, tx.Bucket(bucketObserved))
 		return nil

@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"net"
 	"os"
+	"strings"
 	"syscall"
 	"time"
 
@@ -53,6 +54,7 @@ func backupCommand(name string) *cobra.Command {
 			"  " + name + " backup --break-glass /run/dayfly/break-glass.sock --to /mnt/dayfly.db --output json",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			b.socket = strings.TrimPrefix(b.socket, "unix://") // as the other commands write it
 			if b.File == "" || output != "text" && output != "json" {
 				return UsageError{errors.New("--to FILE is needed, and --output is text or json")}
 			}

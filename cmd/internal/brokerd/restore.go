@@ -10,7 +10,6 @@ import (
 
 	"github.com/dayflyhq/dayfly/broker"
 	"github.com/dayflyhq/dayfly/broker/boltstore"
-	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/spf13/cobra"
 )
 
@@ -65,8 +64,7 @@ func restoreCommand(name string) *cobra.Command {
 type restored struct {
 	Store   string           `json:"store"`
 	Backup  string           `json:"backup"` // position
-	Era     token.Era        `json:"-"`
-	EraText string           `json:"era"`
+	Era     string           `json:"era"`
 	First   uint64           `json:"first"` // number of the era's record
 	Fork    uint64           `json:"fork,omitempty"`
 	Agree   uint64           `json:"agree,omitempty"`
@@ -144,7 +142,7 @@ func summary(store string, ask broker.Restore, plan *broker.Restoration, report 
 	}
 	for i, rec := range plan.Records {
 		if rec.Era != nil {
-			d.Era, d.EraText, d.Lost = rec.Era.Era, rec.Era.Era.String(), rec.Details.Restored.LocksLost
+			d.Era, d.Lost = rec.Era.Era.String(), rec.Details.Restored.LocksLost
 			continue
 		}
 		c := carried{Number: d.First + uint64(i), Actor: rec.Details.Actor, Reason: rec.Details.Reason}
@@ -171,7 +169,7 @@ func summary(store string, ask broker.Restore, plan *broker.Restoration, report 
 
 func (d *restored) print(w io.Writer) {
 	fmt.Fprintf(w, "store         %s, checked and on the disk\nfrom          %s\nera           %s, from number %d on\nlocks kept    %d, by their old numbers\n",
-		d.Store, d.Backup, d.EraText, d.First, d.Kept)
+		d.Store, d.Backup, d.Era, d.First, d.Kept)
 	for _, c := range d.Carried {
 		was := ""
 		if c.Was > 0 {
