@@ -2,15 +2,19 @@ package broker_test
 
 import (
 	"errors"
+	"io"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/dayflyhq/dayfly/broker"
+	"github.com/dayflyhq/dayfly/broker/boltstore"
 	"github.com/dayflyhq/dayfly/proto/feed"
 	"github.com/dayflyhq/dayfly/proto/revocation"
 	"github.com/dayflyhq/dayfly/proto/token"
+	"github.com/dayflyhq/dayfly/sdk/spiffetest"
 )
 
 // A history is a log in the making, of which copies are taken.
@@ -300,6 +304,128 @@ func TestRestoreRoster(t *testing.T) {
 	newest.Verifiers[0].Value = []byte("{")
 	if _, err := broker.PlanRestore(broker.Restore{Backup: backup, LocksFrom: newest, Now: restoreTime}); err == nil {
 		t.Error("an unreadable roster is taken")
+	}
+}
+
+// restored ends the broker and starts one on a store that is restored from a copy.
+func (w *world) restored(backup string) {
+	w.t.Helper()
+	w.stop()
+	lost := w.path
+	w.path = filepath.Join(w.t.TempDir(), "restored.db")
+	b, err := boltstore.ReadLog(ctx, backup)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	c, err := boltstore.ReadLog(ctx, lost)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	p, err := broker.PlanRestore(broker.Restore{Backup: b, LocksFrom: c, Actor: "root", Reason: "test", Now: w.clock.Now()})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	if _, err := boltstore.Restore(ctx, boltstore.RestoreConfig{From: backup, Path: w.path, Restoration: p}); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+// copied ends the broker, copies its store and starts it again.
+func (w *world) copied() string {
+	w.t.Helper()
+	w.stop()
+	to := filepath.Join(w.t.TempDir(), "backup.db")
+	_, err := boltstore.SaveBackup(ctx, to, w.clock.Now(), func(out io.Writer) error {
+		return boltstore.CopyFile(ctx, w.path, func(int64) {}, out)
+	})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.start()
+	w.newKey()
+	return to
+}
+
+// TestRestoredLocks: G3, G1. Over a restore every lock means what it meant, and goes on
+// to over a restart and a pruning; nothing of the era before is good, and a retry of a
+// call of that era makes a record of this one.
+func TestRestoredLocks(t *testing.T) {
+	w := newWorld(t)
+	dated := func(path string, notBefore time.Time) broker.Caller {
+		return w.callerWith(id(path), spiffetest.SVIDOptions{NotBefore: notBefore, NotAfter: notBefore.Add(20 * time.Hour)})
+	}
+	old := w.issue(w.caller("payments"), "orders")
+	w.revoke(broker.LockQuarantine, revocation.Identity(id("early")))
+	rebuilt := w.revoke(broker.LockQuarantine, revocation.Identity(id("rebuilt")))
+	backup := w.copied()
+
+	again := broker.Revoke{
+		Selectors: []revocation.Selector{revocation.Identity(id("retried"))}, Lock: broker.LockNone, Reason: "r", IdempotencyKey: "once",
+	}
+	operator := w.operator()
+	first, err := w.b.Revoke(ctx, operator, again)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.revoke(broker.LockReissue, revocation.Identity(id("rotated")))
+	stolen := w.caller("copied")
+	w.admitted(stolen, true, "before it was stolen")
+	w.revoke(broker.LockQuarantine, revocation.SVID(token.ThumbprintOf(stolen.Leaf)))
+	w.revoke(broker.LockNone, revocation.Key(w.public.ID))
+	revoked := w.public.ID
+	if _, err := w.b.Lift(ctx, operator, rebuilt.Seq, "rebuilt", ""); err != nil {
+		t.Fatal(err)
+	}
+
+	w.restored(backup)
+	w.auditErr = errors.New("the audit's disk is full")
+	if store, err := boltstore.Open(boltstore.Config{Path: w.path}); err != nil {
+		t.Fatal(err)
+	} else {
+		w.store = &tap{Store: store}
+		if err := w.newBroker().Load(ctx); !errors.Is(err, w.auditErr) {
+			t.Errorf("a restore that can't be audited is served: %v", err)
+		}
+		if err := store.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.auditErr = nil
+	w.start()
+	if e := w.last(); e.Action != broker.ActionRestore || e.Actor != "root" || e.Why != "test" {
+		t.Errorf("audited %+v", e)
+	}
+	w.newKey()
+	check := func(when string) {
+		t.Helper()
+		w.admitted(w.caller("early"), false, "early, "+when)
+		w.admitted(w.caller("rebuilt"), true, "rebuilt, "+when)
+		w.admitted(dated("rotated", noon.Add(broker.ClockSkew)), false, "at the cut, "+when)
+		w.admitted(dated("rotated", noon.Add(broker.ClockSkew+time.Second)), true, "after the cut, "+when)
+		w.admitted(w.caller("payments"), true, "payments, "+when)
+		if !w.b.KeyRevoked(revoked) {
+			t.Errorf("a revoked key is back, %s", when)
+		}
+	}
+	check("restored")
+	w.admitted(stolen, false, "the stolen SVID")
+	w.admitted(w.caller("copied"), true, "its sibling")
+	_, err = w.b.Exchange(ctx, w.caller("orders"), broker.Request{Audience: "ledger", Subject: old.Token})
+	refused(t, err, broker.ErrSubjectKeyUnknown)
+	if rec, err := w.b.Revoke(ctx, operator, again); err != nil || rec.Seq <= 2_000_000 || rec.Seq == first.Seq {
+		t.Errorf("a retry of a call of the era before: %d, %v", rec.Seq, err)
+	}
+	w.clock.elapse(broker.ForgetAfter + time.Second)
+	w.newKey()
+	w.clock.elapse(broker.ForgetAfter + time.Second)
+	w.prune()
+	check("pruned")
+	w.restart()
+	check("started again")
+	for _, e := range w.entries() {
+		if e.Action == broker.ActionRestore && e.Sequence != 2_000_000 {
+			t.Errorf("audited %+v", e)
+		}
 	}
 }
 
