@@ -157,10 +157,8 @@ func (p *planner) note(format string, args ...any) {
 
 // compare finds out whether the second copy is of the same log, and what it adds.
 func (p *planner) compare() error {
-	if p.compareKnown(p.Backup) && p.LocksFrom == nil {
-		p.note("FORK: the position that verifiers know is not on the backup's log")
-	}
 	c := p.LocksFrom
+	p.compareKnown()
 	if c == nil {
 		p.lost = append(p.lost, "locks made since the backup are in no copy that is named")
 		return nil
@@ -177,9 +175,6 @@ func (p *planner) compare() error {
 	}
 	if p.out.Agree == 0 {
 		return fmt.Errorf("%w: no record is in both, not even that of an era", ErrUnrelated)
-	}
-	if p.compareKnown(c) && p.compareKnown(p.Backup) {
-		p.note("FORK: the position that verifiers know is on neither log")
 	}
 	switch {
 	case p.out.Fork > 0:
@@ -202,10 +197,26 @@ func (p *planner) compare() error {
 	return nil
 }
 
-// compareKnown reports whether a copy contradicts the position that verifiers know.
-func (p *planner) compareKnown(c *LogCopy) bool {
-	sum, ok := c.sums()[p.Known.Seq]
-	return ok && p.Known.Seq > 0 && p.Known.Sum != "" && p.Known.Sum != fmt.Sprintf("%x", sum[:4])
+// compareKnown finds out whether verifiers know a history that no copy is of.
+func (p *planner) compareKnown() {
+	if p.Known.Sum == "" {
+		return
+	}
+	contradicted := false
+	for _, c := range []*LogCopy{p.Backup, p.LocksFrom} {
+		if c == nil {
+			continue
+		}
+		sum, ok := c.sums()[p.Known.Seq]
+		if ok && p.Known.Sum == fmt.Sprintf("%x", sum[:4]) {
+			return
+		}
+		contradicted = contradicted || ok
+	}
+	if contradicted {
+		p.note("FORK: the position %s that verifiers know is on no log that is named", p.Known)
+		p.lost = append(p.lost, fmt.Sprintf("verifiers know %s, which is on no log that is named", p.Known))
+	}
 }
 
 // consent refuses what loses locks without the operator's word.

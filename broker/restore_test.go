@@ -2,6 +2,7 @@ package broker_test
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"path/filepath"
 	"slices"
@@ -235,9 +236,16 @@ func TestRestoreFork(t *testing.T) {
 	}
 	// A position that verifiers know tells that neither is theirs.
 	known := broker.KnownPosition{Era: firstEra, Seq: 5, Sum: "00000000"}
-	if p := plan(t, broker.Restore{Backup: a.copy(0), LocksFrom: b.copy(0), Known: known}); !strings.Contains(strings.Join(p.Notes, "\n"), "neither") {
+	third := broker.Restore{Backup: a.copy(0), LocksFrom: b.copy(0), Known: known, Now: restoreTime}
+	if _, err := broker.PlanRestore(third); !errors.Is(err, broker.ErrConsent) {
+		t.Errorf("verifiers know a third history: %v", err)
+	}
+	third.AcceptLost, third.Reason = true, "r"
+	if p := plan(t, third); !strings.Contains(strings.Join(p.Notes, "\n"), "FORK: the position 60000000/5/00000000") {
 		t.Errorf("notes %q", p.Notes)
 	}
+	third.AcceptLost, third.Reason, third.Known.Sum = false, "", fmt.Sprintf("%x", b.records[4].Sum[:4])
+	plan(t, third)
 }
 
 // TestRestorePruned: where the second copy has forgotten, a lock is lifted only if the
