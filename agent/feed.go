@@ -53,8 +53,8 @@ type upstream = grpc.BidiStreamingClient[dayflyv1.FollowRequest, dayflyv1.Follow
 // errRotated ends a stream that was made with an older SVID.
 var errRotated = errors.New("the SVID was rotated")
 
-// run follows the feed until ctx ends, and then returns nil. A fork ends the following
-// for good: nothing is relayed from then on.
+// run follows the feed until ctx ends, and then returns nil. After a fork nothing is
+// relayed until a new era begins.
 func (f *follower) run(ctx context.Context) error {
 	relay := true
 	for ctx.Err() == nil {
@@ -63,9 +63,10 @@ func (f *follower) run(ctx context.Context) error {
 			break
 		}
 		if errors.Is(err, feed.ErrFork) {
-			f.log.ErrorContext(ctx, "THE LOG HAS TWO HISTORIES: nothing is relayed any more, verifiers beside this agent close; an operator must look", "err", err)
-			<-ctx.Done()
-			return nil
+			f.log.ErrorContext(ctx, "THE LOG HAS TWO HISTORIES: nothing is relayed, verifiers beside this agent close, until an operator has restored the broker's store", "err", err)
+			f.counts.reconnects.Add(1)
+			sleep(ctx, f.k.bound(f.bound)+f.pause(err, false)) // only to see whether a new era has begun
+			continue
 		}
 		denied := codeOf(err) == codes.PermissionDenied
 		f.note(err, denied)
@@ -106,8 +107,8 @@ func (f *follower) note(err error, denied bool) {
 // pause is random up to a third of the smallest bound that depends on this stream, so
 // that a fleet doesn't reconnect at once and nobody closes for it.
 func (f *follower) pause(err error, denied bool) time.Duration {
+	longest := f.k.bound(f.bound) / 3
 	f.k.mu.Lock()
-	longest := f.k.relay.Bound(f.bound) / 3
 	if f.k.welcome == nil {
 		longest = min(longest, firstPause)
 	}
@@ -351,11 +352,16 @@ func (s *session) deliver(ctx context.Context, m *dayflyv1.FollowResponse) error
 	}
 	k := s.k
 	k.mu.Lock()
+	before := k.relay.View.Position()
 	err = k.relay.Deliver(d, k.boot())
+	after := k.relay.View.Position()
 	k.ring()
 	k.mu.Unlock()
 	if err != nil {
 		return err
+	}
+	if before.Era != 0 && before.Era != after.Era {
+		s.log.WarnContext(ctx, "a new era has begun: every credential of earlier ones is dropped", "before", before.String(), "position", after.String())
 	}
 	s.counts.events.Add(uint64(len(d.Events)))
 	s.applied(ctx)

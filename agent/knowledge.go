@@ -66,6 +66,13 @@ func (k *knowledge) age() (time.Duration, bool) {
 	return k.relay.Fresh.Age(k.boot())
 }
 
+// bound returns the smallest bound of the agent's own and of those below.
+func (k *knowledge) bound(own time.Duration) time.Duration {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.relay.Bound(own)
+}
+
 // refuse ends the following of one below whom the broker refused, or passes the
 // refusal on to the relay that it stands behind; mu is held.
 func (k *knowledge) refuse(m *dayflyv1.RelayRefusal) {

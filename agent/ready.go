@@ -85,7 +85,7 @@ func (a *Agent) checkFeed() Check {
 	age, known := a.k.relay.Fresh.Age(a.k.boot())
 	switch {
 	case a.k.relay.View.Err() != nil:
-		c.Message = "the log has two histories: an operator must look"
+		c.Message = "the log has two histories: closed until the broker's store is restored"
 	case a.k.refused != nil:
 		c.Message = sdk.FromRPC(a.k.refused).Error()
 	case !known:

@@ -127,7 +127,7 @@ func (d *downstream) next() (*dayflyv1.FollowResponse, <-chan struct{}, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if err := k.relay.View.Err(); err != nil {
-		return nil, nil, refuse(codes.FailedPrecondition, "FEED_FORKED", "the log has two histories: nothing is relayed", "an operator must look")
+		return nil, nil, refuse(codes.FailedPrecondition, "FEED_FORKED", "the log has two histories: nothing is relayed", "it goes on once an operator has restored the broker's store: docs/operations.md")
 	}
 	if k.refused != nil || k.welcome != nil && !k.relays {
 		return nil, nil, refuse(codes.PermissionDenied, "RELAY_NOT_ALLOWED", "policy does not let this agent's identity relay the feed", "ask the policy's owner for relay: true under verifiers")

@@ -613,6 +613,21 @@ func TestFork(t *testing.T) {
 	if _, body, _ := f.get("/readyz"); !strings.Contains(fmt.Sprint(body), "two histories") {
 		t.Errorf("readyz: %v", body)
 	}
+	// The broker's store is restored: a new era. The agent goes on by itself.
+	b.append(feed.Event{Era: &feed.Era{Era: 8}})
+	b.append(feed.Event{Key: &feed.Key{Public: b.pub, DER: b.der, Signature: []byte("x")}})
+	b.stop() // its streams have the old era's records on their way
+	b.restart()
+	eventually(t, "a relay of the new era", func() error {
+		_, body, _ := f.get("/readyz")
+		if !strings.Contains(fmt.Sprint(body), b.head().String()) {
+			return fmt.Errorf("%v", body)
+		}
+		return nil
+	})
+	v = f.follow(nil)
+	v.welcome()
+	v.reach(b.head())
 }
 
 // A policy that denies the feed is named by readiness.

@@ -142,6 +142,9 @@ func (b *Broker) Load(ctx context.Context) error {
 	if err := b.loadRoster(ctx); err != nil {
 		return err
 	}
+	if err := b.auditRestore(ctx); err != nil {
+		return err
+	}
 	return b.loadUses(ctx)
 }
 

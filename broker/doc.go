@@ -22,6 +22,9 @@
 //   - What verifiers report is a word, and named as theirs: it raises alarms and counts
 //     exactly over crashes (TestUnrecordedUse, TestChecksAreExact), costs a bounded amount
 //     (TestReporterIsBounded), and ends no stream (TestReportOnFullDisk).
+//   - A restore begins a new era, loses no lock without an operator's word, and lifts
+//     nothing that it isn't sure of (TestRestoreConsent, TestRestoreCarries,
+//     TestRestoreFork, TestRestorePruned).
 //   - The log is trimmed only where nothing it names can still be alive (TestPrune).
 //
 // Usage:

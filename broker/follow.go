@@ -75,15 +75,29 @@ type storedVerifier struct {
 }
 
 func observe(v feed.Verifier) Observation {
-	b, err := json.Marshal(storedVerifier{
+	return storedVerifier{
 		v.ID.Identity, v.ID.Instance, v.ID.Via, v.Audiences, v.Bound, v.AcceptsStale,
 		v.Acked.Era, v.Acked.Seq, v.Acked.Sum[:], v.Gone,
-	})
+	}.observation()
+}
+
+func (s storedVerifier) observation() Observation {
+	b, err := json.Marshal(s)
 	if err != nil {
 		panic("internal error: marshalling a roster entry: " + err.Error())
 	}
-	return Observation{Key: rosterKey(v.ID), Value: b}
+	return Observation{Key: rosterKey(feed.VerifierID{Identity: s.Identity, Instance: s.Instance, Via: s.Via}), Value: b}
 }
+
+func storedVerifierOf(o Observation) (s storedVerifier, err error) {
+	if err := json.Unmarshal(o.Value, &s); err != nil {
+		return s, fmt.Errorf("reading the roster: entry %q: %w", o.Key, err)
+	}
+	return s, nil
+}
+
+// RosterPrefix begins the keys of the observations that are the roster.
+const RosterPrefix = rosterPrefix
 
 // maxKeyText is how long a roster entry's name is before its hash stands for it: a
 // SPIFFE ID alone may be longer than the key of an observation.
@@ -105,9 +119,9 @@ func (b *Broker) loadRoster(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("reading the roster: %w", err)
 		}
-		var s storedVerifier
-		if err := json.Unmarshal(o.Value, &s); err != nil {
-			return fmt.Errorf("reading the roster: entry %q: %w", o.Key, err)
+		s, err := storedVerifierOf(o)
+		if err != nil {
+			return err
 		}
 		v := feed.Verifier{
 			ID:        feed.VerifierID{Identity: s.Identity, Instance: s.Instance, Via: s.Via},

@@ -45,6 +45,11 @@ type Details struct {
 	// SVIDExpires maps an SVID selector's thumbprint to the latest moment that the
 	// certificate can still be valid, where known: until then the lock stands.
 	SVIDExpires map[string]time.Time `json:"svid_expires,omitempty"`
+
+	// Restored is set with an era that began with a backup.
+	Restored *Restored `json:"restored,omitempty"`
+	// CarriedFrom is set with what was carried over from an earlier era.
+	CarriedFrom *CarriedFrom `json:"carried_from,omitempty"`
 }
 
 // Digest returns the SHA-256 of the canonical JSON of the details.

@@ -288,7 +288,7 @@ func (b *Broker) lift(ctx context.Context, c Caller, number uint64, reason, key 
 		return b.recordOnce(ctx, c, key, same, nil)
 	}
 	if _, ok := b.lock(number); !ok {
-		return Record{}, ErrNotStanding.because("lock %d does not stand", number)
+		return Record{}, b.notStanding(number)
 	}
 	var proposal *Proposal
 	if d.SecondPerson.Required {
@@ -304,7 +304,7 @@ func (b *Broker) lift(ctx context.Context, c Caller, number uint64, reason, key 
 	}
 	rec, err := b.recordOnce(ctx, c, key, same, b.settled(func() (Record, error) {
 		if _, ok := b.lock(number); !ok {
-			return Record{}, ErrNotStanding.because("lock %d does not stand", number)
+			return Record{}, b.notStanding(number)
 		}
 		return Record{
 			Event:   feed.Event{Lift: &feed.Lift{Lock: number}},
@@ -404,7 +404,7 @@ func (b *Broker) Revocations(below uint64, limit int) []RevocationRecord {
 }
 
 func (s *state) withLift(rec Record) RevocationRecord {
-	out := RevocationRecord{Record: rec, Position: feed.Position{Era: s.log.Head().Era, Seq: rec.Seq, Sum: rec.Sum}}
+	out := RevocationRecord{Record: rec, Position: feed.Position{Era: s.eraOf(rec.Seq), Seq: rec.Seq, Sum: rec.Sum}}
 	if lift, ok := s.lifts[rec.Seq]; ok {
 		out.Lift = &lift
 	}

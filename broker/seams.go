@@ -55,6 +55,8 @@ const (
 	ActionLiftConfirm      Action = "lift_confirm"
 	ActionList             Action = "list"
 	ActionPlan             Action = "plan"
+	ActionBackup           Action = "backup"  // over the break-glass socket only
+	ActionRestore          Action = "restore" // audited at the first start after it
 )
 
 // A Question is put to policy at every request.

@@ -87,7 +87,8 @@ type state struct {
 	// the time as of which each is to be checked.
 	unchecked   map[uint64]time.Time
 	keysChecked bool
-	eraSeq      uint64 // number of the record that began the era
+	eraSeq      uint64          // number of the record that began the era
+	eras        []feed.Position // where each era began
 	records     map[uint64]Record
 	known       map[uint64]feed.Instant // when this process first knew each record
 	locks       map[uint64]*Lock
@@ -127,6 +128,7 @@ func (s *state) apply(rec Record, now feed.Instant, recorded time.Time, verify f
 	if rec.Era != nil {
 		s.set = revocation.NewSet(rec.Era.Era)
 		s.eraSeq = rec.Seq
+		s.eras = append(s.eras, s.log.Head())
 		clear(s.keys) // private halves died with their era
 		clear(s.keySeq)
 		clear(s.unchecked)
@@ -195,6 +197,20 @@ func (s *state) check(seq uint64, verify func(Record, time.Time) error) {
 		s.keySeq[rec.Key.Public.ID] = seq
 	}
 	delete(s.unchecked, seq)
+}
+
+// eraOf returns the era of a number: revocations of earlier eras are kept for their
+// locks. The caller holds the lock.
+func (s *state) eraOf(seq uint64) token.Era {
+	for i := len(s.eras) - 1; i >= 0; i-- {
+		if s.eras[i].Seq <= seq {
+			return s.eras[i].Era
+		}
+	}
+	if len(s.eras) == 0 {
+		return s.log.Head().Era // the record of the only era is gone
+	}
+	return 0
 }
 
 // broadcast wakes whoever waits for a change. The caller holds the lock.

@@ -46,6 +46,10 @@ var ErrPlaintext = errors.New("a token is sent over https, or over http to this 
 
 // A Transport is an http.RoundTripper that adds the current token to every request. A
 // request that a redirect leads to another scheme, host or port goes there without it.
+//
+// A token that a service calls invalid (401 with error="invalid_token", RFC 6750) is
+// dropped: it was revoked, or the broker's store was restored since. The request is made
+// once more with a new one, unless its body can't be had again.
 type Transport struct {
 	// Source gives the tokens. Required.
 	Source *TokenSource
@@ -72,10 +76,50 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 	if err != nil {
 		return nil, refuse(req, err)
 	}
-	// The caller's request must stay as it is: a redirect copies its headers.
+	resp, err := base.RoundTrip(authorized(req, cred))
+	if err != nil || !invalidToken(resp) || !t.Source.refused(cred) {
+		return resp, err
+	}
+	again, ok := replay(req)
+	if !ok {
+		return resp, nil
+	}
+	fresh, err := t.Source.Token(req.Context())
+	if err != nil || fresh.Grant == cred.Grant {
+		return resp, nil
+	}
+	_ = resp.Body.Close()
+	return base.RoundTrip(authorized(again, fresh))
+}
+
+// authorized returns a copy of a request with a token. The caller's must stay as it is: a
+// redirect copies its headers.
+func authorized(req *http.Request, cred *Credential) *http.Request {
 	out := req.Clone(req.Context())
 	out.Header.Set("Authorization", "Bearer "+cred.Token.Reveal())
-	return base.RoundTrip(out)
+	return out
+}
+
+// invalidToken reports whether a service has refused the token itself.
+func invalidToken(resp *http.Response) bool {
+	return resp.StatusCode == http.StatusUnauthorized && strings.Contains(resp.Header.Get("WWW-Authenticate"), `error="invalid_token"`)
+}
+
+// replay returns a request to be made once more, false if its body is gone.
+func replay(req *http.Request) (*http.Request, bool) {
+	if req.Body == nil || req.Body == http.NoBody {
+		return req, true
+	}
+	if req.GetBody == nil {
+		return nil, false
+	}
+	body, err := req.GetBody()
+	if err != nil {
+		return nil, false
+	}
+	out := *req
+	out.Body = body
+	return &out, true
 }
 
 // refuse closes the body, as a RoundTripper must.

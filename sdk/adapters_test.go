@@ -207,3 +207,99 @@ func TestPerRPC(t *testing.T) {
 		}
 	}
 }
+
+// TestTransportDropsInvalidTokens: what a service calls invalid is fetched anew and the
+// request made once more; one that calls each token invalid isn't a storm on the broker.
+func TestTransportDropsInvalidTokens(t *testing.T) {
+	fetched, now := 0, time.Now()
+	source, err := sdk.NewTokenSource(sdk.SourceConfig{Now: func() time.Time { return now }, Fetch: func(context.Context) (*sdk.Credential, error) {
+		fetched++
+		grant := strings.Repeat("g", fetched)
+		return &sdk.Credential{Token: token.NewSecret(grant), Grant: grant, Expires: now.Add(time.Hour)}, nil
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer source.Close()
+	challenge, good := `Bearer error="invalid_token"`, "Bearer gg"
+	var seen []string
+	service := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		body, _ := io.ReadAll(r.Body)
+		seen = append(seen, r.Header.Get("Authorization")+" "+string(body))
+		if r.Header.Get("Authorization") != good {
+			w.Header().Set("WWW-Authenticate", challenge)
+			w.WriteHeader(http.StatusUnauthorized)
+		}
+	}))
+	defer service.Close()
+	client := &http.Client{Transport: &sdk.Transport{Source: source}}
+	post := func(body io.Reader) int {
+		t.Helper()
+		seen = nil
+		resp, err := client.Post(service.URL, "text/plain", body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := resp.Body.Close(); err != nil {
+			t.Fatal(err)
+		}
+		return resp.StatusCode
+	}
+	if code := post(strings.NewReader("hello")); code != http.StatusOK || len(seen) != 2 || seen[0] != "Bearer g hello" || seen[1] != "Bearer gg hello" {
+		t.Errorf("%d after %q", code, seen)
+	}
+	good = "none"
+	for range 50 {
+		if code := post(nil); code != http.StatusUnauthorized {
+			t.Errorf("%d after %q", code, seen)
+		}
+	}
+	if fetched != 2 {
+		t.Errorf("%d fetches in one moment", fetched)
+	}
+	for range 3 {
+		now = now.Add(600 * time.Millisecond)
+		post(nil)
+	}
+	if fetched != 4 { // half a second, then a second
+		t.Errorf("%d fetches after two seconds", fetched)
+	}
+	now = now.Add(time.Minute)
+	// A refusal of another kind drops nothing.
+	before := fetched
+	challenge = `Bearer error="insufficient_scope"`
+	if code := post(nil); code != http.StatusUnauthorized || len(seen) != 1 || fetched != before {
+		t.Errorf("%d after %q, %d fetches", code, seen, fetched-before)
+	}
+}
+
+// TestTransportReplaysNoStream: a body that can't be had again is sent once, and the next
+// request has a new token.
+func TestTransportReplaysNoStream(t *testing.T) {
+	fetched := 0
+	source, err := sdk.NewTokenSource(sdk.SourceConfig{Fetch: func(context.Context) (*sdk.Credential, error) {
+		fetched++
+		return &sdk.Credential{Token: token.NewSecret("t"), Grant: strings.Repeat("g", fetched), Expires: time.Now().Add(time.Hour)}, nil
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer source.Close()
+	calls := 0
+	service := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		calls++
+		w.Header().Set("WWW-Authenticate", `Bearer error="invalid_token"`)
+		w.WriteHeader(http.StatusUnauthorized)
+	}))
+	defer service.Close()
+	resp, err := (&http.Client{Transport: &sdk.Transport{Source: source}}).Post(service.URL, "text/plain", io.MultiReader(strings.NewReader("x")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := resp.Body.Close(); err != nil || resp.StatusCode != http.StatusUnauthorized || calls != 1 {
+		t.Errorf("%d after %d calls, %v", resp.StatusCode, calls, err)
+	}
+	if cred, err := source.Token(t.Context()); err != nil || cred.Grant != "gg" {
+		t.Errorf("the next token is of %v, %v", cred, err)
+	}
+}

@@ -61,6 +61,7 @@ type TokenSource struct {
 	failedAt time.Time
 	retryAt  time.Time // not before, while failed
 	pause    time.Duration
+	spared   time.Duration // age below which a refused credential is not dropped
 	changed  chan struct{} // closed and replaced at every change: wakes Run
 	wg       sync.WaitGroup
 }
@@ -265,6 +266,28 @@ func (s *TokenSource) Invalidate(grant string) {
 		s.current = nil
 		s.notify()
 	}
+}
+
+// refused drops a credential that a service called invalid, and reports whether another
+// one can be had. A service that calls each one invalid causes fetches with growing
+// pauses between them.
+func (s *TokenSource) refused(cred *Credential) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.current != cred {
+		return true // dropped or renewed meanwhile
+	}
+	age := cred.age(s.cfg.Now())
+	if age > 2*maxBackoff {
+		s.spared = 0
+	}
+	if age < s.spared {
+		return false
+	}
+	s.spared = min(max(2*s.spared, minBackoff), maxBackoff)
+	s.current = nil
+	s.notify()
+	return true
 }
 
 // Run keeps the credential fresh while nobody asks, until ctx ends, and then returns

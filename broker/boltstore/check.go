@@ -24,6 +24,8 @@ type Report struct {
 	Dropped      int           `json:"dropped"` // above the horizon, by number
 	Grants       int           `json:"grants"`
 	Observations int           `json:"observations"`
+	// Backup is when the file was made as a backup; zero for a store.
+	Backup time.Time `json:"backup,omitzero"`
 	// Problems are what is wrong, at most 100 of them; More counts the others.
 	Problems []string `json:"problems,omitempty"`
 	More     int      `json:"more,omitempty"`
@@ -83,7 +85,7 @@ func (r *Report) check(ctx context.Context, tx *bbolt.Tx) error {
 	if err != nil {
 		return err
 	}
-	r.Schema, r.Head, r.Horizon = schemaVersion, st.head, st.horizon
+	r.Schema, r.Head, r.Horizon, r.Backup = schemaVersion, st.head, st.horizon, backupMade(tx)
 	r.checkLog(tx.Bucket(bucketLog), st)
 	t := &txn{tx: tx, state: st}
 	err = tx.Bucket(bucketGrants).ForEach(func(day, v []byte) error {

@@ -37,6 +37,10 @@ func TestMain(m *testing.M) {
 	switch os.Getenv(childRole) {
 	case "load":
 		err = load(os.Getenv(childPath), os.Getenv(childRun))
+	case "backup":
+		err = copyUntilKilled(os.Getenv(childPath))
+	case "restore":
+		err = restoreUntilKilled(os.Getenv(childPath))
 	case "full":
 		err = fillUp(os.Getenv(childPath))
 	default:

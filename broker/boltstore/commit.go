@@ -155,7 +155,7 @@ func (s *Store) commit(batch []*op) {
 		return
 	}
 	err := s.write(batch)
-	if isFull(err) && s.room.grow(s.room.needOf(batch)) == nil {
+	if isFull(err) && (s.room.grow(s.room.needOf(batch)) == nil || s.backup.giveWay("the store needs the room that it holds")) {
 		err = s.write(batch) // what was free did not fit; now it does
 	}
 	if !isFull(err) {
@@ -247,7 +247,9 @@ func (s *Store) write(ops []*op) error {
 			return writeState(tx.Bucket(bucketMeta), after)
 		})
 	}
+	watch := s.backup.watch()
 	err := s.faulty(update)
+	watch()
 	if errors.Is(err, errUndo) {
 		return nil // the op has its error
 	}
@@ -258,6 +260,9 @@ func (s *Store) write(ops []*op) error {
 	s.publish(after)
 	if err := s.room.refresh(); err != nil {
 		return s.fail(err)
+	}
+	if s.room.pending > maxPinned {
+		s.backup.giveWay(fmt.Sprintf("more than %d MiB were written meanwhile", maxPinned>>20))
 	}
 	return nil
 }

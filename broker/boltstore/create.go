@@ -16,31 +16,45 @@ import (
 // Create makes a new store at path with the first records of its log, which begin
 // with an era. The records come unsealed. It never touches an existing file
 // (ErrExists), and after a crash there is either a whole store or none.
-func Create(path string, first ...broker.Record) (err error) {
+func Create(path string, first ...broker.Record) error {
 	if len(first) == 0 || first[0].Era == nil {
 		return errors.New("creating store: a log begins with an era")
 	}
-	if _, err := os.Lstat(path); err == nil {
-		return fmt.Errorf("creating store: %s: %w", path, ErrExists)
-	}
-	temp, err := os.CreateTemp(filepath.Dir(path), ".dayfly-store-*")
-	if err != nil {
+	if err := putInPlace(path, nil, func(temp string) error { return initialise(temp, first) }); err != nil {
 		return fmt.Errorf("creating store: %w", err)
+	}
+	return nil
+}
+
+// putInPlace makes a file whole or not at all: make fills, and syncs, a temporary one
+// beside it, for nobody but its owner. It never touches an existing file (ErrExists).
+// Each write goes through fault, if there is one.
+func putInPlace(path string, fault func(step string, write func() error) error, make func(temp string) error) (err error) {
+	if fault == nil {
+		fault = func(_ string, write func() error) error { return write() }
+	}
+	if _, err := os.Lstat(path); err == nil {
+		return fmt.Errorf("%s: %w", path, ErrExists)
+	}
+	dir := filepath.Dir(path)
+	temp, err := os.CreateTemp(dir, ".dayfly-store-*")
+	if err != nil {
+		return err
 	}
 	defer func() { err = errors.Join(err, os.Remove(temp.Name())) }()
 	if err := temp.Close(); err != nil {
-		return fmt.Errorf("creating store: %w", err)
+		return err
 	}
-	if err := initialise(temp.Name(), first); err != nil {
-		return fmt.Errorf("creating store: %w", err)
+	if err := make(temp.Name()); err != nil {
+		return err
 	}
 	// A link, unlike a rename, never replaces.
-	if err := os.Link(temp.Name(), path); errors.Is(err, fs.ErrExist) {
-		return fmt.Errorf("creating store: %s: %w", path, ErrExists)
+	if err := fault("link", func() error { return os.Link(temp.Name(), path) }); errors.Is(err, fs.ErrExist) {
+		return fmt.Errorf("%s: %w", path, ErrExists)
 	} else if err != nil {
-		return fmt.Errorf("creating store: %w", err)
+		return err
 	}
-	return syncDir(filepath.Dir(path))
+	return fault("directory", func() error { return syncDir(dir) })
 }
 
 func initialise(path string, first []broker.Record) error {

@@ -14,13 +14,24 @@
 //
 // # The file
 //
-//	dayfly/               format, schema, head, horizon, commits
+//	dayfly/               format, schema, head, horizon, commits, backup
 //	log/<number>          a record, or the trace of a dropped one
 //	grants/<YYYYMMDD>/<grant ID>   by the day (UTC) on which the grant expires
 //	observed/<key>        an observation
 //
 // Numbers are 8 bytes, big-endian. A grant is one Put, and old ones go by the
 // bucket. A child never expires after its parent, so it is never in a later bucket.
+//
+// # Backups
+//
+// A backup is a copy of one moment, marked as one so that Open refuses it. Restore
+// makes a store of it, in a new era:
+//
+//	backup, err := store.Backup()
+//	report, err := boltstore.SaveBackup(ctx, to, time.Now(), fill) // fill copies the backup
+//
+//	plan, err := broker.PlanRestore(...) // of what ReadLog reads
+//	report, err = boltstore.Restore(ctx, boltstore.RestoreConfig{From: to, Path: path, Restoration: plan})
 //
 // # A full disk
 //

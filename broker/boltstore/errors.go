@@ -5,7 +5,7 @@ import (
 	"fmt"
 )
 
-// Errors of Create, Open and Check, for errors.Is. Their texts say what to do.
+// Errors of Create, Open, Check, Backup and Restore, for errors.Is. Their texts say what to do.
 var (
 	// ErrMissing: there is no file. Serving never makes one: an empty store at a
 	// wrong path would have forgotten every revocation.
@@ -18,6 +18,13 @@ var (
 	ErrCorrupt = errors.New("store is corrupt")
 	// ErrLocked: another process has the file open.
 	ErrLocked = errors.New("store is in use by another process")
+	// ErrBackup: the file is a backup. Served as it is, it would have forgotten every
+	// lock made since.
+	ErrBackup = errors.New("a backup is not a store")
+	// ErrBusy: a backup is under way.
+	ErrBusy = errors.New("another backup is under way")
+	// ErrGaveWay: a backup was given up, since it would have held up writes.
+	ErrGaveWay = errors.New("the backup gave way to the broker's own writes")
 	// ErrMode: others than the owner may read or write the file.
 	ErrMode = errors.New("store is open to others")
 )

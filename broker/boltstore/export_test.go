@@ -28,3 +28,23 @@ func Recode(b []byte) ([]byte, error) {
 	}
 	return encodeRecord(e.record, e.position.Era)
 }
+
+// SetMaxPinned bounds what a backup may pin, until the returned function is called.
+func SetMaxPinned(n int64) (reset func()) {
+	old := maxPinned
+	maxPinned = n
+	return func() { maxPinned = old }
+}
+
+// SetMap sets how much of the file is mapped at first, for the stores opened from now on
+// and until the returned function is called.
+func SetMap(n int) (reset func()) {
+	old := initialMmap
+	initialMmap = n
+	return func() { initialMmap = old }
+}
+
+// SetRestoreFault puts f in place of every write of a restore; f may call it.
+func SetRestoreFault(cfg *RestoreConfig, f func(step string, write func() error) error) {
+	cfg.fault = f
+}

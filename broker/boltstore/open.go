@@ -22,9 +22,11 @@ const (
 	defaultReserve = 4 << 20
 	// defaultLockTimeout outlasts a predecessor that is shutting down.
 	defaultLockTimeout = 5 * time.Second
-	// initialMmap is address space, not memory: growing the map waits for readers.
-	initialMmap = 256 << 20
 )
+
+// initialMmap is address space, not memory: growing the map waits for readers. A
+// variable for the tests.
+var initialMmap = 256 << 20
 
 // Config says how to open a store.
 type Config struct {
@@ -59,7 +61,7 @@ type Commit struct {
 // Open opens a store that Create made. It refuses, with an error that says what to
 // do, a file that is missing (ErrMissing), open to others (ErrMode), held by another
 // process (ErrLocked), no store of ours (ErrForeign), of another schema
-// (*SchemaError) or damaged (ErrCorrupt). It reads the whole file once.
+// (*SchemaError), damaged (ErrCorrupt) or a backup (ErrBackup). It reads the whole file once.
 func Open(cfg Config) (*Store, error) {
 	cfg.Log = cmp.Or(cfg.Log, slog.New(slog.DiscardHandler))
 	cfg.LockTimeout = cmp.Or(cfg.LockTimeout, defaultLockTimeout)
@@ -102,6 +104,9 @@ func open(cfg Config) (*Store, error) {
 
 func (s *Store) load() error {
 	err := s.db.View(func(tx *bbolt.Tx) (err error) {
+		if made := backupMade(tx); !made.IsZero() {
+			return fmt.Errorf("%s: %w: it was made at %s: make a store of it with: dayfly-broker restore", s.cfg.Path, ErrBackup, made.Format(time.RFC3339))
+		}
 		s.committed = commitsOf(tx)
 		s.state, err = readState(tx)
 		return err

@@ -28,6 +28,7 @@ type room struct {
 	// allocated is the size of the file, used the part that holds pages, free the
 	// part of these that can be written again.
 	allocated, used, free int64
+	pending               int64 // the part of free that readers may still see
 	reserve, max          int64
 }
 
@@ -52,6 +53,7 @@ func (r *room) refresh() error {
 	})
 	st := r.db.Stats()
 	r.free = int64(st.FreePageN+st.PendingPageN) * int64(r.db.Info().PageSize)
+	r.pending = int64(st.PendingPageN) * int64(r.db.Info().PageSize)
 	return err
 }
 

@@ -28,6 +28,7 @@ var (
 	keyHead    = []byte("head")
 	keyHorizon = []byte("horizon")
 	keyCommits = []byte("commits")
+	keyBackup  = []byte("backup") // when the file was made as a backup
 )
 
 // state is where the log is.
@@ -96,6 +97,14 @@ func writeState(meta *bbolt.Bucket, st state) error {
 func bumpCommits(tx *bbolt.Tx) error {
 	next := binary.BigEndian.AppendUint64(nil, commitsOf(tx)+1)
 	return tx.Bucket(bucketMeta).Put(keyCommits, next)
+}
+
+// backupMade returns when the file was made as a backup; zero for a store.
+func backupMade(tx *bbolt.Tx) time.Time {
+	if v := tx.Bucket(bucketMeta).Get(keyBackup); len(v) == 8 {
+		return time.Unix(int64(binary.BigEndian.Uint64(v)), 0).UTC()
+	}
+	return time.Time{}
 }
 
 // commitsOf counts the transactions that the file has seen.

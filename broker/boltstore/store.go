@@ -30,6 +30,7 @@ type Store struct {
 	db       *bbolt.DB
 	file     *os.File
 	identity fs.FileInfo
+	backup   backups
 
 	// Of the committer alone, once it runs.
 	room      room
@@ -235,6 +236,7 @@ func (s *Store) Close() error {
 	s.refuse()
 	s.mu.Unlock()
 	<-s.stopped
+	s.backup.giveWay("the store closes")
 	if err := s.db.Close(); err != nil {
 		return fmt.Errorf("closing store: %w", err)
 	}
@@ -262,6 +264,7 @@ func (s *Store) shut() {
 		s.queue[t] = nil
 	}
 	s.mu.Unlock()
+	s.backup.giveWay("the store closes")
 	if err := s.db.Close(); err != nil {
 		s.cfg.Log.Error("closing store after a failure", "path", s.cfg.Path, "error", err)
 	}

@@ -28,6 +28,9 @@ func NewBreakGlass(cfg Config) (*Server, error) {
 	h := &handlers{broker: cfg.Broker, log: cfg.Log, now: cfg.Now, caller: localCaller, bundlesChanged: cfg.BundlesChanged, stopping: make(chan struct{})}
 	srv := h.server(append(cfg.Options, grpc.Creds(localCredentials{allowed: []uint32{0, uint32(os.Geteuid())}})))
 	dayflyv1.RegisterRevocationServiceServer(srv.Server, &revocationService{handlers: h})
+	if cfg.Backup != nil {
+		dayflyv1.RegisterBackupServiceServer(srv.Server, &backupService{handlers: h, begin: cfg.Backup})
+	}
 	return srv, nil
 }
 

@@ -50,6 +50,8 @@ type Config struct {
 	TrustDomains []spiffeid.TrustDomain
 	Log          *slog.Logger
 	Now          func() time.Time
+	// Backup begins a backup, over the break-glass socket; nil: there is none to have.
+	Backup func() (Backup, error)
 	// Options are added to the gRPC server: a stats handler for metrics and traces.
 	Options []grpc.ServerOption
 }

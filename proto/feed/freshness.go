@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"slices"
 	"time"
+
+	"github.com/dayflyhq/dayfly/proto/token"
 )
 
 // PingsPerBound is how many pings go out in one staleness bound.
@@ -30,6 +32,7 @@ type Freshness struct {
 	sent    []ping
 	waiting []proof // answers whose head isn't applied yet
 	asOf    Instant
+	era     token.Era // that it was proven in
 	known   bool
 }
 
@@ -76,14 +79,16 @@ func (f *Freshness) Answered(nonce string, head Position, age time.Duration, app
 }
 
 // Applied notes that the view has applied everything up to a position. An answer from
-// an earlier era proves nothing: who gave it may know nothing of this one.
+// an earlier era proves nothing: who gave it may know nothing of this one. For the same
+// reason a new era is not fresh before an answer of its own.
 func (f *Freshness) Applied(applied Position) {
+	f.known = f.known && f.era == applied.Era
 	f.waiting = slices.DeleteFunc(f.waiting, func(p proof) bool {
 		if p.head.Compare(applied) > 0 {
 			return false
 		}
 		if p.head.Era == applied.Era && (!f.known || p.asOf > f.asOf) {
-			f.asOf, f.known = p.asOf, true
+			f.asOf, f.era, f.known = p.asOf, applied.Era, true
 		}
 		return true
 	})

@@ -100,3 +100,21 @@ func TestFreshnessIsBounded(t *testing.T) {
 		t.Errorf("as of %v", got)
 	}
 }
+
+// TestFreshnessOfEra: what was proven of one era says nothing of the next. Whoever
+// answered last may be a process that was left running beside the restored one.
+func TestFreshnessOfEra(t *testing.T) {
+	var f feed.Freshness
+	f.Sent("a", at(1))
+	f.Sent("b", at(2))
+	answer(t, &f, "a", pos(5), 0, pos(5))
+	next := feed.Position{Era: 2, Seq: 6}
+	f.Applied(next)
+	if _, known := f.AsOf(); known || f.Fresh(at(1), time.Hour) {
+		t.Error("fresh in a new era without an answer of it")
+	}
+	answer(t, &f, "b", next, 0, next)
+	if asOf, known := f.AsOf(); !known || asOf != at(2) {
+		t.Errorf("as of %v, %v", asOf, known)
+	}
+}

@@ -46,7 +46,7 @@ func (v *View) Position() Position { return v.log.Head() }
 // Log returns the view's own copy of the log, for cursors of those who follow it.
 func (v *View) Log() *Log { return &v.log }
 
-// Err returns the fork that closed the view for good, if there was one.
+// Err returns the fork that closed the view, if there was one. Only a new era ends it.
 func (v *View) Err() error { return v.fork }
 
 // Key returns a published signing key. A revoked one is there too: Judge refuses it.
@@ -84,11 +84,15 @@ func (v *View) Judge(sub revocation.Subject) revocation.Verdict {
 func (v *View) Reconnected() { v.pending = nil }
 
 // Apply takes a delivery. ErrGap means that the sender must begin again from
-// Position; ErrFork closes the view for good; ErrMalformed is the sender's fault.
+// Position; ErrFork closes the view; ErrMalformed is the sender's fault.
 // What comes from a sender that is behind, or in an earlier era, is compared where
 // that is possible, and not applied.
+//
+// A fork ends with the snapshot of a later era, and with nothing else. Which of the two
+// histories was the true one no longer matters then: every token of either is dead, and
+// the snapshot is all that there is to know of the new era.
 func (v *View) Apply(d Delivery, now Instant) error {
-	if v.fork != nil {
+	if v.fork != nil && !(d.Snapshot && d.Position.Era > v.Position().Era) {
 		return v.fork
 	}
 	var err error
@@ -215,6 +219,7 @@ func (v *View) adopt(l *Log, now Instant) error {
 	if l.head.Era != v.Position().Era {
 		v.begin(l.head.Era)
 		v.log = Log{horizon: Position{Era: l.head.Era}}
+		v.fork = nil
 	}
 	events := slices.DeleteFunc(slices.Clone(v.log.events), func(e Event) bool {
 		_, still := l.find(e.Seq)
@@ -310,7 +315,7 @@ func (v *View) checkKnown(p Position) error {
 // claims to be as of later than when the view learnt of a higher one: then records
 // were lost. A higher one is remembered, and compared once it is applied.
 func (v *View) CheckHead(head Position, asOf Instant) error {
-	if v.fork != nil {
+	if v.fork != nil && head.Era <= v.Position().Era {
 		return v.fork
 	}
 	if err := v.checkKnown(head); err != nil {

@@ -386,3 +386,52 @@ func TestRetiredKey(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+// TestForkEndsWithEra: after a fork only the whole snapshot of a later era opens the
+// view again, and then it knows nothing of the era before.
+func TestForkEndsWithEra(t *testing.T) {
+	l := newLog(t, 3)
+	old := l.Head()
+	v := follow(t, l)
+	other := old
+	other.Sum[0] ^= 1
+	if err := v.CheckHead(other, at(1)); !errors.Is(err, feed.ErrFork) {
+		t.Fatalf("%v, want ErrFork", err)
+	}
+	restored := newLog(t, 3)
+	add(t, restored, revokes(identity(7)))
+	add(t, restored, feed.Event{Era: &feed.Era{Era: 2}})
+	add(t, restored, revokes(identity(8)))
+
+	if err := v.CheckHead(restored.Head(), at(2)); err != nil {
+		t.Errorf("an answer of a later era: %v", err)
+	}
+	events := feed.Delivery{Events: restored.Events(), Horizon: restored.Horizon(), Position: restored.Head()}
+	if err := v.Apply(events, at(2)); !errors.Is(err, feed.ErrFork) {
+		t.Errorf("events of a later era, no snapshot: %v", err)
+	}
+	half := whole(restored)
+	half.Events, half.Complete = half.Events[:1], false
+	if err := v.Apply(half, at(2)); err != nil || v.Err() == nil {
+		t.Errorf("half a snapshot: %v, fork %v", err, v.Err())
+	}
+	v.Reconnected()
+	same := whole(restored)
+	same.Position.Era, same.Horizon.Era = 1, 1
+	if err := v.Apply(same, at(2)); !errors.Is(err, feed.ErrFork) {
+		t.Errorf("a snapshot of the same era: %v", err)
+	}
+	if err := v.Apply(whole(restored), at(3)); err != nil || v.Err() != nil || v.Position() != restored.Head() {
+		t.Fatalf("%v, fork %v, at %s", err, v.Err(), v.Position())
+	}
+	if got := reason(v, subject(old, 1)); got != revocation.WrongEra {
+		t.Errorf("a token of the era before is %s", got)
+	}
+	if got := reason(v, subject(restored.Head(), 1)); got != revocation.Alive {
+		t.Errorf("a token of the new era is %s", got)
+	}
+	lower, _ := restored.At(restored.Head().Seq - 1)
+	if err := v.CheckHead(lower, at(4)); !errors.Is(err, feed.ErrFork) {
+		t.Errorf("the new era's own fork: %v", err)
+	}
+}

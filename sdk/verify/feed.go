@@ -33,7 +33,8 @@ var (
 
 // Run follows the feed until ctx ends, and then returns nil. It reconnects by itself,
 // after a random part of a third of the bound, so that a restarted broker isn't stormed.
-// Shown two histories it stops following: the verifier then refuses everything for good.
+// Shown two histories the verifier refuses everything until a new era begins: until an
+// operator has restored the broker's store.
 // Run is called once.
 func (v *Verifier) Run(ctx context.Context) error {
 	v.mu.Lock()
@@ -56,8 +57,6 @@ func (v *Verifier) Run(ctx context.Context) error {
 		v.lost(ctx, err)
 		if errors.Is(err, feed.ErrFork) {
 			v.judgeWatches()
-			<-ctx.Done()
-			return nil
 		}
 		if !sleep(ctx, v.pause(err)) {
 			return nil
@@ -80,7 +79,7 @@ func (v *Verifier) lost(ctx context.Context, err error) {
 	position := v.view.Position()
 	v.mu.Unlock()
 	if errors.Is(err, feed.ErrFork) {
-		v.cfg.Log.ErrorContext(ctx, "the log has two histories: every token is refused until an operator has looked", "err", err, "position", position.String())
+		v.cfg.Log.ErrorContext(ctx, "the log has two histories: every token is refused until an operator has restored the broker's store", "err", err, "position", position.String())
 		return
 	}
 	v.cfg.Log.WarnContext(ctx, "feed lost", "err", err, "position", position.String())
@@ -92,6 +91,8 @@ func (v *Verifier) pause(err error) time.Duration {
 	third := v.cfg.MaxStaleness / 3
 	jittered := time.Duration(mathrand.Int64N(int64(third)))
 	switch {
+	case errors.Is(err, feed.ErrFork):
+		return v.cfg.MaxStaleness + jittered // only to see whether a new era has begun
 	case errors.Is(err, feed.ErrGap):
 		return jittered / 10
 	case status.Code(err) == codes.PermissionDenied, status.Code(err) == codes.InvalidArgument:
@@ -362,11 +363,14 @@ func (v *Verifier) welcome(m *dayflyv1.Welcome) error {
 func (v *Verifier) apply(d feed.Delivery) (moved bool, err error) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	before := v.view.Position()
+	before, fork := v.view.Position(), v.view.Err()
 	if err := v.view.Apply(d, v.cfg.Boot()); err != nil {
 		return false, fmt.Errorf("applying events: %w", err)
 	}
 	after := v.view.Position()
+	if before.Era != 0 && before.Era != after.Era {
+		v.cfg.Log.Warn("a new era has begun: every token of earlier ones is dead", "before", before.String(), "position", after.String(), "ended_fork", fork != nil && v.view.Err() == nil)
+	}
 	v.fresh.Applied(after)
 	v.asks.applied(after)
 	v.notify()

@@ -143,7 +143,7 @@ func words(reason Reason) (message, hint string) {
 	case VerifierStale:
 		return "the verifier has not heard from its feed for longer than its bound", "try again; if it lasts, look at the verifier's connection to the broker"
 	case VerifierForked:
-		return "the verifier was shown two histories of the log", "an operator must look before the verifier is restarted"
+		return "the verifier was shown two histories of the log", "it opens by itself once an operator has restored the broker's store: docs/operations.md"
 	}
 	return "refused", ""
 }

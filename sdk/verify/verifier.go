@@ -242,7 +242,7 @@ func (v *Verifier) judge(raw string, peer Peer) (*token.Token, feed.Position, *R
 	}
 	t, err := token.Parse(raw, v.key)
 	if err != nil {
-		return nil, feed.Position{}, unparsed(err)
+		return nil, feed.Position{}, v.unparsed(raw, err)
 	}
 	at, r := v.dead(&t.Claims)
 	if r != nil {
@@ -255,6 +255,22 @@ func (v *Verifier) judge(raw string, peer Peer) (*token.Token, feed.Position, *R
 		return t, at, Because(AudienceMismatch)
 	}
 	return t, at, unbound(&t.Claims, peer)
+}
+
+// unparsed says why a token proves nothing. The keys of earlier eras are forgotten: a
+// token that names such an era itself need not wait for an answer about its key.
+func (v *Verifier) unparsed(raw string, err error) *Refusal {
+	r := unparsed(err)
+	if r.Reason != KeyUnknown {
+		return r
+	}
+	v.mu.RLock()
+	era := v.view.Position().Era
+	v.mu.RUnlock()
+	if shown, err := token.Inspect(raw); err == nil && shown.Position.Era < era {
+		return Because(WrongEra)
+	}
+	return r
 }
 
 // key looks a signing key up.
@@ -346,7 +362,7 @@ type Status struct {
 	// Bound is the staleness bound in force, 0 before the feed has welcomed the
 	// verifier.
 	Bound time.Duration
-	// Err is a fork that closed the verifier for good, else why the last stream
+	// Err is a fork that closed the verifier until a new era begins, else why the last stream
 	// ended, nil while one is open.
 	Err error
 }

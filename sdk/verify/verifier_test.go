@@ -343,10 +343,16 @@ func TestFork(t *testing.T) {
 				w.want(t, raw, verify.VerifierForked)
 				w.do(func() { w.pongHead = nil })
 				time.Sleep(time.Minute)
-				w.want(t, raw, verify.VerifierForked) // for good
+				w.want(t, raw, verify.VerifierForked) // however long nothing more is wrong
 				if err := w.verifier.Status().Err; !errors.Is(err, feed.ErrFork) {
 					t.Errorf("status: %v", err)
 				}
+				w.append(t, feed.Event{Era: &feed.Era{Era: 0x2000}}) // the store was restored
+				w.publish(t, w.public)
+				time.Sleep(2 * time.Minute)
+				w.ready(t)
+				w.want(t, raw, verify.WrongEra)
+				w.want(t, w.good(t), "")
 				w.cancel()
 				<-w.ended
 				if !strings.Contains(log.String(), "level=ERROR") {

@@ -1,7 +1,6 @@
 package brokerd
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -23,7 +22,7 @@ func Command(name string) *cobra.Command {
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
-	root.AddCommand(initCommand(name), serveCommand(name), checkCommand(name))
+	root.AddCommand(initCommand(name), serveCommand(name), checkCommand(name), backupCommand(name), restoreCommand(name))
 	return root
 }
 
@@ -128,7 +127,7 @@ func checkCommand(name string) *cobra.Command {
 
 func printGood(w io.Writer, output, file string) error {
 	if output == "json" {
-		return json.NewEncoder(w).Encode(map[string]string{"config": file})
+		return printJSON(w, map[string]string{"config": file})
 	}
 	_, err := fmt.Fprintf(w, "%s is good\n", file)
 	return err
@@ -137,9 +136,7 @@ func printGood(w io.Writer, output, file string) error {
 // printReport shows what a check found; nothing for one that read nothing.
 func printReport(w io.Writer, output string, r boltstore.Report) error {
 	if output == "json" {
-		enc := json.NewEncoder(w)
-		enc.SetIndent("", "  ")
-		return enc.Encode(r)
+		return printJSON(w, r)
 	}
 	fmt.Fprintf(w, "schema        %d\nhead          %s\nhorizon       %s\nrecords       %d, and %d dropped above the horizon\ngrants        %d\nobservations  %d\n",
 		r.Schema, r.Head, r.Horizon, r.Records, r.Dropped, r.Grants, r.Observations)

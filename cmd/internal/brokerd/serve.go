@@ -304,7 +304,7 @@ func (d *daemon) startLocal(r *running) error {
 		if err != nil {
 			return fmt.Errorf("listening for break-glass: %w", err)
 		}
-		glass, err := rpc.NewBreakGlass(rpc.Config{Broker: d.broker, Log: d.log})
+		glass, err := rpc.NewBreakGlass(rpc.Config{Broker: d.broker, Log: d.log, Backup: d.beginBackup})
 		if err != nil {
 			return errors.Join(err, l.Close())
 		}
