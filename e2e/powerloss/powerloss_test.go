@@ -144,11 +144,11 @@ func buildBroker(t *testing.T, replace map[string]string) string {
 // plants are mistakes in the store, each behind a value of the variable.
 var plants = []struct{ file, old, new string }{
 	{"open.go", "NoFreelistSync:  true,", `NoFreelistSync: true, NoSync: os.Getenv("` + plantVar + `") == "nosync",`},
-	{"create.go", "	return syncDir(filepath.Dir(path))", `
+	{"create.go", `	return fault("directory", func() error { return syncDir(dir) })`, `
 	if os.Getenv("` + plantVar + `") == "nodirsync" {
 		return nil
 	}
-	return syncDir(filepath.Dir(path))`},
+	return fault("directory", func() error { return syncDir(dir) })`},
 	{"commit.go", "		s.commit(batch)\n		for _, o := range batch {\n			close(o.done)\n		}\n", `
 		early := os.Getenv("` + plantVar + `") == "early"
 		if !early {
