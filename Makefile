@@ -9,6 +9,7 @@ GO ?= go
 BUF ?= nice $(GO) tool -modfile=tools/buf/go.mod buf
 STATICCHECK ?= $(GO) tool -modfile=tools/check/go.mod staticcheck
 FUZZTIME ?= 10s
+SIMULATION ?= 10m
 POWERLOSS ?= 10m
 BASELINE := proto/testdata/baseline.binpb
 
@@ -47,6 +48,14 @@ race: test ## the same as test, which always runs the race detector
 .PHONY: bench
 bench: need-go ## every benchmark
 	$(GO) test -run '^$$' -bench . -benchmem -timeout 30m ./...
+
+.PHONY: simulation
+simulation: need-go ## the simulation in new histories, for SIMULATION (10m), from a first seed of now
+	$(GO) test -count=1 -timeout 0 -v -run '^TestSimulation$$' ./broker -sim.first=$$(date +%s) -sim.for=$(SIMULATION)
+
+.PHONY: mutants
+mutants: need-go ## plants each known mistake in the code, and has the simulation find it
+	$(GO) run ./tools/mutants
 
 .PHONY: powerloss
 powerloss: need-go ## power losses in new histories, for POWERLOSS (10m) each of a broker and a pruning store

@@ -51,6 +51,10 @@ func (s *sim) act() {
 func (s *sim) random(r *rand.Rand) {
 	b := s.brokers[r.IntN(len(s.brokers))]
 	f := s.followers()[r.IntN(len(s.followers()))]
+	op := s.brokers[0] // that operators use: others are behind until they hear of it
+	if r.IntN(5) == 0 {
+		op = b
+	}
 	some := func(d time.Duration) time.Duration { return time.Duration(r.Int64N(int64(d))) }
 	switch n := r.IntN(100); {
 	case n < 26:
@@ -62,9 +66,9 @@ func (s *sim) random(r *rand.Rand) {
 		s.exchange(b, r)
 		s.asking, s.inside = nil, nil
 	case n < 53:
-		s.revoke(b, r)
+		s.revoke(op, r)
 	case n < 57:
-		s.lift(b, r)
+		s.lift(op, r)
 	case n < 60:
 		if b.b != nil {
 			b.kill()
@@ -96,12 +100,12 @@ func (s *sim) random(r *rand.Rand) {
 	case n < 85:
 		s.rotate(s.callers[r.IntN(len(s.callers))])
 	case n < 87:
-		s.thief(b, r)
+		s.thief(op, r)
 	case n < 88:
-		s.foreignKey(b)
+		s.foreignKey(op)
 	case n < 90:
-		if b.up() && r.IntN(2) == 0 {
-			b.newKey()
+		if op.up() && r.IntN(2) == 0 {
+			op.newKey()
 		}
 	case n < 92:
 		m := []*simMachine{&b.simMachine, &f.simMachine}[r.IntN(2)]
@@ -113,7 +117,11 @@ func (s *sim) random(r *rand.Rand) {
 		}
 	case n < 97:
 		s.note("a long time passes")
-		s.jump(time.Hour + some(time.Hour))
+		longest := time.Hour
+		if r.IntN(2) == 0 {
+			longest = 5 * time.Minute // about when records are forgotten
+		}
+		s.jump(time.Hour + some(longest))
 		for _, b := range s.brokers {
 			if b.up() {
 				_ = b.catchUp()
@@ -132,7 +140,7 @@ func (s *sim) random(r *rand.Rand) {
 
 // meanwhile makes something happen in the middle of the issue that follows.
 func (s *sim) meanwhile(r *rand.Rand) {
-	revoke := func() { s.revoke(s.brokers[r.IntN(len(s.brokers))], r) }
+	revoke := func() { s.revoke(s.brokers[0], r) }
 	switch r.IntN(12) {
 	case 0, 1:
 		s.asking = revoke
@@ -447,6 +455,7 @@ func (s *sim) foreignKey(b *simBroker) {
 		s.violation("internal: forging: %v", err)
 		return
 	}
+	s.foreign[key.id] = s.now
 	s.note("a thief inserts key %s", key.id)
 	s.tokens = append(s.tokens, k)
 }

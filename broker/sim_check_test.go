@@ -81,6 +81,9 @@ func (s *sim) checkToken(v *simVerifier, k *simToken) {
 		if was := v.refused[k]; was != "" {
 			s.violation("I3: %s accepts %s, which it refused as %s", v.name, k.name, was)
 		}
+		if since, ok := s.foreign[k.key]; ok && !v.accepts && s.now-since > v.live+v.live/1000 {
+			s.violation("I9: %s accepts %s, signed with a key that a thief inserted %s ago", v.name, k.name, s.now-since)
+		}
 		for _, r := range s.records {
 			if !v.accepts && s.now-r.committed > v.live+v.live/1000 && r.kills(k) {
 				s.violation("I1: %s (bound %s) accepts %s, dead by %s for %s", v.name, v.live, k.name, r.at, s.now-r.committed)

@@ -33,10 +33,11 @@ import (
 //
 //	go test ./broker -run TestSimulation -sim.seed=123 -sim.trace
 var (
-	simSeeds = flag.Int("sim.seeds", 150, "how many histories TestSimulation plays")
+	simSeeds = flag.Int("sim.seeds", 100, "how many histories TestSimulation plays")
 	simFirst = flag.Uint64("sim.first", 1, "the first seed")
 	simSeed  = flag.Uint64("sim.seed", 0, "play this one history only")
 	simTrace = flag.Bool("sim.trace", false, "print the history of -sim.seed")
+	simPlain = flag.Bool("sim.noshrink", false, "report a failing seed as it is")
 	simFor   = flag.Duration("sim.for", 0, "go on with further seeds for as long as this")
 )
 
@@ -99,13 +100,14 @@ type sim struct {
 	verifiers []*simVerifier
 	callers   []*simCaller
 	nonces    int
-	acted     bool          // something happened since the last look
-	lookNext  time.Duration // time passes, and what was fresh is stale
-	latest    time.Time     // that a broker's wall clock ever showed
-	asking    func()        // runs once while policy is asked about an issue,
-	inside    func()        // and this between its snapshot and its commit
-	shared    bool          // several brokers
-	forked    bool          // an old copy was put back: forks are no false alarms
+	acted     bool                          // something happened since the last look
+	foreign   map[token.KeyID]time.Duration // when each key was inserted
+	lookNext  time.Duration                 // time passes, and what was fresh is stale
+	latest    time.Time                     // that a broker's wall clock ever showed
+	asking    func()                        // runs once while policy is asked about an issue,
+	inside    func()                        // and this between its snapshot and its commit
+	shared    bool                          // several brokers
+	forked    bool                          // an old copy was put back: forks are no false alarms
 
 	simTruth
 	failed string
@@ -237,7 +239,7 @@ var simKeys = sync.OnceValue(func() []*ecdsa.PrivateKey {
 })
 
 func newSim(t testing.TB, seed uint64, skip map[int]bool) *sim {
-	s := &sim{seed: seed, rnd: rand.New(rand.NewPCG(seed, 7)), skip: skip, counts: map[string]int{}}
+	s := &sim{seed: seed, rnd: rand.New(rand.NewPCG(seed, 7)), skip: skip, counts: map[string]int{}, foreign: map[token.KeyID]time.Duration{}}
 	s.tb = &simTB{TB: t, s: s}
 	s.locks, s.stolen = map[uint64]*simLock{}, map[token.KeyID]*simKey{}
 	s.store = storetest.Memory(s.tb, broker.Record{
@@ -411,9 +413,11 @@ func TestSimulation(t *testing.T) {
 	for seed := *simFirst; histories < *simSeeds || time.Since(began) < *simFor; seed++ {
 		s := simPlay(t, seed, nil)
 		histories++
-		if s.failed != "" {
+		switch {
+		case s.failed != "" && *simPlain:
+			t.Fatalf("seed %d: %s", seed, s.failed)
+		case s.failed != "":
 			simReport(t, s)
-			return
 		}
 		for k, n := range s.counts {
 			total[k] += n
@@ -623,7 +627,11 @@ func (s *sim) committed(b *simBroker, rec broker.Record) {
 		for _, other := range s.brokers {
 			if other != b {
 				epoch := other.epoch
-				s.after(s.between(2*time.Second), func() {
+				lag := 2 * time.Second
+				if s.chance(5) && s.done < simActions {
+					lag = 5 * time.Minute
+				}
+				s.after(s.between(lag), func() {
 					if other.epoch == epoch && other.up() {
 						_ = other.catchUp()
 					}

@@ -1,0 +1,151 @@
+package main
+
+// A mutant is one mistake, planted in the code for one build of the simulation.
+type mutant struct {
+	// trap is its number in the list of the design's traps; "" for one of our own.
+	trap string
+	// mistake says it in a few words.
+	mistake string
+	// edits plant it. Each old text is there exactly once.
+	edits []edit
+}
+
+type edit struct{ file, old, new string }
+
+// Where the mistakes are made: the real code, or, for what a verifier's or an agent's
+// streams do with it, the simulation's follower, which does the same in the same order.
+const (
+	exchange  = "broker/exchange.go"
+	follow    = "broker/follow.go"
+	issue     = "broker/issue.go"
+	prune     = "broker/prune.go"
+	relayedGo = "broker/relayed.go"
+	revoke    = "broker/revoke.go"
+	stateGo   = "broker/state.go"
+	freshness = "proto/feed/freshness.go"
+	logGo     = "proto/feed/log.go"
+	relay     = "proto/feed/relay.go"
+	roster    = "proto/feed/roster.go"
+	view      = "proto/feed/view.go"
+	selector  = "proto/revocation/selector.go"
+	set       = "proto/revocation/set.go"
+	follower  = "broker/sim_fleet_test.go"
+	machine   = "broker/sim_test.go"
+)
+
+func one(file, old, new string) []edit { return []edit{{file, old, new}} }
+
+// Three of the traps' mistakes are missing. A5, A7 and others of clients are made in the
+// simulation's follower. E2 and E3 (a lower head taken for a fork, a snapshot that
+// replaces) need an upstream that lags behind who follows it, and a relay welcomes
+// nobody before it has caught up with what the broker had then: unit tests of proto/feed
+// hold them (TestNoFalseFork, TestSnapshotNeverReplaces). G1 (numbers compared across
+// eras) changes nothing by itself: an older era's token is below the horizon that an era
+// begins with, or has another hash; TestPositions holds it. C3 (lifting deletes the
+// revocation) has no code that could do it.
+var mutants = []mutant{
+	{"", "a credential is released before its grant is recorded", one(issue,
+		"err := b.cfg.Store.Issue(ctx, g, func(newer []Record) error { return admit(g, parent, newer) })",
+		"var err error\n\t_ = admit")},
+	{"A1", "issuing is not conditional on the head", one(issue,
+		"for _, rec := range newer {", "for _, rec := range newer[:0] {")},
+	{"B3", "the parent is not read in the moment of the position", one(issue,
+		"if err := s.checkParent(parent, now); err != nil {", "if err := error(nil); err != nil {")},
+	{"Z0b", "a grant of an old head commits however late", one(issue,
+		"if rec.Era != nil || g.Expires.After(rec.Details.Time.Add(token.MaxTTL+token.Leeway)) {", "if rec.Era != nil {")},
+	{"A3", "'>=' where '>' belongs", one(set,
+		"if seq := s.newestMatch(sub); seq > rev {", "if seq := s.newestMatch(sub); seq >= rev && seq > 0 {")},
+	{"A5", "fresh as of receipt", one(follower,
+		"asOf, err := v.fresh.Answered(", "v.fresh.Reconnected()\n\t\tv.fresh.Sent(m.answer.Nonce, now)\n\t\tasOf, err := v.fresh.Answered(")},
+	{"A6", "an answer's head is not compared", one(freshness,
+		"if p.head.Compare(applied) > 0 {", "if false {")},
+	{"A7", "acknowledged on receipt", one(follower,
+		"\t\tif err := v.view.Apply(*m.delivery, now); err != nil {",
+		"\t\tif m.delivery.Snapshot {\n\t\t\tv.acknowledge(m.delivery.Position)\n\t\t}\n\t\tif err := v.view.Apply(*m.delivery, now); err != nil {")},
+	{"A7", "acknowledged by the relay for others", one(relay,
+		"entry := l.Relayed\n", "entry := l.Relayed\n\t\t\tentry.Acked = r.View.Position()\n")},
+	{"A8", "staleness by a clock that stops in suspend", one(machine,
+		"m.boot + s.now + time.Duration(float64(s.now)*m.drift)", "m.boot + s.now - m.slept + time.Duration(float64(s.now)*m.drift)")},
+	{"E1", "a relay answers with age 0", one(relay,
+		"Head: r.View.Position(), Horizon: r.View.Log().Horizon(), Age: age", "Head: r.View.Position(), Horizon: r.View.Log().Horizon(), Age: 0*age")},
+	{"E4", "a receipt survives the verifier's restart", one(follower,
+		`fmt.Sprintf("%s-%d-start", f.name, f.starts)`, `fmt.Sprintf("%s-start", f.name)`)},
+	{"K1", "the roster is in memory only", one(follow,
+		"copy(v.Acked.Sum[:], s.Sum)\n\t\tb.roster.feed.Join(v, now)", "copy(v.Acked.Sum[:], s.Sum)")},
+	{"K3", "'contained' before the largest bound", one(roster,
+		"largest = max(largest, v.Bound)", "largest = max(largest, v.Bound/8)")},
+	{"F3", "a raised bound holds before it is recorded", one(follower,
+		"!v.fresh.Fresh(v.Boot(s), v.live)", "!v.fresh.Fresh(v.Boot(s), max(v.live, v.bound))")},
+	{"B1", "a presented token's life is not checked", []edit{
+		{exchange, "err = b.state.checkParent(t, now)", "err = nil"},
+		{issue, "if err := s.checkParent(parent, now); err != nil {", "if err := error(nil); err != nil {"},
+	}},
+	{"B2", "only the own member of a lineage is matched", one(set,
+		"for _, m := range sub.Lineage {\n\t\tnewest", "for _, m := range sub.Lineage[len(sub.Lineage)-1:] {\n\t\tnewest")},
+	{"B4", "a derived token lives longer", one(issue,
+		"if g.Expires.After(parent.Expires) {", "if false {")},
+	{"B4", "a derived token has more scopes", one(exchange,
+		"if want.scopes, err = narrowScopes(req.Scopes, want.scopes, parent.Scopes); err != nil {", "if _, err = narrowScopes(nil, want.scopes, parent.Scopes); err != nil {")},
+	{"B5", "no SVID in the lineage", one(issue,
+		"Key: key.Public.ID, SVID: c.thumbprint()}", "Key: key.Public.ID}")},
+	{"B6", "a derived token hangs on its own key only", one(set,
+		"for _, m := range sub.Lineage {\n\t\tif seq, ok := s.keys[m.Key]; ok {", "for _, m := range sub.Lineage[len(sub.Lineage)-1:] {\n\t\tif seq, ok := s.keys[m.Key]; ok {")},
+	{"B7", "a revoked key is judged by number", one(set,
+		"if seq, ok := s.keys[m.Key]; ok {", "if seq, ok := s.keys[m.Key]; ok && seq > sub.Position.Rev {")},
+	{"B8", "a presented token is not looked up in the records", one(exchange,
+		"if errors.Is(err, ErrNotFound) || err == nil && g.Fingerprint != t.Fingerprint {", "err = nil\n\tif g == nil && false {")},
+	{"B9", "a position above the head is accepted", one(set,
+		"case rev > s.head:\n\t\treturn Verdict{Reason: Ahead}", "case rev > s.head:\n\t\treturn Verdict{Reason: Alive}")},
+	{"C1", "a lift ends every lock on the same selectors", one(stateGo,
+		"delete(s.locks, rec.Lift.Lock)",
+		"if lifted := s.locks[rec.Lift.Lock]; lifted != nil {\n\t\t\tfor n, l := range s.locks {\n\t\t\t\tif slices.Equal(l.Selectors, lifted.Selectors) {\n\t\t\t\t\tdelete(s.locks, n)\n\t\t\t\t}\n\t\t\t}\n\t\t}")},
+	{"C2", "the last lock wins", one(stateGo,
+		"if (refusing == nil || l.Number > refusing.Number) && !l.admits(id, svid, notBefore, now) {\n\t\t\trefusing = l\n\t\t}\n\t}\n\treturn refusing",
+		"if refusing == nil || l.Number > refusing.Number {\n\t\t\trefusing = l\n\t\t}\n\t}\n\tif refusing != nil && refusing.admits(id, svid, notBefore, now) {\n\t\treturn nil\n\t}\n\treturn refusing")},
+	{"C4", "pruning drops a standing lock", one(prune,
+		"if l.standing(b.cfg.Now()) {\n\t\t\tkeep[n] = true\n\t\t}", "_ = l.standing\n\t\t_ = n")},
+	{"C6", "the cut has no margin for skew", one(revoke,
+		"return latest.Add(ClockSkew).UTC()", "return now.UTC()")},
+	{"D0b", "a cursor skips a hole", one(logGo,
+		"if uint64(len(news)) != l.head.Seq-c.at.Seq {", "if false {")},
+	{"D1", "no rule of the horizon", one(set,
+		"case rev < s.horizon:", "case false:")},
+	{"D2", "'<=' at the horizon", one(set,
+		"case rev < s.horizon:", "case rev <= s.horizon && s.horizon > 1:")},
+	{"D3", "pruning by the wall clock", one(prune,
+		"if now.Sub(s.known[e.Seq]) <= forgetAfter {", "if b.cfg.Now().Sub(s.records[e.Seq].Details.Time) <= forgetAfter {")},
+	{"D4", "forgotten before the highest life of a token", one(prune,
+		"if now.Sub(s.known[e.Seq]) <= forgetAfter {", "if now.Sub(s.known[e.Seq]) <= forgetAfter/3 {")},
+	{"G2", "the old era's set is kept", one(view,
+		"v.set = revocation.NewSet(era)", "if v.set == nil {\n\t\tv.set = revocation.NewSet(era)\n\t}")},
+	{"G4c", "a position has no hash", []edit{
+		{logGo, "if known, ok := l.At(c.at.Seq); !ok || known.Sum != c.at.Sum {", "if _, ok := l.At(c.at.Seq); !ok {"},
+		{view, "if at, ok := v.log.At(p.Seq); ok && at.Sum != p.Sum {", "if false {"},
+		{view, "if sum, ok := v.set.SumAt(p.Seq); ok && sum != p.Sum.Short() {", "if false {"},
+		{logGo, "if e.Chain(l.head.Sum) != e.Sum {", "if false {"},
+		{logGo, "if e.Seq == l.head.Seq+1 && e.Chain(l.head.Sum) != e.Sum {", "if false {"},
+		{view, "if before, ok := v.log.At(e.Seq - 1); ok && e.Era == nil && e.Chain(before.Sum) != e.Sum {", "if false {"},
+		{set, "if sum, ok := s.sums[rev]; ok && sum != sub.Position.Sum {", "if false {"},
+	}},
+	{"", "a key that no broker vouches for is published", []edit{
+		{stateGo, "if err := verify(rec, s.unchecked[seq]); err == nil {", "if err := verify(rec, s.unchecked[seq]); err == nil || true {"},
+	}},
+	{"", "a relay answers whom the broker doesn't have on its roster", one(relay,
+		"if len(d.nonces) == 0 || d.need > r.confirmed || !known {", "if len(d.nonces) == 0 || !known {\n\t\td.need = 0")},
+	{"", "a relay answers from before one below was on the roster", one(relay,
+		"if c.head.Compare(r.View.Position()) > 0 {", "if false {")},
+	{"", "one behind a relay closes by its own last answer", one(roster,
+		`if nearest, _, _ := strings.Cut(v.ID.Via, "/"); nearest != "" {`, `if nearest, _, _ := strings.Cut(v.ID.Via, "/"); false {`)},
+	{"", "a relay's gone verifier is dropped from the roster at once", one(relayedGo,
+		"if f.b.enrolled(v.ID) {", "v.Answered = 0\n\t\t\tif f.b.enrolled(v.ID) {")},
+	{"", "the smaller of two bounds stands", one(roster,
+		"v.Bound = max(v.Bound, old.Bound)", "v.Bound = min(v.Bound, old.Bound)")},
+	{"", "a silent one that accepts when stale leaves the list", one(roster,
+		"return now.Sub(closes) > keep && (!v.AcceptsStale || closes < keys)", "return now.Sub(closes) > keep")},
+	{"", "a subtree matches by prefix of text", one(selector,
+		`return strings.HasPrefix(id.String(), s.value+"/")`, `return strings.HasPrefix(id.String(), s.value)`)},
+	{"", "a lock on an SVID admits it where the mode is reissue", one(stateGo,
+		"if sel.Kind() == revocation.KindSVID || l.Mode", "if l.Mode")},
+	{"", "keys are forgotten while tokens that they signed live", one(prune,
+		"if !s.retired(seq, now) {\n\t\t\tkeep[seq] = true", "if false {\n\t\t\tkeep[seq] = true")},
+}
