@@ -247,6 +247,9 @@ func TestSilence(t *testing.T) {
 				t.Errorf("%d alerts in the audit", alerts)
 			}
 			_, err := w.b.Issue(ctx, w.caller("payments"), broker.Request{Audience: "orders"})
+			if e := w.last(); e.Grant != "" {
+				t.Errorf("a silent broker made grant %s", e.Grant)
+			}
 			if r := refused(t, err, broker.ErrLogBehind); r.Metadata["signed_head"] != p.String() {
 				t.Errorf("metadata %v", r.Metadata)
 			}
