@@ -75,6 +75,7 @@ type Relay struct {
 
 	waiting  []question           // pings from other hosts, in order of arrival
 	gathered map[string]gathering // those that are under way, by the nonce they went up as
+	arrived  bool                 // something that the screen holds back, since the last ping
 }
 
 // question is a ping of one on another host.
@@ -163,12 +164,15 @@ func (r *Relay) Proved(nonce string, head SignedHead, path NoncePath) {
 func (r *Relay) Ping(nonce string, now Instant) {
 	r.Fresh.Sent(nonce, now)
 	r.pings[nonce] = r.gen
-	r.asked, r.pinged = r.gen, now
+	r.asked, r.pinged, r.arrived = r.gen, now, false
 }
 
 // Due returns how long until the next ping: no time if somebody waits for it. Own is the
 // bound of whoever owns the relay; a smaller one below sets the pace.
 func (r *Relay) Due(own time.Duration, now Instant) time.Duration {
+	if r.arrived && len(r.pings) == 0 && r.Screen.Waits() {
+		return 0 // once for what has arrived: a lie is never proven
+	}
 	if r.asked < r.gen || len(r.waiting) > 0 && len(r.gathered) == 0 {
 		return 0 // one gathering is under way at a time: the next takes all that wait by then
 	}
@@ -243,6 +247,7 @@ func (r *Relay) Deliver(d Delivery, now Instant) error {
 	if err != nil {
 		return err
 	}
+	r.arrived = true
 	return r.apply(now, proven...)
 }
 

@@ -356,6 +356,9 @@ type Status struct {
 	// Bound is the staleness bound in force, 0 before the feed has welcomed the
 	// verifier.
 	Bound time.Duration
+	// KeptHead is the newest position that a broker signed for and that is shown to
+	// brokers, zero for none.
+	KeptHead feed.Position
 	// Err is a fork that closed the verifier for good, else why the last stream
 	// ended, nil while one is open.
 	Err error
@@ -367,7 +370,7 @@ func (v *Verifier) Status() Status {
 	defer v.mu.RUnlock()
 	now := v.cfg.Boot()
 	age, _ := v.fresh.Age(now)
-	s := Status{Position: v.view.Position(), Age: age, Bound: v.bound, Err: v.feedErr}
+	s := Status{Position: v.view.Position(), Age: age, Bound: v.bound, KeptHead: v.kept.Head, Err: v.feedErr}
 	s.Fresh = v.view.Err() == nil && v.bound > 0 && v.fresh.Fresh(now, v.bound)
 	if err := v.view.Err(); err != nil {
 		s.Err = err
