@@ -416,3 +416,25 @@ func TestBrokerIDNeedsBundles(t *testing.T) {
 		t.Error("signatures that nothing can check are accepted")
 	}
 }
+
+// TestRemoteProvesNothing: an answer under an old age, or under somebody else's signature,
+// keeps nobody fresh, even where nothing is withheld.
+func TestRemoteProvesNothing(t *testing.T) {
+	for name, lie := range map[string]func(*world, *testing.T){
+		"an old age": func(w *world, _ *testing.T) { w.broker.signed = 2 * remoteBound },
+		"a workload's signature": func(w *world, t *testing.T) {
+			w.signs = &signer{svid: w.signs.issue(t, spiffeid.RequireFromString("spiffe://example.org/relay"))}
+		},
+		"another authority": func(w *world, t *testing.T) { w.signs = newSigner(t) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				w := newRemoteWorld(t)
+				raw := w.good(t)
+				w.do(func() { lie(w, t) })
+				time.Sleep(remoteBound + 100*time.Millisecond)
+				w.want(t, raw, verify.VerifierStale)
+			})
+		})
+	}
+}

@@ -83,7 +83,7 @@ func (r *Relay) selectors() ([]revocation.Selector, error) {
 		case revocation.KindIdentity, revocation.KindSubtree, revocation.KindTrustDomain:
 			out = append(out, s)
 		default:
-			return nil, fmt.Errorf("%q is no identity:, subtree: or trust_domain:", text)
+			return nil, fmt.Errorf("%q is neither an identity, a subtree nor a trust domain", text)
 		}
 	}
 	return out, nil
