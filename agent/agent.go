@@ -13,8 +13,11 @@ import (
 	"github.com/dayflyhq/dayfly/proto/boottime"
 	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
 	"github.com/dayflyhq/dayfly/proto/feed"
+	"github.com/dayflyhq/dayfly/proto/revocation"
 	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/dayflyhq/dayfly/proto/wire"
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
@@ -45,6 +48,14 @@ type Config struct {
 	// Upstream is the connection to the broker, usually sdk.Client.Conn(), which pins
 	// the broker's SPIFFE ID and follows the rotation of the SVID.
 	Upstream grpc.ClientConnInterface
+	// Feed is a connection to a relay on another host, to be followed in place of the
+	// broker; nil: Upstream. It is not believed: BrokerID and Bundles must be set.
+	Feed grpc.ClientConnInterface
+	// BrokerID is the SPIFFE ID of the broker whose signed heads count, and Bundles
+	// verifies its SVIDs and those of verifiers on other hosts.
+	BrokerID spiffeid.ID
+	Bundles  x509bundle.Source
+
 	// Source is this workload's SVID: what readiness and certificate-bound credentials
 	// are checked against.
 	Source Source
@@ -55,6 +66,11 @@ type Config struct {
 	// GRPC and HTTP are the listening sockets, from Listen. The agent closes them. One
 	// of them may be nil.
 	GRPC, HTTP net.Listener
+	// Relay is the TCP listener for verifiers on other hosts, by mTLS with this
+	// workload's SVID; nil: there is none. The agent closes it. Bundles must be set, and
+	// RelayAllow names who may follow there: identities, subtrees and trust domains.
+	Relay      net.Listener
+	RelayAllow []revocation.Selector
 	// AllowedUIDs are the users that may call, by the kernel's word (Linux). Empty:
 	// whom the sockets' mode lets connect.
 	AllowedUIDs []uint32
@@ -94,6 +110,12 @@ func (c *Config) validate() error {
 	}
 	if c.Source == nil {
 		errs = append(errs, errors.New("source: must be set"))
+	}
+	if c.Feed != nil && (c.BrokerID.IsZero() || c.Bundles == nil) {
+		errs = append(errs, errors.New("feed: a relay on another host is followed by the broker's signatures: broker ID and bundles must be set"))
+	}
+	if c.Relay != nil && (c.Bundles == nil || len(c.RelayAllow) == 0 || c.NoFeed) {
+		errs = append(errs, errors.New("relay: bundles and whom to allow must be set, and the feed be followed"))
 	}
 	if c.GRPC == nil && c.HTTP == nil {
 		errs = append(errs, errors.New("sockets: at least one must be set"))
@@ -150,6 +172,7 @@ type Agent struct {
 	counts   counters
 	health   *health.Server
 	grpc     *grpc.Server
+	remote   *grpc.Server // for verifiers on other hosts, nil for none
 	http     *http.Server
 	stopping chan struct{} // closed when Run begins to stop
 }
@@ -165,11 +188,19 @@ func New(cfg Config) (*Agent, error) {
 		tokens: dayflyv1.NewTokenServiceClient(cfg.Upstream), svids: cfg.Source, judge: a.judge(),
 		now: cfg.Now, jitter: cfg.Jitter, log: cfg.Log, counts: &a.counts,
 	}
+	if !cfg.BrokerID.IsZero() && cfg.Bundles != nil {
+		a.k.verify = cfg.verifyHead
+	}
+	above := cfg.Upstream
+	if cfg.Feed != nil {
+		above, a.k.relay.Screen = cfg.Feed, new(feed.Screen)
+	}
 	a.follower = &follower{
-		client: dayflyv1.NewFeedServiceClient(cfg.Upstream), k: a.k, instance: rand.Text(), audiences: cfg.Audiences,
+		client: dayflyv1.NewFeedServiceClient(above), distrusts: cfg.Feed != nil, k: a.k, instance: rand.Text(), audiences: cfg.Audiences,
 		bound: cfg.MaxStaleness, rotated: cfg.Changed, applied: a.cache.sweep, log: cfg.Log, counts: &a.counts,
 	}
 	a.serveGRPC()
+	a.serveRemote()
 	a.serveHTTP()
 	return a, nil
 }
@@ -210,6 +241,14 @@ func (a *Agent) Run(ctx context.Context) error {
 			return nil
 		})
 	}
+	if a.remote != nil {
+		group.Go(func() error {
+			if err := a.remote.Serve(a.cfg.Relay); !errors.Is(err, grpc.ErrServerStopped) {
+				return wrap("serving the relay", err)
+			}
+			return nil
+		})
+	}
 	if a.cfg.HTTP != nil {
 		group.Go(func() error {
 			if err := a.http.Serve(a.cfg.HTTP); !errors.Is(err, http.ErrServerClosed) {
@@ -223,7 +262,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	}
 	group.Go(func() error { a.look(ctx); return nil })
 	group.Go(func() error { <-ctx.Done(); a.stop(); return nil })
-	a.cfg.Log.InfoContext(ctx, "serving", "grpc", address(a.cfg.GRPC), "http", address(a.cfg.HTTP))
+	a.cfg.Log.InfoContext(ctx, "serving", "grpc", address(a.cfg.GRPC), "http", address(a.cfg.HTTP), "relay", address(a.cfg.Relay))
 	return group.Wait()
 }
 
@@ -251,6 +290,9 @@ func (a *Agent) stop() {
 	go func() {
 		defer close(done)
 		a.grpc.GracefulStop()
+		if a.remote != nil {
+			a.remote.GracefulStop()
+		}
 	}()
 	if err := a.http.Shutdown(ctx); err != nil {
 		_ = a.http.Close()
@@ -259,6 +301,9 @@ func (a *Agent) stop() {
 	case <-done:
 	case <-ctx.Done():
 		a.grpc.Stop()
+		if a.remote != nil {
+			a.remote.Stop()
+		}
 		<-done
 	}
 }

@@ -44,11 +44,16 @@ type follower struct {
 	bound     time.Duration
 	rotated   func() <-chan struct{} // closed when the SVID changes; nil channel: never
 	applied   func(context.Context)
+	distrusts bool // a relay on another host is above: only what the broker signed counts
 	log       *slog.Logger
 	counts    *counters
 }
 
 type upstream = grpc.BidiStreamingClient[dayflyv1.FollowRequest, dayflyv1.FollowResponse]
+
+// errShow ends a stream whose broker lacks what a signed head that came from below names:
+// the next one shows it.
+var errShow = errors.New("the broker's log lacks a signed head that one below has kept")
 
 // errRotated ends a stream that was made with an older SVID.
 var errRotated = errors.New("the SVID was rotated")
@@ -114,7 +119,7 @@ func (f *follower) pause(err error, denied bool) time.Duration {
 	}
 	f.k.mu.Unlock()
 	switch {
-	case errors.Is(err, errRotated):
+	case errors.Is(err, errRotated), errors.Is(err, errShow):
 		return 0
 	case denied:
 		longest = deniedPause
@@ -132,10 +137,13 @@ func (f *follower) follow(ctx context.Context, relay bool) error {
 		return err
 	}
 	f.k.mu.Lock()
-	known := f.k.relay.View.Position()
+	known, kept := f.k.relay.View.Position(), f.k.kept
 	f.k.mu.Unlock()
 	err = stream.Send(&dayflyv1.FollowRequest{Message: &dayflyv1.FollowRequest_Subscribe{Subscribe: wire.Subscribe(wire.Subscription{
 		Instance: f.instance, Audiences: f.audiences, Bound: f.bound, Position: known, Relay: relay,
+		// For each ping of a relay, since those on other hosts need them; a second use is
+		// that the newest can be shown to a broker that lost records.
+		SignedHeads: true, NewestHead: kept.Signed,
 	})}})
 	if err != nil {
 		return recvError(stream, err)
@@ -148,6 +156,7 @@ func (f *follower) follow(ctx context.Context, relay bool) error {
 		return fmt.Errorf("%w: the first message is no Welcome", feed.ErrMalformed)
 	}
 	s := f.begin(stream, first.GetWelcome(), relay)
+	s.shown = kept.Head
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error {
 		err := s.send(ctx, rotated)
@@ -182,7 +191,7 @@ func (f *follower) begin(stream upstream, w *dayflyv1.Welcome, relay bool) *sess
 	k.welcome, k.relays, k.refused = w, relay, nil
 	k.ring()
 	f.log.Info("following the feed", "issuer", w.GetIssuer(), "position", k.relay.View.Position().String(), "relay", relay)
-	return &session{follower: f, stream: stream, heard: k.boot()}
+	return &session{follower: f, stream: stream, heard: k.boot(), issuer: w.GetIssuer()}
 }
 
 // session is one welcomed stream. send is its only sender, receive its only receiver.
@@ -191,6 +200,9 @@ type session struct {
 	stream upstream
 	acked  feed.Position // on this stream, after its first report; of send alone
 	heard  feed.Instant  // when an answer last came; guarded by knowledge.mu
+	issuer string        // of the welcome
+	sweep  bool          // an answer let records through; of receive alone
+	shown  feed.Position // the signed head that this stream began with
 }
 
 // send reports, acknowledges and pings until ctx ends.
@@ -246,18 +258,19 @@ func (s *session) flush() (time.Duration, error) {
 // ping asks for a proof. Before it goes the report of everyone who may be answered from
 // that proof: so the broker's roster never thinks a verifier closed that isn't.
 func (s *session) ping() error {
-	nonce := make([]byte, 16)
-	_, _ = rand.Read(nonce) // never fails
+	own := make([]byte, 16)
+	_, _ = rand.Read(own) // never fails
 	s.k.mu.Lock()
 	now := s.k.boot()
-	entries := s.k.relay.Report(now, true)
-	s.k.relay.Ping(string(nonce), now)
+	entries := s.k.relay.Report(now, s.k.relay.Overdue(s.bound, now))
+	nonce := s.k.relay.Gather(string(own))
+	s.k.relay.Ping(nonce, now)
 	s.k.mu.Unlock()
 	s.k.outbox.Pinged(string(nonce))
 	if err := s.report(entries); err != nil {
 		return err
 	}
-	return s.up(&dayflyv1.FollowRequest{Message: &dayflyv1.FollowRequest_Ping{Ping: &dayflyv1.Ping{Nonce: nonce}}})
+	return s.up(&dayflyv1.FollowRequest{Message: &dayflyv1.FollowRequest_Ping{Ping: &dayflyv1.Ping{Nonce: []byte(nonce)}}})
 }
 
 // acknowledge confirms what is applied, if that is news.
@@ -311,6 +324,11 @@ func (s *session) receive(ctx context.Context) error {
 		switch {
 		case m.GetPong() != nil:
 			err = s.answered(m.GetPong())
+			if s.sweep { // what it proved may kill credentials
+				s.sweep = false
+				s.applied(ctx)
+				s.k.kick()
+			}
 		case m.GetRelayRefusal() != nil:
 			s.refused(ctx, m.GetRelayRefusal())
 		default:
@@ -335,13 +353,44 @@ func (s *session) answered(m *dayflyv1.Pong) error {
 		return err
 	}
 	k := s.k
+	var signed feed.HeadStatement
+	if s.distrusts {
+		signed, err = feed.VerifyAnswer(pong.Nonce, pong.Signed, pong.Path, func(h feed.SignedHead) (feed.HeadStatement, error) {
+			return k.verify(s.issuer, h, false)
+		})
+		if err != nil {
+			return err
+		}
+		pong.Head, pong.Age = signed.Head, signed.Age
+	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	err = k.relay.Answered(pong.Nonce, pong.Head, pong.Age)
-	s.heard = k.boot()
+	defer k.ring()
 	k.outbox.Answered(pong.Nonce)
-	k.ring()
-	return err
+	if err := k.relay.Answered(pong.Nonce, pong.Head, pong.Age); err != nil {
+		return err
+	}
+	k.relay.Proved(pong.Nonce, pong.Signed, pong.Path)
+	k.kept.Note(pong.Signed)
+	before := k.relay.View.Position()
+	if s.distrusts {
+		if err := k.relay.Signed(signed, k.boot()); err != nil {
+			return err
+		}
+	}
+	// Answers that prove nothing new are as good as silence: a relay above may withhold
+	// what they speak of.
+	if !s.distrusts || k.relay.Fresh.Fresh(k.boot(), s.bound) {
+		s.heard = k.boot()
+	}
+	k.kick() // perhaps more wait, or there is a receipt to give
+	if k.kept.Head.Compare(s.shown) > 0 && pong.Head.Compare(k.kept.Head) < 0 {
+		return errShow
+	}
+	if before != k.relay.View.Position() {
+		s.sweep = true
+	}
+	return nil
 }
 
 // deliver applies records, drops what they kill and then lets the receipt go.

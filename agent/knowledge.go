@@ -22,6 +22,10 @@ type knowledge struct {
 	relays  bool              // the broker lets this identity relay
 	refused error             // why the broker does not let it follow, nil if it does
 	streams map[*feed.Downstream]*downstream
+	kept    feed.Newest // shown to the broker at each new stream
+	// verify says whether the broker signed a head, made lately or kept for long; nil:
+	// nobody can tell.
+	verify func(issuer string, h feed.SignedHead, kept bool) (feed.HeadStatement, error)
 
 	uses        map[useKey]*dayflyv1.Use // what those below reported, on its way up
 	usesDropped uint64
@@ -71,6 +75,16 @@ func (k *knowledge) bound(own time.Duration) time.Duration {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return k.relay.Bound(own)
+}
+
+// note keeps what one below was given, if the broker did sign it; mu is held.
+func (k *knowledge) note(h feed.SignedHead) {
+	if len(h.Statement) == 0 || k.verify == nil || k.welcome == nil {
+		return
+	}
+	if _, err := k.verify(k.welcome.GetIssuer(), h, true); err == nil {
+		k.kept.Note(h)
+	}
 }
 
 // refuse ends the following of one below whom the broker refused, or passes the

@@ -35,6 +35,7 @@ type feedService struct {
 	streams    atomic.Int64
 	stopping   <-chan struct{}
 	counts     *counters
+	peer       func(context.Context) (string, error) // who is at the other end; nil: on this host
 }
 
 type followStream = grpc.BidiStreamingServer[dayflyv1.FollowRequest, dayflyv1.FollowResponse]
@@ -49,7 +50,7 @@ func (s *feedService) Follow(stream followStream) error {
 	ctx, cancel := context.WithCancel(stream.Context())
 	defer cancel()
 	d := &downstream{
-		k: s.k, stream: stream, subscribed: make(chan struct{}), replaced: make(chan struct{}),
+		k: s.k, stream: stream, peer: s.peer, subscribed: make(chan struct{}), replaced: make(chan struct{}),
 	}
 	// The reader ends when the handler returns, because Recv then does.
 	ended := make(chan error, 1)
@@ -113,11 +114,14 @@ func (s *feedService) send(ctx context.Context, d *downstream, ended <-chan erro
 type downstream struct {
 	k          *knowledge
 	stream     followStream
+	peer       func(context.Context) (string, error)
 	subscribed chan struct{} // closed by the Subscribe
 	replaced   chan struct{} // closed when another stream takes the instance over
 
 	feed     *feed.Downstream         // nil before the Subscribe
 	refusals []*dayflyv1.RelayRefusal // of the broker, for those that this stream speaks for
+	keeps    bool                     // it wants the newest signed head
+	kept     feed.Position            // of which it was given the last
 	left     bool                     // the handler has returned: the reader must not join any more
 }
 
@@ -153,7 +157,11 @@ func (d *downstream) next() (*dayflyv1.FollowResponse, <-chan struct{}, error) {
 	case m.Delivery != nil:
 		return wire.Delivery(*m.Delivery), nil, nil
 	}
-	return wire.PongMessage(wire.Pong{Nonce: m.Answer.Nonce, Head: m.Answer.Head, Age: m.Answer.Age, Horizon: m.Answer.Horizon}), nil, nil
+	pong := wire.Pong{Nonce: m.Answer.Nonce, Head: m.Answer.Head, Age: m.Answer.Age, Horizon: m.Answer.Horizon, Signed: m.Answer.Signed, Path: m.Answer.Path}
+	if d.keeps && k.kept.Head != d.kept {
+		pong.Signed, d.kept = k.kept.Signed, k.kept.Head
+	}
+	return wire.PongMessage(pong), nil, nil
 }
 
 // read takes what the verifier sends until the stream ends.
@@ -162,6 +170,11 @@ func (d *downstream) read() error {
 		m, err := d.stream.Recv()
 		if err != nil {
 			return err
+		}
+		if d.peer != nil { // an SVID may expire, and a bundle change, while a stream is open
+			if _, err := d.peer(d.stream.Context()); err != nil {
+				return err
+			}
 		}
 		if err := d.take(m); err != nil {
 			return err
@@ -197,8 +210,14 @@ func (d *downstream) subscribe(m *dayflyv1.Subscribe) error {
 		return feedInvalid(err.Error())
 	case d.feed != nil:
 		return feedInvalid("a second Subscribe")
-	case sub.SignedHeads:
-		return refuse(codes.InvalidArgument, "SIGNED_HEADS_UNSUPPORTED", "this relay gives no signed heads", "follow without them over the agent's unix socket, or follow the broker")
+	case d.peer != nil && !sub.SignedHeads:
+		return refuse(codes.InvalidArgument, "SIGNED_HEADS_REQUIRED", "a relay on another host is followed by signed heads", "set BrokerID of the verifier's configuration")
+	}
+	var identity string
+	if d.peer != nil {
+		if identity, err = d.peer(d.stream.Context()); err != nil {
+			return err
+		}
 	}
 	k := d.k
 	k.mu.Lock()
@@ -206,11 +225,16 @@ func (d *downstream) subscribe(m *dayflyv1.Subscribe) error {
 	if d.left {
 		return io.EOF
 	}
-	self := feed.Relayed{Path: []string{sub.Instance}, Audiences: sub.Audiences, Bound: sub.Bound, AcceptsStale: sub.AcceptsStale, Acked: sub.Position}
+	self := feed.Relayed{Path: []string{sub.Instance}, Audiences: sub.Audiences, Bound: sub.Bound, AcceptsStale: sub.AcceptsStale, Acked: sub.Position, Identity: identity}
 	stream, replaced, err := k.relay.Follow(self, sub.Relay, k.boot())
 	if err != nil {
 		return belowRefused(err)
 	}
+	if d.peer != nil {
+		stream.Distrust()
+	}
+	d.keeps = d.peer == nil && sub.SignedHeads
+	k.note(sub.NewestHead)
 	if old := k.streams[replaced]; old != nil {
 		close(old.replaced)
 	}
@@ -236,6 +260,9 @@ func (d *downstream) ping(m *dayflyv1.Ping) error {
 	d.k.mu.Lock()
 	defer d.k.mu.Unlock()
 	d.feed.Ping(nonce)
+	if d.peer != nil {
+		d.k.kick() // it goes up
+	}
 	d.k.ring()
 	return nil
 }

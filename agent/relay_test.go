@@ -420,13 +420,12 @@ func TestRelayRefuses(t *testing.T) {
 		then   []*dayflyv1.FollowRequest
 		reason string
 	}{
-		"no audience":  {change: func(s *wire.Subscription) { s.Audiences = nil }, reason: "FEED_MESSAGE_INVALID"},
-		"bound":        {change: func(s *wire.Subscription) { s.Bound = 2 * time.Hour }, reason: "FEED_MESSAGE_INVALID"},
-		"instance":     {change: func(s *wire.Subscription) { s.Instance = "a/b/c/d/e" }, reason: "FEED_MESSAGE_INVALID"},
-		"signed heads": {change: func(s *wire.Subscription) { s.SignedHeads = true }, reason: "SIGNED_HEADS_UNSUPPORTED"},
-		"twice":        {then: []*dayflyv1.FollowRequest{{Message: &dayflyv1.FollowRequest_Subscribe{Subscribe: wire.Subscribe(wire.Subscription{Instance: "verifier-1", Audiences: []string{"a"}, Bound: time.Second})}}}, reason: "FEED_MESSAGE_INVALID"},
-		"short nonce":  {then: []*dayflyv1.FollowRequest{ping, {Message: &dayflyv1.FollowRequest_Ping{Ping: &dayflyv1.Ping{Nonce: []byte("1")}}}}, reason: "FEED_MESSAGE_INVALID"},
-		"empty":        {then: []*dayflyv1.FollowRequest{{}}, reason: "FEED_MESSAGE_INVALID"},
+		"no audience": {change: func(s *wire.Subscription) { s.Audiences = nil }, reason: "FEED_MESSAGE_INVALID"},
+		"bound":       {change: func(s *wire.Subscription) { s.Bound = 2 * time.Hour }, reason: "FEED_MESSAGE_INVALID"},
+		"instance":    {change: func(s *wire.Subscription) { s.Instance = "a/b/c/d/e" }, reason: "FEED_MESSAGE_INVALID"},
+		"twice":       {then: []*dayflyv1.FollowRequest{{Message: &dayflyv1.FollowRequest_Subscribe{Subscribe: wire.Subscribe(wire.Subscription{Instance: "verifier-1", Audiences: []string{"a"}, Bound: time.Second})}}}, reason: "FEED_MESSAGE_INVALID"},
+		"short nonce": {then: []*dayflyv1.FollowRequest{ping, {Message: &dayflyv1.FollowRequest_Ping{Ping: &dayflyv1.Ping{Nonce: []byte("1")}}}}, reason: "FEED_MESSAGE_INVALID"},
+		"empty":       {then: []*dayflyv1.FollowRequest{{}}, reason: "FEED_MESSAGE_INVALID"},
 		"not delivered": {then: []*dayflyv1.FollowRequest{{Message: &dayflyv1.FollowRequest_Acknowledge{Acknowledge: &dayflyv1.Acknowledge{
 			Position: wire.Position(feed.Position{Era: 7, Seq: 2, Sum: feed.Sum{1}})}}}}, reason: "FEED_MESSAGE_INVALID"},
 	} {

@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/dayflyhq/dayfly/proto/feed"
@@ -55,6 +56,15 @@ type Config struct {
 	// record's own when it is read back at Load, the present when it arrives. Keys that
 	// fail are revoked. It isn't called before CheckKeys is. Required.
 	VerifyKey func(feed.Key, time.Time) error
+	// SignHead signs a statement of the log with the broker's own SVID as it is now, for
+	// those who asked for signed heads. Nil: nobody gets any.
+	SignHead func(feed.HeadStatement) (feed.SignedHead, error)
+	// VerifyHead checks that a broker of this issuer made a signed head, perhaps long
+	// ago. Nil: no verifier that shows one is believed.
+	VerifyHead func(feed.SignedHead) (feed.HeadStatement, error)
+	// Disregard is the highest signed head that this log may lack: an operator has
+	// looked. Only its era and its number count. The zero value disregards none.
+	Disregard feed.Position
 	// Audit records every decision. Required. An error refuses what was to be done.
 	Audit func(AuditEntry) error
 	// MaxTTL is a lower cap than the hard one; 0: the hard cap.
@@ -79,6 +89,8 @@ type Broker struct {
 	flight  singleflight.Group
 	// proposing is held by lifts, and by whatever takes two persons.
 	proposing sync.Mutex
+	signing   signing
+	silence   atomic.Pointer[Silence]
 }
 
 // New checks the configuration. It starts nothing.

@@ -94,6 +94,7 @@ var (
 	ErrFull           = &Refusal{Unavailable, "STORE_FULL", "the store's disk is full: nothing can be recorded, so nothing is issued", "free space on the broker's disk; it goes on by itself", nil}
 	ErrStoreLost      = &Refusal{Unavailable, "STORE_UNAVAILABLE", "the store can't be written now", "try again; the broker reopens it by itself", nil}
 	ErrNoSigningKey   = &Refusal{Unavailable, "NO_SIGNING_KEY", "the broker has no published signing key yet", "try again in a moment", nil}
+	ErrLogBehind      = &Refusal{Unavailable, "LOG_BEHIND_SIGNED_HEAD", "a broker signed for a record that this broker's log lacks", "records were lost: an operator must look; see docs/operations.md, When a broker is silent", nil}
 	ErrBusy           = &Refusal{Unavailable, "BUSY", "revocations keep arriving faster than this request could be recorded", "try again", nil}
 	ErrRosterFull     = &Refusal{Exhausted, "ROSTER_FULL", "this identity has too many verifiers that may still accept tokens", "those that are gone leave once their staleness bound has passed", nil}
 	ErrBackupBusy     = &Refusal{Exhausted, "BACKUP_UNDER_WAY", "another backup is under way", "wait until it has ended", nil}

@@ -34,3 +34,13 @@ func (b *Broker) ApplyUntil(ctx context.Context, seq uint64) error {
 	_, err := b.revokeForeignKeys(ctx) // as Run does after a key that others wrote
 	return err
 }
+
+// Waiting returns how many pings wait for the next signed head.
+func (b *Broker) Waiting() int {
+	b.signing.mu.Lock()
+	defer b.signing.mu.Unlock()
+	if b.signing.next == nil {
+		return 0
+	}
+	return len(b.signing.next.nonces)
+}

@@ -26,6 +26,7 @@ import (
 	"github.com/dayflyhq/dayfly/proto/feed"
 	"github.com/dayflyhq/dayfly/proto/revocation"
 	"github.com/dayflyhq/dayfly/proto/token"
+	"github.com/dayflyhq/dayfly/proto/vouch"
 	"github.com/dayflyhq/dayfly/sdk/spiffetest"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
@@ -232,6 +233,10 @@ type world struct {
 	auditErr error
 	logs     []string
 	secrets  []token.Secret
+	heads    []feed.SignedHead // those that the broker signed
+	headErr  error
+	// disregard is what the next broker is told to disregard.
+	disregard feed.Position
 
 	stop       func() // ends the broker and closes the store
 	stopBroker func() // ends the broker alone
@@ -311,13 +316,39 @@ func (w *world) newBroker() *broker.Broker {
 		VerifyKey: func(k feed.Key, at time.Time) error {
 			return keys.VerifyKey(issuer, k, w.td, spiffeid.MatchID(brokerID), at)
 		},
-		Audit: w.record, Log: slog.New(slog.NewJSONHandler(w, nil)),
+		SignHead: w.signHead,
+		VerifyHead: func(h feed.SignedHead) (feed.HeadStatement, error) {
+			return vouch.VerifyKeptHead(issuer, h, w.td, spiffeid.MatchID(brokerID), w.clock.Now())
+		},
+		Disregard: w.disregard,
+		Audit:     w.record, Log: slog.New(slog.NewJSONHandler(w, nil)),
 		Now: w.clock.Now, Boot: w.clock.Boot,
 	})
 	if err != nil {
 		w.t.Fatal(err)
 	}
 	return b
+}
+
+func (w *world) signHead(s feed.HeadStatement) (feed.SignedHead, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.headErr != nil {
+		return feed.SignedHead{}, w.headErr
+	}
+	svid, err := w.td.IssueSVID(brokerID, spiffetest.SVIDOptions{}) // another each time: it rotates
+	if err != nil {
+		return feed.SignedHead{}, err
+	}
+	h, err := vouch.SignHead(svid, issuer, s)
+	w.heads = append(w.heads, h)
+	return h, err
+}
+
+func (w *world) headsSigned() []feed.SignedHead {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return append([]feed.SignedHead(nil), w.heads...)
 }
 
 // restart ends the process, as far as a test can, and begins another on its store.

@@ -34,6 +34,8 @@ type Subscriber struct {
 	AcceptsStale bool
 	Position     feed.Position // zero: knows nothing
 	Relay        bool
+	SignedHeads  bool            // it wants signed heads
+	NewestHead   feed.SignedHead // the newest that it was given; zero: none
 }
 
 // roster is feed.Roster with a lock, a store behind it and a bell.
@@ -141,6 +143,8 @@ type Follower struct {
 	id     feed.VerifierID
 	bound  time.Duration
 	relay  bool
+	signed bool                       // it asked for signed heads
+	shown  feed.Position              // the head that it was last given signed; of Answer alone
 	below  map[feed.VerifierID]string // whom policy let follow through this relay, on what terms
 
 	mu     sync.Mutex // guards cursor
@@ -198,10 +202,13 @@ func (b *Broker) subscribe(ctx context.Context, c Caller, s Subscriber, e *Audit
 	if s.Position.Compare(head) > 0 {
 		b.cfg.Log.ErrorContext(ctx, "a verifier claims a position that this log lacks", "verifier", c.Actor(), "claimed", s.Position.String(), "head", head.String())
 	}
+	if err := b.heard(ctx, c, s.NewestHead); err != nil {
+		return nil, err
+	}
 	if err := b.join(ctx, v); err != nil {
 		return nil, err
 	}
-	return &Follower{b: b, caller: c, id: v.ID, bound: s.MaxStaleness, relay: s.Relay, cursor: feed.NewCursor(s.Position)}, nil
+	return &Follower{b: b, caller: c, id: v.ID, bound: s.MaxStaleness, relay: s.Relay, signed: s.SignedHeads, cursor: feed.NewCursor(s.Position)}, nil
 }
 
 func checkSubscriber(s Subscriber) error {
@@ -369,6 +376,10 @@ func (f *Follower) Next(limit int) (feed.Delivery, bool, <-chan struct{}) {
 type Proof struct {
 	Head, Horizon feed.Position
 	Age           time.Duration
+	// Signed says the same over a broker's name, and Path that the ping was there when it
+	// was said; zero for those who get none.
+	Signed feed.SignedHead
+	Path   feed.NoncePath
 }
 
 // Prove shows that this broker still owns its store, by a durable write that began
@@ -379,7 +390,10 @@ func (f *Follower) Prove(ctx context.Context) (Proof, error) {
 	if err := f.Check(); err != nil {
 		return Proof{}, err
 	}
-	if err := b.cfg.Store.Observe(ctx); err != nil {
+	if err := b.checkSilence(); err != nil {
+		return Proof{}, err
+	}
+	if err := b.owns(ctx); err != nil {
 		return Proof{}, storeRefusal(err)
 	}
 	st, err := b.cfg.Store.State(ctx)
@@ -389,10 +403,19 @@ func (f *Follower) Prove(ctx context.Context) (Proof, error) {
 	b.state.mu.RLock()
 	horizon := b.state.log.Horizon()
 	b.state.mu.RUnlock()
-	b.roster.mu.Lock()
-	b.roster.feed.Answered(f.id, b.cfg.Boot())
-	b.roster.mu.Unlock()
+	f.answered()
 	return Proof{Head: st.Head, Horizon: horizon}, nil
+}
+
+// owns is a durable write, which shows that this process still has its store.
+func (b *Broker) owns(ctx context.Context) error { return b.cfg.Store.Observe(ctx) }
+
+// answered notes that a ping is being answered.
+func (f *Follower) answered() {
+	r := &f.b.roster
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.feed.Answered(f.id, f.b.cfg.Boot())
 }
 
 // Acknowledge takes a receipt: for the verifier that sent it, and for nothing that it

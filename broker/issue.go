@@ -159,6 +159,9 @@ func (b *Broker) grant(ctx context.Context, c Caller, t terms, parent *token.Tok
 		if err != nil {
 			return nil, e, err
 		}
+		if err := b.checkSilence(); err != nil {
+			return nil, e, err // recorded, and not released
+		}
 		e.Outcome = "allowed"
 		if err := b.cfg.Audit(e); err != nil {
 			return nil, e, fmt.Errorf("writing the audit: %w", err)
@@ -218,6 +221,9 @@ func admit(g *Grant, parent *token.Token, newer []Record) error {
 
 // prepare reads position, locks and parent from one snapshot and makes the grant.
 func (b *Broker) prepare(c Caller, t terms, parent *token.Token) (*Grant, Signer, error) {
+	if err := b.checkSilence(); err != nil {
+		return nil, Signer{}, err
+	}
 	now := b.cfg.Now().UTC().Truncate(time.Second)
 	key, ok := b.cfg.Signer()
 	if !ok {

@@ -43,7 +43,7 @@ func (f *Follower) Relayed(ctx context.Context, verifiers []feed.Relayed) ([]Rel
 			}
 			continue
 		}
-		err = f.admit(ctx, v)
+		err = f.admit(ctx, v, rv.Identity)
 		var refusal *Refusal
 		switch {
 		case errors.As(err, &refusal):
@@ -69,13 +69,16 @@ func (b *Broker) enrolled(id feed.VerifierID) bool {
 
 // admit asks policy about one below, once on this stream for the same terms: as a
 // verifier of the relay's identity, which is the workload's that it stands beside.
-func (f *Follower) admit(ctx context.Context, v feed.Verifier) error {
+func (f *Follower) admit(ctx context.Context, v feed.Verifier, identity string) error {
 	terms := fmt.Sprint(v.Bound, v.AcceptsStale, v.Audiences) // an audience holds no space
 	if f.below[v.ID] == terms {
 		return nil
 	}
 	e := f.b.entry(ActionFollow, f.caller)
 	e.Message = "behind a relay: " + v.ID.Via + "/" + v.ID.Instance
+	if identity != "" {
+		e.Message += ", by the relay's word " + identity
+	}
 	d, err := f.b.decide(ctx, Question{
 		Action: ActionFollow, Caller: f.caller, Time: f.b.cfg.Now(),
 		Audiences: v.Audiences, MaxStaleness: v.Bound, AcceptsStale: v.AcceptsStale,

@@ -71,8 +71,9 @@ var house = []room{
 	{path: "proto/token", direct: noIO, closure: ground, except: spiffeID},
 	{path: "proto/revocation", direct: noIO, closure: ground, except: spiffeID},
 	{path: "proto/feed", direct: noIO, closure: ground, except: spiffeID},
-	{path: "proto/wire", closure: append(slices.Clip(light), ban{module + "/sdk", bothEnds})},     // the one translation between wire messages and the ground floor's values
-	{path: "proto/boottime", closure: append(slices.Clip(light), ban{module + "/sdk", bothEnds})}, // the clock that staleness is measured with, on every machine
+	{path: "proto/wire", closure: append(slices.Clip(light), ban{module + "/sdk", bothEnds})},                                                 // the one translation between wire messages and the ground floor's values
+	{path: "proto/boottime", closure: append(slices.Clip(light), ban{module + "/sdk", bothEnds})},                                             // the clock that staleness is measured with, on every machine
+	{path: "proto/vouch", closure: append(slices.Clip(light), ban{module + "/sdk", bothEnds}, ban{grpc, bothEnds}, ban{generated, bothEnds})}, // statements that a broker's SVID puts its name to: made by the broker, checked at both ends
 	{path: "broker", direct: core, closure: core},
 	{path: "broker/boltstore", direct: []ban{{grpc, disk}, {generated, disk}, {module + "/policy", disk}, {opa, disk}}},
 	{path: "broker/storetest", direct: []ban{{grpc, disk}, {generated, disk}, {module + "/policy", disk}, {opa, disk}, {bbolt, "the suite knows no particular store"}, {module + "/broker/boltstore", "the suite knows no particular store"}}},

@@ -186,11 +186,11 @@ func (u *upstream) ping(ctx context.Context, m *dayflyv1.Ping) error {
 	if err != nil {
 		return feedInvalid(err)
 	}
-	proof, err := u.follower.Prove(ctx)
+	proof, err := u.follower.Answer(ctx, nonce)
 	if err != nil {
 		return err
 	}
-	return u.answer(ctx, wire.PongMessage(wire.Pong{Nonce: nonce, Head: proof.Head, Age: proof.Age, Horizon: proof.Horizon}))
+	return u.answer(ctx, wire.PongMessage(wire.Pong{Nonce: nonce, Head: proof.Head, Age: proof.Age, Horizon: proof.Horizon, Signed: proof.Signed, Path: proof.Path}))
 }
 
 // answer hands a message to the sender, in the order of the questions: a refusal of one
@@ -230,6 +230,7 @@ func toSubscriber(m *dayflyv1.Subscribe) (broker.Subscriber, error) {
 	return broker.Subscriber{
 		Instance: sub.Instance, Audiences: sub.Audiences, MaxStaleness: sub.Bound,
 		AcceptsStale: sub.AcceptsStale, Position: sub.Position, Relay: sub.Relay,
+		SignedHeads: sub.SignedHeads, NewestHead: sub.NewestHead,
 	}, nil
 }
 

@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"sync"
 	"syscall"
 	"time"
@@ -238,6 +239,42 @@ func (s *Sandbox) StartAgent(ctx context.Context, id spiffeid.ID) (string, error
 	}
 	return "unix://" + socket, s.awaitAgent(ctx, "unix://"+socket, s.agents[id])
 }
+
+// StartRelay starts the agent of an identity with a listener for verifiers on other hosts
+// that allow admits, and returns where that is and the agent's process ID. Its upstream
+// is the broker, or the relay at an address with an identity of its own.
+func (s *Sandbox) StartRelay(ctx context.Context, id spiffeid.ID, allow, upstream string, upstreamID spiffeid.ID) (string, int, error) {
+	workloadAPI, err := s.TD.Workload(id)
+	if err != nil {
+		return "", 0, err
+	}
+	name := filepath.Base(id.Path())
+	socket, file := filepath.Join(s.Dir, name+".sock"), filepath.Join(s.Dir, name+".yaml")
+	above := ""
+	if upstream != "" {
+		above = fmt.Sprintf("  upstream: {address: %q, id: %q}\n", upstream, upstreamID)
+	}
+	text := fmt.Sprintf("broker: {address: %q, id: %q}\nworkload_api: %q\nsockets: {grpc: %q}\nfeed:\n  max_staleness: %s\n%s  relay: {listen: \"127.0.0.1:0\", allow: [%q]}\n",
+		s.Info.GRPC, Broker, workloadAPI, socket, Staleness, above, allow)
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		return "", 0, err
+	}
+	p, err := s.spawn("agent-"+name, s.cfg.Agent, "--config", file)
+	if err != nil {
+		return "", 0, err
+	}
+	s.agents[id] = p
+	if err := s.awaitAgent(ctx, "unix://"+socket, p); err != nil {
+		return "", 0, err
+	}
+	m := relayAddress.FindSubmatch([]byte(tail(p.log)))
+	if m == nil {
+		return "", 0, fmt.Errorf("the %s doesn't say where it relays: %s", p.name, tail(p.log))
+	}
+	return string(m[1]), p.cmd.Process.Pid, nil
+}
+
+var relayAddress = regexp.MustCompile(`"msg":"serving".*"relay":"([^"]+)"`)
 
 // awaitAgent waits until an agent says that it serves.
 func (s *Sandbox) awaitAgent(ctx context.Context, address string, p *process) error {

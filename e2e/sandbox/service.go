@@ -37,6 +37,8 @@ type ServiceConfig struct {
 	Audience string
 	// Feed is the client whose connection the verifier follows.
 	Feed *sdk.Client
+	// Broker is set where Feed reaches a relay on another host: whose signature counts.
+	Broker spiffeid.ID
 	// Plain serves plain HTTP on loopback, for curl; bearer tokens only.
 	Plain bool
 	// Addr to listen on; empty: a port of its own on loopback.
@@ -51,8 +53,8 @@ func (s *Sandbox) StartService(ctx context.Context, cfg ServiceConfig) (*Service
 	}
 	v, err := verify.New(verify.Config{
 		Conn: cfg.Feed.Conn(), Audiences: []string{cfg.Audience}, Bundles: src,
-		MaxStaleness: Staleness,
-		Leeway:       -1, // one clock on one machine: an expired token is refused at once
+		BrokerID: cfg.Broker, MaxStaleness: Staleness,
+		Leeway: -1, // one clock on one machine: an expired token is refused at once
 	})
 	if err != nil {
 		return nil, err

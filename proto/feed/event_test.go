@@ -27,7 +27,7 @@ type vector struct {
 	Sum          string   `json:"sum"`
 }
 
-func unhex(t *testing.T, s string) []byte {
+func unhex(t testing.TB, s string) []byte {
 	t.Helper()
 	b, err := hex.DecodeString(s)
 	if err != nil {
@@ -36,7 +36,7 @@ func unhex(t *testing.T, s string) []byte {
 	return b
 }
 
-func (v vector) event(t *testing.T) feed.Event {
+func (v vector) event(t testing.TB) feed.Event {
 	t.Helper()
 	e := feed.Event{Seq: v.Sequence, Private: [32]byte(unhex(t, v.Private)), Sum: feed.Sum(unhex(t, v.Sum))}
 	switch {

@@ -17,6 +17,8 @@ const (
 	// maxNonces bounds the pings of one stream that wait for an answer: the oldest are
 	// forgotten, as verifiers forget theirs.
 	maxNonces = 64
+	// maxGathered bounds the pings from other hosts that go up as one.
+	maxGathered = 4096
 )
 
 // ErrCrowded: a relay has as many verifiers below it as it can report.
@@ -36,6 +38,8 @@ type Relayed struct {
 	LastAnswerAge time.Duration
 	// Gone: it is answered no more.
 	Gone bool
+	// Identity is the SPIFFE ID that it proved to the relay; empty on a unix socket.
+	Identity string
 }
 
 // A Relay learns the log from above and passes it on with the age of its own knowledge.
@@ -43,11 +47,17 @@ type Relayed struct {
 // whose terms grew, waits until a ping has come back that went up after the report which
 // named it. Whoever owns a relay sends what Report returns before each Ping.
 //
+// Those on other hosts don't take its word. Their pings go up gathered in a tree, whose
+// root is the relay's own ping, and come back under a signed head.
+//
 // Like everything here it is one state machine for one goroutine or lock. The zero value
 // knows nothing and has nobody below.
 type Relay struct {
 	View  View
 	Fresh Freshness
+	// Screen, where it is set, holds back what comes from above until a signed head
+	// covers it: the relay's own upstream is a relay on another host.
+	Screen *Screen
 
 	below map[string]*learner // by path
 	// gen counts what must be reported before it may be answered; the answer to a ping
@@ -63,6 +73,24 @@ type Relay struct {
 	pings  map[string]uint64 // nonce to gen as it was sent
 	asked  uint64            // the highest of them
 	pinged Instant
+
+	reported Instant // everyone, on whatever stream
+
+	waiting  []question           // pings from other hosts, in order of arrival
+	gathered map[string]gathering // those that are under way, by the nonce they went up as
+	arrived  bool                 // something that the screen holds back, since the last ping
+}
+
+// question is a ping of one on another host.
+type question struct {
+	from  *Downstream
+	nonce string
+}
+
+// gathering is what went up as one ping: the relay's own nonce is leaf 0.
+type gathering struct {
+	tree *NonceTree
+	of   []question
 }
 
 // learner is one that learns here, itself or through another relay.
@@ -90,8 +118,55 @@ func (r *Relay) Connected(relays bool) {
 	r.Fresh.Reconnected()
 	r.View.Reconnected()
 	r.relays, r.pings, r.asked, r.answers = relays, map[string]uint64{}, 0, nil
+	if r.Screen != nil {
+		r.Screen.Reconnected()
+	}
+	for _, g := range r.gathered { // they are asked again
+		r.waiting = append(g.of, r.waiting...)
+	}
+	r.waiting = slices.DeleteFunc(r.waiting, func(q question) bool { return q.from.left })
+	r.gathered = nil
 	for _, l := range r.below {
 		l.dirty = true
+	}
+}
+
+// Gather returns the nonce of the next ping: own, which is random, or, where pings from
+// other hosts wait, the root of a tree over own and theirs.
+func (r *Relay) Gather(own string) string {
+	n := min(len(r.waiting), maxGathered)
+	if n == 0 {
+		return own
+	}
+	g := gathering{of: slices.Clone(r.waiting[:n])}
+	r.waiting = slices.Delete(r.waiting, 0, n)
+	nonces := []string{own}
+	for _, q := range g.of {
+		nonces = append(nonces, q.nonce)
+	}
+	g.tree = NewNonceTree(nonces)
+	root := g.tree.Root()
+	if r.gathered == nil {
+		r.gathered = map[string]gathering{}
+	}
+	r.gathered[string(root[:])] = g
+	return string(root[:])
+}
+
+// Proved takes the signed head of the answer to a ping, and passes it on to those whose
+// pings were gathered in it. Whether it is good is for each of them to check.
+func (r *Relay) Proved(nonce string, head SignedHead, path NoncePath) {
+	g, ok := r.gathered[nonce]
+	if !ok {
+		return
+	}
+	delete(r.gathered, nonce)
+	for i, q := range g.of {
+		whole, err := g.tree.Path(i + 1).Under(path)
+		if err != nil || len(head.Statement) == 0 {
+			continue // unanswered: it closes
+		}
+		q.from.proven = append(q.from.proven, Answer{Nonce: q.nonce, Signed: head, Path: whole})
 	}
 }
 
@@ -99,14 +174,17 @@ func (r *Relay) Connected(relays bool) {
 func (r *Relay) Ping(nonce string, now Instant) {
 	r.Fresh.Sent(nonce, now)
 	r.pings[nonce] = r.gen
-	r.asked, r.pinged = r.gen, now
+	r.asked, r.pinged, r.arrived = r.gen, now, false
 }
 
 // Due returns how long until the next ping: no time if somebody waits for it. Own is the
 // bound of whoever owns the relay; a smaller one below sets the pace.
 func (r *Relay) Due(own time.Duration, now Instant) time.Duration {
-	if r.asked < r.gen {
-		return 0
+	if r.arrived && len(r.pings) == 0 && r.Screen.Waits() {
+		return 0 // once for what has arrived: a lie is never proven
+	}
+	if r.asked < r.gen || len(r.waiting) > 0 && len(r.gathered) == 0 {
+		return 0 // one gathering is under way at a time: the next takes all that wait by then
 	}
 	return max(0, r.pinged.Add(r.Bound(own)/PingsPerBound).Sub(now))
 }
@@ -121,12 +199,21 @@ func (r *Relay) Bound(own time.Duration) time.Duration {
 	return own
 }
 
+// Overdue reports whether a ping is one that everyone is to be reported before: not one
+// that goes out of turn because somebody on another host asked.
+func (r *Relay) Overdue(own time.Duration, now Instant) bool {
+	return now.Sub(r.reported) >= r.Bound(own)/PingsPerBound
+}
+
 // Report returns what changed below since the last report on this stream, and, before a
 // ping, everyone who may be answered from it: so the broker never takes one for closed
 // that isn't.
 func (r *Relay) Report(now Instant, ping bool) []Relayed {
 	if !r.relays {
 		return nil
+	}
+	if ping {
+		r.reported = now
 	}
 	var out []Relayed
 	for _, key := range slices.Sorted(maps.Keys(r.below)) {
@@ -178,8 +265,31 @@ func (r *Relay) confirm() {
 
 // Deliver takes a delivery from above.
 func (r *Relay) Deliver(d Delivery, now Instant) error {
-	if err := r.View.Apply(d, now); err != nil {
+	if r.Screen == nil {
+		return r.apply(now, d)
+	}
+	proven, err := r.Screen.Deliver(&r.View, d)
+	if err != nil {
 		return err
+	}
+	r.arrived = true
+	return r.apply(now, proven...)
+}
+
+// Signed takes a verified statement, of an answer that Answered has taken.
+func (r *Relay) Signed(h HeadStatement, now Instant) error {
+	proven, err := r.Screen.Signed(&r.View, h)
+	if err != nil {
+		return err
+	}
+	return r.apply(now, proven...)
+}
+
+func (r *Relay) apply(now Instant, deliveries ...Delivery) error {
+	for _, d := range deliveries {
+		if err := r.View.Apply(d, now); err != nil {
+			return err
+		}
 	}
 	r.Fresh.Applied(r.View.Position())
 	r.confirm()
@@ -244,8 +354,10 @@ type Downstream struct {
 	need   uint64 // the generation that must be confirmed before it is answered
 	cursor *Cursor
 	nonces []string
+	signed bool     // on another host: it takes signed heads only
+	proven []Answer // to its pings, from above
 
-	welcomed bool
+	welcomed, left bool
 }
 
 // A Message is what a downstream sends next: exactly one of these.
@@ -260,6 +372,9 @@ type Answer struct {
 	Nonce         string
 	Head, Horizon Position
 	Age           time.Duration // of the knowledge that it stands on
+	// Signed and Path prove it to one on another host, to whom the rest means nothing.
+	Signed SignedHead
+	Path   NoncePath
 }
 
 // Follow takes in one that begins to follow, whose path is its instance alone and whose
@@ -297,24 +412,56 @@ func (d *Downstream) Next(now Instant, limit int) (Message, bool) {
 		return Message{Delivery: &delivery}, true
 	}
 	age, known := r.Fresh.Age(now)
-	if len(d.nonces) == 0 || d.need > r.confirmed || !known {
+	if len(d.nonces)+len(d.proven) == 0 || d.need > r.confirmed || !known {
 		return Message{}, false
 	}
-	nonce := d.nonces[0]
-	d.nonces = d.nonces[1:]
+	var a Answer
+	if d.signed {
+		a, d.proven = d.proven[0], d.proven[1:]
+	} else {
+		a.Nonce, d.nonces = d.nonces[0], d.nonces[1:]
+	}
+	a.Head, a.Horizon, a.Age = r.View.Position(), r.View.Log().Horizon(), age
 	d.self.answered, d.self.ever = now, true
-	return Message{Answer: &Answer{Nonce: nonce, Head: r.View.Position(), Horizon: r.View.Log().Horizon(), Age: age}}, true
+	return Message{Answer: &a}, true
 }
+
+// Distrust makes it one on another host, before its first ping: it gets no answer but
+// under a signed head that its own ping is in.
+func (d *Downstream) Distrust() { d.signed = true }
 
 // Bound returns the bound that the relay reports for it.
 func (d *Downstream) Bound() time.Duration { return d.self.Bound }
 
 // Ping notes a ping to answer.
 func (d *Downstream) Ping(nonce string) {
+	if d.signed {
+		d.ask(nonce)
+		return
+	}
 	if len(d.nonces) == maxNonces {
 		d.nonces = slices.Delete(d.nonces, 0, 1)
 	}
 	d.nonces = append(d.nonces, nonce)
+}
+
+func (d *Downstream) ask(nonce string) {
+	mine := func(q question) bool { return q.from == d }
+	waiting := d.relay.waiting
+	n := len(d.proven)
+	for _, q := range waiting {
+		if mine(q) {
+			n++
+		}
+	}
+	if n >= maxNonces {
+		if i := slices.IndexFunc(waiting, mine); i >= 0 {
+			waiting = slices.Delete(waiting, i, i+1)
+		} else {
+			d.proven = slices.Delete(d.proven, 0, 1)
+		}
+	}
+	d.relay.waiting = append(waiting, question{d, nonce})
 }
 
 // Acknowledge takes its receipt, for what was delivered here, and reports whether it is
@@ -391,6 +538,8 @@ func (d *Downstream) UseReport(number uint64) bool {
 // behind it since it last said so, but not later than it was answered itself.
 func (d *Downstream) Leave() {
 	r := d.relay
+	d.left = true
+	r.waiting = slices.DeleteFunc(r.waiting, func(q question) bool { return q.from == d })
 	r.gen++
 	for _, l := range r.below {
 		if l.owner == d && !l.Gone {

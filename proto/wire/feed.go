@@ -7,6 +7,7 @@ import (
 	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
 	"github.com/dayflyhq/dayfly/proto/feed"
 	"github.com/dayflyhq/dayfly/proto/token"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/types/known/durationpb"
 )
 
@@ -170,6 +171,7 @@ type Subscription struct {
 	Position     feed.Position // zero for a new verifier
 	Relay        bool
 	SignedHeads  bool
+	NewestHead   feed.SignedHead // the newest that it was given; zero for none
 }
 
 // Subscribe makes the message.
@@ -182,6 +184,8 @@ func Subscribe(s Subscription) *dayflyv1.Subscribe {
 		Position:     Position(s.Position),
 		Relay:        s.Relay,
 		SignedHeads:  s.SignedHeads,
+
+		NewestSignedHead: SignedHead(s.NewestHead),
 	}
 }
 
@@ -201,6 +205,9 @@ func ToSubscription(m *dayflyv1.Subscribe) (Subscription, error) {
 		return Subscription{}, err
 	}
 	if s.Position, err = ToPosition(m.GetPosition()); err != nil {
+		return Subscription{}, err
+	}
+	if s.NewestHead, err = ToSignedHead(m.GetNewestSignedHead()); err != nil {
 		return Subscription{}, err
 	}
 	return s, s.validate()
@@ -246,19 +253,23 @@ func ToNonce(b []byte) (string, error) {
 	return string(b), nil
 }
 
-// A Pong is the answer to a ping, without the signed head that only a subscriber
-// behind a relay asks for.
+// A Pong is the answer to a ping.
 type Pong struct {
 	Nonce   string
 	Head    feed.Position // as of the knowledge that the answer stands on
 	Age     time.Duration // how old that knowledge is
 	Horizon feed.Position
+	// Signed and Path are for those who asked for signed heads. A signed head without a
+	// path to the nonce is one to keep and answers nothing.
+	Signed feed.SignedHead
+	Path   feed.NoncePath
 }
 
 // PongMessage makes the message down.
 func PongMessage(p Pong) *dayflyv1.FollowResponse {
 	return &dayflyv1.FollowResponse{Message: &dayflyv1.FollowResponse_Pong{Pong: &dayflyv1.Pong{
 		Nonce: []byte(p.Nonce), Head: Position(p.Head), Age: durationpb.New(p.Age), Horizon: Position(p.Horizon),
+		SignedHead: SignedHead(p.Signed), NoncePath: p.Path.Hashes, NonceIndex: p.Path.Index,
 	}}}
 }
 
@@ -282,7 +293,43 @@ func ToPong(m *dayflyv1.Pong) (Pong, error) {
 	if p.Horizon, err = ToPosition(m.GetHorizon()); err != nil {
 		return Pong{}, err
 	}
+	if p.Signed, err = ToSignedHead(m.GetSignedHead()); err != nil {
+		return Pong{}, err
+	}
+	p.Path = feed.NoncePath{Hashes: m.GetNoncePath(), Index: m.GetNonceIndex()}
 	return p, nil
+}
+
+// SignedHead makes a message; nil for the zero value.
+func SignedHead(h feed.SignedHead) *dayflyv1.SignedHead {
+	if len(h.Statement) == 0 {
+		return nil
+	}
+	return &dayflyv1.SignedHead{Statement: h.Statement, Signature: h.Signature, Certificates: h.Certificates}
+}
+
+// maxSignatureBytes is more than RSA of any size in use takes.
+const maxSignatureBytes = 2 << 10
+
+// ToSignedHead reads a signed head, which is not verified by that; an absent one is the
+// zero value.
+func ToSignedHead(m *dayflyv1.SignedHead) (feed.SignedHead, error) {
+	if m == nil {
+		return feed.SignedHead{}, nil
+	}
+	h := feed.SignedHead{Statement: m.GetStatement(), Signature: m.GetSignature(), Certificates: m.GetCertificates()}
+	if _, err := feed.ParseHeadStatement(h.Statement); err != nil {
+		return feed.SignedHead{}, err
+	}
+	if len(h.Signature) == 0 || len(h.Signature) > maxSignatureBytes || len(h.Certificates) == 0 || len(h.Certificates) > MaxCertificates {
+		return feed.SignedHead{}, malformed("a signed head without a signature or a chain, or with too large ones")
+	}
+	for _, c := range h.Certificates {
+		if len(c) > MaxCertificateBytes {
+			return feed.SignedHead{}, malformed("a certificate of %d bytes", len(c))
+		}
+	}
+	return h, nil
 }
 
 // Relayed makes the message of what a relay says of one below.
@@ -290,6 +337,7 @@ func Relayed(r feed.Relayed) *dayflyv1.RelayedVerifier {
 	return &dayflyv1.RelayedVerifier{
 		Path: r.Path, Audiences: r.Audiences, MaxStaleness: durationpb.New(r.Bound), OnStale: OnStale(r.AcceptsStale),
 		Acknowledged: Position(r.Acked), LastAnswerAge: durationpb.New(r.LastAnswerAge), Gone: r.Gone,
+		Identity: r.Identity,
 	}
 }
 
@@ -322,7 +370,12 @@ func toRelayed(m *dayflyv1.RelayedVerifier) (feed.Relayed, error) {
 	if err != nil {
 		return feed.Relayed{}, err
 	}
-	r := feed.Relayed{Path: m.GetPath(), Audiences: sub.Audiences, Bound: sub.Bound, AcceptsStale: sub.AcceptsStale, Acked: sub.Position, Gone: m.GetGone()}
+	r := feed.Relayed{Path: m.GetPath(), Audiences: sub.Audiences, Bound: sub.Bound, AcceptsStale: sub.AcceptsStale, Acked: sub.Position, Gone: m.GetGone(), Identity: m.GetIdentity()}
+	if r.Identity != "" {
+		if _, err := spiffeid.FromString(r.Identity); err != nil {
+			return feed.Relayed{}, malformed("an identity that is no SPIFFE ID")
+		}
+	}
 	if m.GetLastAnswerAge() != nil {
 		if r.LastAnswerAge, err = ToDuration(m.GetLastAnswerAge()); err != nil {
 			return feed.Relayed{}, err

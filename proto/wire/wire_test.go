@@ -1,6 +1,7 @@
 package wire_test
 
 import (
+	"bytes"
 	"crypto/ecdsa"
 	"crypto/ed25519"
 	"crypto/elliptic"
@@ -188,6 +189,7 @@ func TestValuesRoundTrip(t *testing.T) {
 			t.Errorf("on stale %v: got %v, %v", accepts, got, err)
 		}
 	}
+	head := signedHead(t)
 	rapid.Check(t, func(t *rapid.T) {
 		p := feed.Position{
 			Era: token.Era(rapid.Uint32Range(1, 1<<32-1).Draw(t, "era")),
@@ -201,7 +203,11 @@ func TestValuesRoundTrip(t *testing.T) {
 			Nonce: string(rapid.SliceOfN(rapid.Byte(), wire.MinNonceBytes, wire.MaxNonceBytes).Draw(t, "nonce")),
 			Head:  p, Horizon: p, Age: time.Duration(rapid.Int64Min(0).Draw(t, "age")),
 		}
-		if got, err := wire.ToPong(wire.PongMessage(pong).GetPong()); err != nil || got != pong {
+		if rapid.Bool().Draw(t, "proven") {
+			pong.Signed = head
+			pong.Path = feed.NoncePath{Index: rapid.Uint64().Draw(t, "index"), Hashes: [][]byte{make([]byte, 32), {}}}
+		}
+		if got, err := wire.ToPong(wire.PongMessage(pong).GetPong()); err != nil || !reflect.DeepEqual(got, pong) {
 			t.Fatalf("pong %v: got %v, %v", pong, got, err)
 		}
 		sub := wire.Subscription{
@@ -210,12 +216,50 @@ func TestValuesRoundTrip(t *testing.T) {
 			Bound:     time.Duration(rapid.Int64Range(int64(wire.MinBound), int64(wire.MaxBound)).Draw(t, "bound")),
 			Position:  p, AcceptsStale: rapid.Bool().Draw(t, "accepts"), Relay: rapid.Bool().Draw(t, "relay"), SignedHeads: rapid.Bool().Draw(t, "signed"),
 		}
+		if rapid.Bool().Draw(t, "kept") {
+			sub.NewestHead = head
+		}
 		if got, err := wire.ToSubscription(wire.Subscribe(sub)); err != nil || !reflect.DeepEqual(got, sub) {
 			t.Fatalf("subscription %+v: got %+v, %v", sub, got, err)
 		}
 	})
 	if got, err := wire.ToPosition(wire.Position(feed.Position{})); err != nil || got != (feed.Position{}) {
 		t.Errorf("zero position: got %v, %v", got, err)
+	}
+}
+
+func signedHead(t testing.TB) feed.SignedHead {
+	l := history(t)
+	s := feed.HeadStatement{Head: l.Head(), Horizon: l.Horizon(), KeySet: feed.KeySetDigest(l.Events()), Age: 3 * time.Second, SignedAt: time.Unix(1_700_000_000, 7).UTC()}
+	return feed.SignedHead{Statement: s.Encode(), Signature: []byte("signature"), Certificates: [][]byte{{1}, {2}}}
+}
+
+// TestHeadStatement: what feed signs is the message of the wire, by protobuf's own word.
+func TestHeadStatement(t *testing.T) {
+	h := signedHead(t)
+	want, err := feed.ParseHeadStatement(h.Statement)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := &dayflyv1.HeadStatement{}
+	if err := proto.Unmarshal(h.Statement, m); err != nil {
+		t.Fatal(err)
+	}
+	if len(m.ProtoReflect().GetUnknown()) > 0 {
+		t.Error("fields that the message doesn't have")
+	}
+	head, err := wire.ToPosition(m.GetHead())
+	horizon, horizonErr := wire.ToPosition(m.GetHorizon())
+	got := feed.HeadStatement{
+		Head: head, Horizon: horizon, KeySet: [32]byte(m.GetKeySetDigest()), NonceRoot: [32]byte(m.GetNonceRoot()),
+		Age: m.GetAge().AsDuration(), SignedAt: m.GetSignedAt().AsTime(),
+	}
+	if err != nil || horizonErr != nil || got != want {
+		t.Errorf("got %+v, %v, %v, want %+v", got, err, horizonErr, want)
+	}
+	again, err := proto.MarshalOptions{Deterministic: true}.Marshal(m)
+	if err != nil || !bytes.Equal(again, h.Statement) {
+		t.Errorf("marshalled %x, %v, want %x", again, err, h.Statement)
 	}
 }
 
@@ -250,47 +294,57 @@ func TestMalformed(t *testing.T) {
 		return out
 	}
 	tests := map[string]error{
-		"position: no era":            errOf(wire.ToPosition(&dayflyv1.Position{Sum: sum})),
-		"position: era in upper case": errOf(wire.ToPosition(&dayflyv1.Position{Era: "0000000A", Sum: sum})),
-		"position: short sum":         errOf(wire.ToPosition(&dayflyv1.Position{Era: "00000001", Sum: sum[:31]})),
-		"binding":                     errOf(wire.ToBinding(9)),
-		"on stale":                    errOf(wire.ToOnStale(9)),
-		"no duration":                 errOf(wire.ToDuration(nil)),
-		"negative duration":           errOf(wire.ToDuration(durationpb.New(-1))),
-		"huge duration":               errOf(wire.ToDuration(&durationpb.Duration{Seconds: 1 << 62})),
-		"no selector":                 errOf(wire.ToSelector(nil)),
-		"empty selector":              errOf(wire.ToSelector(&dayflyv1.Selector{})),
-		"half a subtree":              errOf(wire.ToSelector(&dayflyv1.Selector{Selector: &dayflyv1.Selector_Subtree{Subtree: "spiffe://example.org/ns/prod*"}})),
-		"no selectors":                errOf(wire.ToSelectors(nil)),
-		"too many selectors":          errOf(wire.ToSelectors(many(wire.MaxSelectors + 1))),
-		"no lineage":                  errOf(wire.ToLineage(nil)),
-		"too long a lineage":          errOf(wire.ToLineage(make([]*dayflyv1.Member, token.MaxDepth+1))),
-		"member":                      errOf(wire.ToMember(&dayflyv1.Member{Identity: "x"})),
-		"nothing":                     errOf(wire.ToDelivery(nil)),
-		"snapshot without position":   errOf(wire.ToDelivery(&dayflyv1.FollowResponse{Message: &dayflyv1.FollowResponse_Snapshot{Snapshot: &dayflyv1.Snapshot{}}})),
-		"event: no body":              event(func(m *dayflyv1.Event) { m.Body = nil }),
-		"event: short hash":           event(func(m *dayflyv1.Event) { m.Sum = nil }),
-		"event: short digest":         event(func(m *dayflyv1.Event) { m.PrivateDigest = sum[:1] }),
-		"event: number 0":             event(func(m *dayflyv1.Event) { m.Sequence = 0 }),
-		"key: another's ID":           event(func(m *dayflyv1.Event) { m.GetKey().KeyId = "AAAAAAAA" }),
-		"key: another algorithm":      event(func(m *dayflyv1.Event) { m.GetKey().Algorithm = "EdDSA" }),
-		"key: trailing bytes":         event(func(m *dayflyv1.Event) { m.GetKey().PublicKey = append(m.GetKey().PublicKey, 0) }),
-		"key: no bytes":               event(func(m *dayflyv1.Event) { m.GetKey().PublicKey = nil }),
-		"key: many certificates":      event(func(m *dayflyv1.Event) { m.GetKey().Certificates = make([][]byte, wire.MaxCertificates+1) }),
-		"key: huge certificate":       event(func(m *dayflyv1.Event) { m.GetKey().Certificates[0] = make([]byte, wire.MaxCertificateBytes+1) }),
-		"subscribe: no instance":      subscribe(func(m *dayflyv1.Subscribe) { m.Instance = "" }),
-		"subscribe: path as instance": subscribe(func(m *dayflyv1.Subscribe) { m.Instance = "instance/another" }),
-		"subscribe: no bound":         subscribe(func(m *dayflyv1.Subscribe) { m.MaxStaleness = nil }),
-		"subscribe: small bound":      subscribe(func(m *dayflyv1.Subscribe) { m.MaxStaleness = durationpb.New(wire.MinBound - 1) }),
-		"subscribe: large bound":      subscribe(func(m *dayflyv1.Subscribe) { m.MaxStaleness = durationpb.New(wire.MaxBound + 1) }),
-		"subscribe: no audience":      subscribe(func(m *dayflyv1.Subscribe) { m.Audiences = nil }),
-		"subscribe: many audiences":   subscribe(func(m *dayflyv1.Subscribe) { m.Audiences = make([]string, wire.MaxAudiences+1) }),
-		"subscribe: empty audience":   subscribe(func(m *dayflyv1.Subscribe) { m.Audiences = []string{""} }),
-		"pong: no head":               pong(func(m *dayflyv1.Pong) { m.Head = nil }),
-		"pong: no age":                pong(func(m *dayflyv1.Pong) { m.Age = nil }),
-		"pong: negative age":          pong(func(m *dayflyv1.Pong) { m.Age = durationpb.New(-1) }),
-		"pong: short nonce":           pong(func(m *dayflyv1.Pong) { m.Nonce = sum[:7] }),
-		"nonce: long":                 errOf(wire.ToNonce(make([]byte, wire.MaxNonceBytes+1))),
+		"position: no era":                      errOf(wire.ToPosition(&dayflyv1.Position{Sum: sum})),
+		"position: era in upper case":           errOf(wire.ToPosition(&dayflyv1.Position{Era: "0000000A", Sum: sum})),
+		"position: short sum":                   errOf(wire.ToPosition(&dayflyv1.Position{Era: "00000001", Sum: sum[:31]})),
+		"binding":                               errOf(wire.ToBinding(9)),
+		"on stale":                              errOf(wire.ToOnStale(9)),
+		"no duration":                           errOf(wire.ToDuration(nil)),
+		"negative duration":                     errOf(wire.ToDuration(durationpb.New(-1))),
+		"huge duration":                         errOf(wire.ToDuration(&durationpb.Duration{Seconds: 1 << 62})),
+		"no selector":                           errOf(wire.ToSelector(nil)),
+		"empty selector":                        errOf(wire.ToSelector(&dayflyv1.Selector{})),
+		"half a subtree":                        errOf(wire.ToSelector(&dayflyv1.Selector{Selector: &dayflyv1.Selector_Subtree{Subtree: "spiffe://example.org/ns/prod*"}})),
+		"no selectors":                          errOf(wire.ToSelectors(nil)),
+		"too many selectors":                    errOf(wire.ToSelectors(many(wire.MaxSelectors + 1))),
+		"no lineage":                            errOf(wire.ToLineage(nil)),
+		"too long a lineage":                    errOf(wire.ToLineage(make([]*dayflyv1.Member, token.MaxDepth+1))),
+		"member":                                errOf(wire.ToMember(&dayflyv1.Member{Identity: "x"})),
+		"nothing":                               errOf(wire.ToDelivery(nil)),
+		"snapshot without position":             errOf(wire.ToDelivery(&dayflyv1.FollowResponse{Message: &dayflyv1.FollowResponse_Snapshot{Snapshot: &dayflyv1.Snapshot{}}})),
+		"event: no body":                        event(func(m *dayflyv1.Event) { m.Body = nil }),
+		"event: short hash":                     event(func(m *dayflyv1.Event) { m.Sum = nil }),
+		"event: short digest":                   event(func(m *dayflyv1.Event) { m.PrivateDigest = sum[:1] }),
+		"event: number 0":                       event(func(m *dayflyv1.Event) { m.Sequence = 0 }),
+		"key: another's ID":                     event(func(m *dayflyv1.Event) { m.GetKey().KeyId = "AAAAAAAA" }),
+		"key: another algorithm":                event(func(m *dayflyv1.Event) { m.GetKey().Algorithm = "EdDSA" }),
+		"key: trailing bytes":                   event(func(m *dayflyv1.Event) { m.GetKey().PublicKey = append(m.GetKey().PublicKey, 0) }),
+		"key: no bytes":                         event(func(m *dayflyv1.Event) { m.GetKey().PublicKey = nil }),
+		"key: many certificates":                event(func(m *dayflyv1.Event) { m.GetKey().Certificates = make([][]byte, wire.MaxCertificates+1) }),
+		"key: huge certificate":                 event(func(m *dayflyv1.Event) { m.GetKey().Certificates[0] = make([]byte, wire.MaxCertificateBytes+1) }),
+		"subscribe: no instance":                subscribe(func(m *dayflyv1.Subscribe) { m.Instance = "" }),
+		"subscribe: path as instance":           subscribe(func(m *dayflyv1.Subscribe) { m.Instance = "instance/another" }),
+		"subscribe: no bound":                   subscribe(func(m *dayflyv1.Subscribe) { m.MaxStaleness = nil }),
+		"subscribe: small bound":                subscribe(func(m *dayflyv1.Subscribe) { m.MaxStaleness = durationpb.New(wire.MinBound - 1) }),
+		"subscribe: large bound":                subscribe(func(m *dayflyv1.Subscribe) { m.MaxStaleness = durationpb.New(wire.MaxBound + 1) }),
+		"subscribe: no audience":                subscribe(func(m *dayflyv1.Subscribe) { m.Audiences = nil }),
+		"subscribe: many audiences":             subscribe(func(m *dayflyv1.Subscribe) { m.Audiences = make([]string, wire.MaxAudiences+1) }),
+		"subscribe: empty audience":             subscribe(func(m *dayflyv1.Subscribe) { m.Audiences = []string{""} }),
+		"pong: no head":                         pong(func(m *dayflyv1.Pong) { m.Head = nil }),
+		"pong: no age":                          pong(func(m *dayflyv1.Pong) { m.Age = nil }),
+		"pong: negative age":                    pong(func(m *dayflyv1.Pong) { m.Age = durationpb.New(-1) }),
+		"pong: signed head without a statement": pong(func(m *dayflyv1.Pong) { m.SignedHead = &dayflyv1.SignedHead{} }),
+		"pong: signed head without a signature": pong(func(m *dayflyv1.Pong) { m.SignedHead = wire.SignedHead(signedHead(t)); m.SignedHead.Signature = nil }),
+		"pong: signed head without a chain":     pong(func(m *dayflyv1.Pong) { m.SignedHead = wire.SignedHead(signedHead(t)); m.SignedHead.Certificates = nil }),
+		"pong: signed head with a large certificate": pong(func(m *dayflyv1.Pong) {
+			m.SignedHead = wire.SignedHead(signedHead(t))
+			m.SignedHead.Certificates[1] = make([]byte, wire.MaxCertificateBytes+1)
+		}),
+		"subscribe: signed head of nonsense": subscribe(func(m *dayflyv1.Subscribe) {
+			m.NewestSignedHead = &dayflyv1.SignedHead{Statement: []byte("hello"), Signature: []byte{1}, Certificates: [][]byte{{1}}}
+		}),
+		"pong: short nonce": pong(func(m *dayflyv1.Pong) { m.Nonce = sum[:7] }),
+		"nonce: long":       errOf(wire.ToNonce(make([]byte, wire.MaxNonceBytes+1))),
 	}
 	for name, err := range tests {
 		if !errors.Is(err, feed.ErrMalformed) {
@@ -320,7 +374,7 @@ func FuzzFollowResponse(f *testing.F) {
 		}
 		f.Add(b)
 	}
-	b, err := proto.Marshal(wire.PongMessage(wire.Pong{Nonce: "12345678", Head: l.Head()}))
+	b, err := proto.Marshal(wire.PongMessage(wire.Pong{Nonce: "12345678", Head: l.Head(), Signed: signedHead(f)}))
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -331,7 +385,7 @@ func FuzzFollowResponse(f *testing.F) {
 			return
 		}
 		if p, err := wire.ToPong(m.GetPong()); err == nil {
-			if again, err := wire.ToPong(wire.PongMessage(p).GetPong()); err != nil || again != p {
+			if again, err := wire.ToPong(wire.PongMessage(p).GetPong()); err != nil || !reflect.DeepEqual(again, p) {
 				t.Errorf("got %v, %v, want %v", again, err, p)
 			}
 		}

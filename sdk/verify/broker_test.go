@@ -58,6 +58,8 @@ type broker struct {
 	held     bool                           // delivers no events
 	tamper   func(*dayflyv1.FollowResponse) // what goes out
 	onPing   func()                         // before a ping is answered
+	signs    *signer                        // of its heads, nil for none
+	signed   time.Duration                  // age that it signs
 	subs     []*dayflyv1.Subscribe
 	acks     []feed.Position
 	uses     []*dayflyv1.Use
@@ -290,6 +292,11 @@ func (b *broker) pong(rpc dayflyv1.FeedService_FollowServer, nonce []byte) error
 	p := wire.Pong{Nonce: string(nonce), Head: b.log.Head(), Age: b.age, Horizon: b.log.Horizon()}
 	if b.pongHead != nil {
 		p.Head = *b.pongHead
+	}
+	if b.signs != nil {
+		// Somebody else's ping waited for the same proof.
+		tree := feed.NewNonceTree([]string{"nonce-of-somebody", p.Nonce})
+		p.Signed, p.Path = b.signs.sign(&b.log, tree.Root(), b.signed), tree.Path(1)
 	}
 	b.mu.Unlock()
 	if mute {

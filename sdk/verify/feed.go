@@ -12,7 +12,9 @@ import (
 	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
 	"github.com/dayflyhq/dayfly/proto/feed"
 	"github.com/dayflyhq/dayfly/proto/token"
+	"github.com/dayflyhq/dayfly/proto/vouch"
 	"github.com/dayflyhq/dayfly/proto/wire"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -119,6 +121,7 @@ type stream struct {
 	rpc      grpc.BidiStreamingClient[dayflyv1.FollowRequest, dayflyv1.FollowResponse]
 	heard    func() // a word came: not silent
 	applied  chan struct{}
+	prove    chan struct{} // the screen holds something back: ask now
 	welcomed chan struct{}
 	acked    feed.Position
 
@@ -143,6 +146,7 @@ func (v *Verifier) follow(ctx context.Context) error {
 		rpc:      rpc,
 		heard:    func() { watchdog.Reset(silence) },
 		applied:  make(chan struct{}, 1),
+		prove:    make(chan struct{}, 1),
 		welcomed: make(chan struct{}),
 		ended:    make(chan struct{}),
 	}
@@ -174,7 +178,9 @@ func (s *stream) subscribe() error {
 	v.mu.Lock()
 	v.fresh.Reconnected()
 	v.view.Reconnected()
-	known := v.view.Position()
+	v.screen.Reconnected()
+	v.proving, v.arrived = "", false
+	known, kept := v.view.Position(), v.kept.Signed
 	v.mu.Unlock()
 	v.asks.reconnected()
 	v.uses.outbox.Reconnected()
@@ -184,6 +190,10 @@ func (s *stream) subscribe() error {
 		Bound:        v.cfg.MaxStaleness,
 		AcceptsStale: v.cfg.OnStale == Accept,
 		Position:     known,
+		// Asked for by everyone: a broker gives one that is only to be kept at first and
+		// with each new head, which costs next to nothing.
+		SignedHeads: true,
+		NewestHead:  kept,
 	})}})
 }
 
@@ -218,6 +228,8 @@ func (s *stream) serve() error {
 			err = s.tick()
 		case <-s.applied:
 			err = s.acknowledge()
+		case <-s.prove:
+			err = s.askProof()
 		case <-s.v.asks.wake:
 			err = s.question(questions)
 		case <-questions.C:
@@ -247,6 +259,22 @@ func (s *stream) ping(nonce string) error {
 	s.v.mu.Unlock()
 	s.v.uses.outbox.Pinged(nonce)
 	return s.rpc.Send(&dayflyv1.FollowRequest{Message: &dayflyv1.FollowRequest_Ping{Ping: &dayflyv1.Ping{Nonce: []byte(nonce)}}})
+}
+
+// askProof asks for the signed head that covers what the screen holds back: once for what
+// has arrived, since a lie is never proven, and one such ping is under way at a time.
+func (s *stream) askProof() error {
+	nonce := rand.Text()
+	s.v.mu.Lock()
+	ask := s.v.unproven()
+	if ask {
+		s.v.proving, s.v.arrived = nonce, false
+	}
+	s.v.mu.Unlock()
+	if !ask {
+		return nil
+	}
+	return s.ping(nonce)
 }
 
 func (s *stream) question(again *time.Timer) error {
@@ -286,11 +314,16 @@ func (s *stream) receive() error {
 		return err
 	}
 	close(s.welcomed)
+	s.heard()
 	for {
-		s.heard()
 		m, err := s.rpc.Recv()
 		if err != nil {
 			return err
+		}
+		// Answers that don't make the verifier fresh are as good as silence where the
+		// relay may be withholding what they speak of: another stream begins anew.
+		if m.GetPong() == nil || !s.v.distrusts() || s.v.Status().Fresh {
+			s.heard()
 		}
 		if err := s.handle(m); err != nil {
 			return err
@@ -299,25 +332,31 @@ func (s *stream) receive() error {
 }
 
 func (s *stream) handle(m *dayflyv1.FollowResponse) error {
+	var moved, waits bool
+	var err error
 	if pong := m.GetPong(); pong != nil {
-		return s.v.answered(pong)
+		moved, waits, err = s.v.answered(pong)
+	} else {
+		moved, waits, err = s.v.delivered(m)
 	}
-	d, err := wire.ToDelivery(m)
-	if err != nil {
-		return fmt.Errorf("%w: %w", errProtocol, err)
-	}
-	moved, err := s.v.apply(d)
 	if err != nil {
 		return err
 	}
 	if moved {
 		s.v.judgeWatches() // before the acknowledgement: it says that this is done
-		select {
-		case s.applied <- struct{}{}:
-		default:
-		}
+		poke(s.applied)
+	}
+	if waits {
+		poke(s.prove)
 	}
 	return nil
+}
+
+func poke(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
 }
 
 func (v *Verifier) currentBound() time.Duration {
@@ -359,13 +398,40 @@ func (v *Verifier) welcome(m *dayflyv1.Welcome) error {
 	return nil
 }
 
-// apply takes a delivery and reports whether it moved the position.
-func (v *Verifier) apply(d feed.Delivery) (moved bool, err error) {
+// delivered takes a delivery and reports whether it moved the position, and whether
+// something waits to be proven.
+func (v *Verifier) delivered(m *dayflyv1.FollowResponse) (moved, waits bool, err error) {
+	d, err := wire.ToDelivery(m)
+	if err != nil {
+		return false, false, fmt.Errorf("%w: %w", errProtocol, err)
+	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
+	deliveries := []feed.Delivery{d}
+	if v.distrusts() {
+		if deliveries, err = v.screen.Deliver(&v.view, d); err != nil {
+			return false, false, fmt.Errorf("screening events: %w", err)
+		}
+		v.arrived = true
+	}
+	moved, err = v.apply(deliveries)
+	return moved, v.unproven(), err
+}
+
+// distrusts reports whether what the feed says counts only under a broker's signature.
+func (v *Verifier) distrusts() bool { return !v.cfg.BrokerID.IsZero() }
+
+// unproven reports whether a ping is to be sent for what the screen holds back; mu is
+// held.
+func (v *Verifier) unproven() bool { return v.arrived && v.screen.Waits() && v.proving == "" }
+
+// apply takes deliveries that may be believed, in order; mu is held.
+func (v *Verifier) apply(deliveries []feed.Delivery) (moved bool, err error) {
 	before, fork := v.view.Position(), v.view.Err()
-	if err := v.view.Apply(d, v.cfg.Boot()); err != nil {
-		return false, fmt.Errorf("applying events: %w", err)
+	for _, d := range deliveries {
+		if err := v.view.Apply(d, v.cfg.Boot()); err != nil {
+			return false, fmt.Errorf("applying events: %w", err)
+		}
 	}
 	after := v.view.Position()
 	if before.Era != 0 && before.Era != after.Era {
@@ -377,25 +443,49 @@ func (v *Verifier) apply(d feed.Delivery) (moved bool, err error) {
 	return after != before, nil
 }
 
-// answered takes the answer to a ping.
-func (v *Verifier) answered(m *dayflyv1.Pong) error {
+// answered takes the answer to a ping, and reports as delivered does.
+func (v *Verifier) answered(m *dayflyv1.Pong) (moved, waits bool, err error) {
 	pong, err := wire.ToPong(m)
 	if err != nil {
-		return fmt.Errorf("%w: %w", errProtocol, err)
+		return false, false, fmt.Errorf("%w: %w", errProtocol, err)
+	}
+	var signed feed.HeadStatement
+	if v.distrusts() {
+		// Head and age are the statement's: what the relay says of them is nothing.
+		if signed, err = feed.VerifyAnswer(pong.Nonce, pong.Signed, pong.Path, v.verifyHead); err != nil {
+			return false, false, fmt.Errorf("checking an answer: %w", err)
+		}
+		pong.Head, pong.Age = signed.Head, signed.Age
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	position := v.view.Position()
-	asOf, err := v.fresh.Answered(pong.Nonce, pong.Head, pong.Age, position)
+	asOf, err := v.fresh.Answered(pong.Nonce, pong.Head, pong.Age, v.view.Position())
 	if err != nil {
-		return fmt.Errorf("%w: %w", errProtocol, err)
+		return false, false, fmt.Errorf("%w: %w", errProtocol, err)
 	}
 	if err := v.view.CheckHead(pong.Head, asOf); err != nil {
-		return fmt.Errorf("comparing heads: %w", err)
+		return false, false, fmt.Errorf("comparing heads: %w", err)
 	}
+	v.kept.Note(pong.Signed)
 	v.asks.answered(pong.Nonce, pong.Head)
 	v.uses.outbox.Answered(pong.Nonce)
-	v.asks.applied(position)
-	v.notify()
-	return nil
+	if v.proving == pong.Nonce {
+		v.proving = ""
+	}
+	var deliveries []feed.Delivery
+	if v.distrusts() {
+		if deliveries, err = v.screen.Signed(&v.view, signed); err != nil {
+			return false, false, fmt.Errorf("screening events: %w", err)
+		}
+	}
+	moved, err = v.apply(deliveries)
+	return moved, v.unproven(), err
+}
+
+// verifyHead checks that the broker signed a head for the issuer that the feed speaks of.
+func (v *Verifier) verifyHead(h feed.SignedHead) (feed.HeadStatement, error) {
+	v.mu.RLock()
+	issuer := v.issuer
+	v.mu.RUnlock()
+	return vouch.VerifyHead(issuer, h, v.cfg.Bundles, spiffeid.MatchID(v.cfg.BrokerID), v.cfg.Now())
 }

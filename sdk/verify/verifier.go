@@ -47,6 +47,13 @@ type Config struct {
 	// Conn. Required.
 	Conn grpc.ClientConnInterface
 
+	// BrokerID is set where Conn reaches a relay on another host, which could lie: the
+	// SPIFFE ID of the broker whose signature every answer must then bear, made for this
+	// very ping, and every record and key be under. Such a relay can delay, which closes
+	// the verifier, and no more. It needs Bundles. Zero: what Conn reaches is believed, a
+	// broker that the client pins or the agent on this host.
+	BrokerID spiffeid.ID
+
 	// Audiences are the names that this service answers to: a token addressed to any
 	// other is refused. At least one.
 	Audiences []string
@@ -88,6 +95,9 @@ func (c *Config) validate() error {
 	var errs []error
 	if c.Conn == nil {
 		errs = append(errs, errors.New("conn: must be set"))
+	}
+	if !c.BrokerID.IsZero() && c.Bundles == nil {
+		errs = append(errs, errors.New("bundles: must be set with broker ID, to check its signatures"))
 	}
 	if n := len(c.Audiences); n == 0 || n > wire.MaxAudiences {
 		errs = append(errs, fmt.Errorf("audiences: want 1 to %d, not %d", wire.MaxAudiences, n))
@@ -144,6 +154,10 @@ type Verifier struct {
 	mu      sync.RWMutex
 	view    feed.View
 	fresh   feed.Freshness
+	screen  feed.Screen   // before the view, behind a relay on another host
+	proving string        // nonce of the ping that is to prove what the screen holds back
+	arrived bool          // something more, since that ping was sent
+	kept    feed.Newest   // to be shown to a broker that may have lost records
 	bound   time.Duration // 0 before the first Welcome
 	maxTTL  time.Duration
 	issuer  string
@@ -362,6 +376,9 @@ type Status struct {
 	// Bound is the staleness bound in force, 0 before the feed has welcomed the
 	// verifier.
 	Bound time.Duration
+	// KeptHead is the newest position that a broker signed for and that is shown to
+	// brokers, zero for none.
+	KeptHead feed.Position
 	// Err is a fork that closed the verifier until a new era begins, else why the last stream
 	// ended, nil while one is open.
 	Err error
@@ -373,7 +390,7 @@ func (v *Verifier) Status() Status {
 	defer v.mu.RUnlock()
 	now := v.cfg.Boot()
 	age, _ := v.fresh.Age(now)
-	s := Status{Position: v.view.Position(), Age: age, Bound: v.bound, Err: v.feedErr}
+	s := Status{Position: v.view.Position(), Age: age, Bound: v.bound, KeptHead: v.kept.Head, Err: v.feedErr}
 	s.Fresh = v.view.Err() == nil && v.bound > 0 && v.fresh.Fresh(now, v.bound)
 	if err := v.view.Err(); err != nil {
 		s.Err = err

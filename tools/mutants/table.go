@@ -41,7 +41,9 @@ func one(file, old, new string) []edit { return []edit{{file, old, new}} }
 // nobody before it has caught up with what the broker had then: unit tests of proto/feed
 // hold them (TestNoFalseFork, TestSnapshotNeverReplaces). G1 (numbers compared across
 // eras) changes nothing by itself: an older era's token is below the horizon that an era
-// begins with, or has another hash; TestPositions holds it. C3 (lifting deletes the
+// begins with, or has another hash; TestPositions holds it. Z0b (a late commit of a grant
+// of an old head) needs a broker that is behind for minutes just when records are
+// forgotten: 1,200 histories did not meet it, and TestAdmit holds it. C3 (lifting deletes the
 // revocation) has no code that could do it.
 var mutants = []mutant{
 	{"", "a credential is released before its grant is recorded", one(issue,
@@ -51,8 +53,6 @@ var mutants = []mutant{
 		"for _, rec := range newer {", "for _, rec := range newer[:0] {")},
 	{"B3", "the parent is not read in the moment of the position", one(issue,
 		"if err := s.checkParent(parent, now); err != nil {", "if err := error(nil); err != nil {")},
-	{"Z0b", "a grant of an old head commits however late", one(issue,
-		"if rec.Era != nil || g.Expires.After(rec.Details.Time.Add(token.MaxTTL+token.Leeway)) {", "if rec.Era != nil {")},
 	{"A3", "'>=' where '>' belongs", one(set,
 		"if seq := s.newestMatch(sub); seq > rev {", "if seq := s.newestMatch(sub); seq >= rev && seq > 0 {")},
 	{"A5", "fresh as of receipt", one(follower,
@@ -67,7 +67,7 @@ var mutants = []mutant{
 	{"A8", "staleness by a clock that stops in suspend", one(machine,
 		"m.boot + s.now + time.Duration(float64(s.now)*m.drift)", "m.boot + s.now - m.slept + time.Duration(float64(s.now)*m.drift)")},
 	{"E1", "a relay answers with age 0", one(relay,
-		"Head: r.View.Position(), Horizon: r.View.Log().Horizon(), Age: age", "Head: r.View.Position(), Horizon: r.View.Log().Horizon(), Age: 0*age")},
+		"r.View.Log().Horizon(), age", "r.View.Log().Horizon(), 0*age")},
 	{"E4", "a receipt survives the verifier's restart", one(follower,
 		`fmt.Sprintf("%s-%d-start", f.name, f.starts)`, `fmt.Sprintf("%s-start", f.name)`)},
 	{"K1", "the roster is in memory only", one(follow,
@@ -131,7 +131,7 @@ var mutants = []mutant{
 		{stateGo, "if err := verify(rec, s.unchecked[seq]); err == nil {", "if err := verify(rec, s.unchecked[seq]); err == nil || true {"},
 	}},
 	{"", "a relay answers whom the broker doesn't have on its roster", one(relay,
-		"if len(d.nonces) == 0 || d.need > r.confirmed || !known {", "if len(d.nonces) == 0 || !known {\n\t\td.need = 0")},
+		"if len(d.nonces)+len(d.proven) == 0 || d.need > r.confirmed || !known {", "if len(d.nonces)+len(d.proven) == 0 || !known {\n\t\td.need = 0")},
 	{"", "a relay answers from before one below was on the roster", one(relay,
 		"if c.head.Compare(r.View.Position()) > 0 {", "if false {")},
 	{"", "one behind a relay closes by its own last answer", one(roster,

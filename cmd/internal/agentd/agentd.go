@@ -156,16 +156,32 @@ func serve(ctx context.Context, cfg *Config, stderr io.Writer) error {
 		return err
 	}
 	defer client.Close()
+	above, err := upstream(cfg, identity)
+	if err != nil {
+		return err
+	}
+	if above != nil {
+		defer above.Close()
+	}
+	allow, err := cfg.Feed.Relay.selectors()
+	if err != nil {
+		return err
+	}
 	listeners, err := listen(cfg)
 	if err != nil {
 		return err
 	}
-	a, err := agent.New(agent.Config{
+	agentCfg := agent.Config{
 		Upstream: client.Conn(), Source: identity, Changed: identity.Changed,
 		GRPC: listeners.grpc, HTTP: listeners.http, AllowedUIDs: cfg.Sockets.AllowedUIDs,
 		Prefetch: cfg.requests(), NoFeed: !cfg.Feed.Follow, MaxStaleness: cfg.Feed.MaxStaleness,
 		Audiences: cfg.Feed.Audiences, MaxStreams: cfg.Feed.MaxStreams, Log: log,
-	})
+		BrokerID: cfg.Broker.ID, Bundles: identity, Relay: listeners.relay, RelayAllow: allow,
+	}
+	if above != nil {
+		agentCfg.Feed = above.Conn()
+	}
+	a, err := agent.New(agentCfg)
 	if err != nil {
 		return errors.Join(err, listeners.close())
 	}
@@ -178,6 +194,18 @@ func serve(ctx context.Context, cfg *Config, stderr io.Writer) error {
 	return group.Wait()
 }
 
+// upstream is the client of a relay on another host, nil where the broker is followed.
+func upstream(cfg *Config, identity *agent.Identity) (*sdk.Client, error) {
+	if cfg.Feed.Upstream.Address == "" {
+		return nil, nil
+	}
+	client, err := sdk.New(sdk.Config{Address: cfg.Feed.Upstream.Address, Source: identity, BrokerID: cfg.Feed.Upstream.ID})
+	if err != nil {
+		return nil, fmt.Errorf("feed.upstream: %w", err)
+	}
+	return client, nil
+}
+
 func newLog(cfg Log, w io.Writer) *slog.Logger {
 	options := &slog.HandlerOptions{Level: cfg.Level}
 	if cfg.Format == "text" {
@@ -187,7 +215,7 @@ func newLog(cfg Log, w io.Writer) *slog.Logger {
 }
 
 // listeners are all that the process listens on; nil for what isn't configured.
-type listeners struct{ grpc, http, metrics net.Listener }
+type listeners struct{ grpc, http, relay, metrics net.Listener }
 
 func listen(cfg *Config) (_ listeners, err error) {
 	var l listeners
@@ -201,6 +229,11 @@ func listen(cfg *Config) (_ listeners, err error) {
 	}
 	if l.http, err = listenUnix(cfg, cfg.Sockets.HTTP); err != nil {
 		return listeners{}, err
+	}
+	if cfg.Feed.Relay.Listen != "" {
+		if l.relay, err = net.Listen("tcp", cfg.Feed.Relay.Listen); err != nil {
+			return listeners{}, fmt.Errorf("listening for verifiers on other hosts: %w", err)
+		}
 	}
 	if cfg.Metrics.IsValid() {
 		if l.metrics, err = net.Listen("tcp", cfg.Metrics.String()); err != nil {
@@ -223,7 +256,7 @@ func listenUnix(cfg *Config, path string) (net.Listener, error) {
 
 func (l *listeners) close() error {
 	var errs []error
-	for _, one := range []net.Listener{l.grpc, l.http, l.metrics} {
+	for _, one := range []net.Listener{l.grpc, l.http, l.relay, l.metrics} {
 		if one != nil {
 			errs = append(errs, one.Close())
 		}

@@ -14,6 +14,7 @@ import (
 
 	"github.com/dayflyhq/dayfly/agent"
 	"github.com/dayflyhq/dayfly/cmd/internal/config"
+	"github.com/dayflyhq/dayfly/proto/revocation"
 	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/dayflyhq/dayfly/proto/wire"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -61,6 +62,46 @@ type Feed struct {
 	MaxStaleness time.Duration `yaml:"max_staleness"`
 	Audiences    []string      `yaml:"audiences"`
 	MaxStreams   int           `yaml:"max_streams"`
+	// Upstream is a relay on another host to follow in place of the broker.
+	Upstream Broker `yaml:"upstream"`
+	// Relay is where verifiers on other hosts may follow.
+	Relay Relay `yaml:"relay"`
+}
+
+// Relay is for verifiers on other hosts; off without an address.
+type Relay struct {
+	Listen string   `yaml:"listen"`
+	Allow  []string `yaml:"allow"`
+}
+
+// selectors reads whom to allow.
+func (r *Relay) selectors() ([]revocation.Selector, error) {
+	var out []revocation.Selector
+	for _, text := range r.Allow {
+		s, err := revocation.Parse(text)
+		if err != nil {
+			return nil, err
+		}
+		switch s.Kind() {
+		case revocation.KindIdentity, revocation.KindSubtree, revocation.KindTrustDomain:
+			out = append(out, s)
+		default:
+			return nil, fmt.Errorf("%q is neither an identity, a subtree nor a trust domain", text)
+		}
+	}
+	return out, nil
+}
+
+// Validate checks whom to allow.
+func (r *Relay) Validate() error {
+	var errs []error
+	if _, err := r.selectors(); err != nil {
+		errs = append(errs, config.Wrong("allow", "%v", err))
+	}
+	if (r.Listen == "") != (len(r.Allow) == 0) {
+		errs = append(errs, config.Wrong("allow", "and listen go together: a listener admits nobody who is not named"))
+	}
+	return errors.Join(errs...)
 }
 
 // Log is what is written to standard error.
@@ -146,6 +187,12 @@ func (f *Feed) Validate() error {
 	}
 	if len(f.Audiences) > wire.MaxAudiences {
 		errs = append(errs, config.Wrong("audiences", "are at most %d", wire.MaxAudiences))
+	}
+	if (f.Upstream.Address == "") != f.Upstream.ID.IsZero() {
+		errs = append(errs, config.Wrong("upstream", "needs both the address and the SPIFFE ID of the relay"))
+	}
+	if !f.Follow && (f.Upstream.Address != "" || f.Relay.Listen != "") {
+		errs = append(errs, config.Wrong("follow", "is needed by upstream and by relay"))
 	}
 	for _, a := range f.Audiences {
 		if err := token.ValidateAudience(a); err != nil {

@@ -4,10 +4,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/dayflyhq/dayfly/broker/boltstore"
 	"github.com/dayflyhq/dayfly/cmd/internal/config"
+	"github.com/dayflyhq/dayfly/proto/feed"
+	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/spf13/cobra"
 )
 
@@ -46,6 +50,7 @@ func initCommand(name string) *cobra.Command {
 func serveCommand(name string) *cobra.Command {
 	var path string
 	var announce bool
+	var disregard, reason string
 	cmd := &cobra.Command{
 		Use:   "serve",
 		Short: "serve until told to stop",
@@ -61,6 +66,12 @@ func serveCommand(name string) *cobra.Command {
 			if err := cfg.checkEnvironment(); err != nil {
 				return config.UsageError{Err: err}
 			}
+			if cfg.Disregard, err = signedHead(disregard); err != nil {
+				return config.UsageError{Err: fmt.Errorf("--disregard-signed-heads: %w", err)}
+			}
+			if cfg.DisregardReason = reason; (disregard == "") != (reason == "") {
+				return config.UsageError{Err: errors.New("--disregard-signed-heads and --reason go together")}
+			}
 			out := io.Discard
 			if announce {
 				out = cmd.OutOrStdout()
@@ -70,6 +81,8 @@ func serveCommand(name string) *cobra.Command {
 	}
 	cmd.Flags().StringVarP(&path, "config", "c", "/etc/dayfly/broker.yaml", "configuration file (YAML)")
 	cmd.Flags().BoolVar(&announce, "announce", false, "print the addresses as one line of JSON on standard output once serving")
+	cmd.Flags().StringVar(&disregard, "disregard-signed-heads", "", "ERA/NUMBER: go on although the log lacks what verifiers show up to there;\nafter an operator has looked (docs/operations.md, When a broker is silent)")
+	cmd.Flags().StringVar(&reason, "reason", "", "why, for the audit")
 	return cmd
 }
 
@@ -80,6 +93,27 @@ func load(path string) (Config, error) {
 		return Config{}, config.UsageError{Err: err}
 	}
 	return cfg, nil
+}
+
+// signedHead reads ERA/NUMBER, as the log and readiness name a signed head; what follows
+// a second slash there is its hash.
+func signedHead(s string) (feed.Position, error) {
+	if s == "" {
+		return feed.Position{}, nil
+	}
+	parts := strings.SplitN(s, "/", 3)
+	if len(parts) < 2 {
+		return feed.Position{}, fmt.Errorf("%q is not ERA/NUMBER", s)
+	}
+	era, err := token.ParseEra(parts[0])
+	if err != nil {
+		return feed.Position{}, err
+	}
+	seq, err := strconv.ParseUint(parts[1], 10, 64)
+	if err != nil || seq == 0 {
+		return feed.Position{}, fmt.Errorf("%q is no number of a record", parts[1])
+	}
+	return feed.Position{Era: era, Seq: seq}, nil
 }
 
 func checkCommand(name string) *cobra.Command {

@@ -13,6 +13,7 @@ import (
 	"github.com/dayflyhq/dayfly/broker/keys"
 	"github.com/dayflyhq/dayfly/broker/web"
 	"github.com/dayflyhq/dayfly/cmd/internal/config"
+	"github.com/dayflyhq/dayfly/proto/feed"
 	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
@@ -43,6 +44,10 @@ type Config struct {
 	// Traces is the URL of an OTLP/gRPC collector; empty: no traces.
 	Traces   string     `yaml:"traces"`
 	LogLevel slog.Level `yaml:"log_level"`
+	// Disregard is a flag and no key of the file: the highest signed head that the log may
+	// lack, and why.
+	Disregard       feed.Position
+	DisregardReason string
 	// ShutdownGrace is how long calls under way may take when the broker stops.
 	ShutdownGrace time.Duration `yaml:"shutdown_grace"`
 }

@@ -71,6 +71,12 @@ func (m *metrics) watch(b *broker.Broker, s *boltstore.Store) {
 	}
 	m.watchUses(b)
 	gauge("dayfly_log_head", "Number of the newest record applied.", func() float64 { return float64(b.Head().Seq) })
+	gauge("dayfly_silent", "1 while the broker is silent: its log lacks a record that a broker signed for.", func() float64 {
+		if b.Silent() != nil {
+			return 1
+		}
+		return 0
+	})
 	gauge("dayfly_locks", "Standing locks.", func() float64 { return float64(len(b.Locks())) })
 	stat := func(of func(boltstore.Stats) float64) func() float64 {
 		return func() float64 {

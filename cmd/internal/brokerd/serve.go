@@ -25,6 +25,7 @@ import (
 	"github.com/dayflyhq/dayfly/proto/boottime"
 	"github.com/dayflyhq/dayfly/proto/feed"
 	"github.com/dayflyhq/dayfly/proto/token"
+	"github.com/dayflyhq/dayfly/proto/vouch"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -146,6 +147,17 @@ func (d *daemon) assemble(ctx context.Context) error {
 		VerifyKey: func(k feed.Key, at time.Time) error {
 			return keys.VerifyKey(d.cfg.Issuer, k, d.svids, spiffeid.MatchID(d.id), at)
 		},
+		SignHead: func(s feed.HeadStatement) (feed.SignedHead, error) {
+			svid, err := d.svids.GetX509SVID() // as it is now: it rotates
+			if err != nil {
+				return feed.SignedHead{}, err
+			}
+			return vouch.SignHead(svid, d.cfg.Issuer, s)
+		},
+		VerifyHead: func(h feed.SignedHead) (feed.HeadStatement, error) {
+			return vouch.VerifyKeptHead(d.cfg.Issuer, h, d.svids, spiffeid.MatchID(d.id), time.Now())
+		},
+		Disregard: d.cfg.Disregard,
 		Audit: func(e broker.AuditEntry) error {
 			d.metrics.decided(e)
 			return d.audit.write(e)
@@ -156,8 +168,27 @@ func (d *daemon) assemble(ctx context.Context) error {
 		return err
 	}
 	d.metrics.watch(d.broker, d.store)
+	if err := d.disregard(ctx); err != nil {
+		return err
+	}
 	if err := d.broker.Load(ctx); err != nil {
 		return fmt.Errorf("loading the store: %w", err)
+	}
+	return nil
+}
+
+// disregard records that an operator said to go on without what a signed head names.
+func (d *daemon) disregard(ctx context.Context) error {
+	if d.cfg.Disregard.Seq == 0 {
+		return nil
+	}
+	d.log.WarnContext(ctx, "signed heads that the log lacks are disregarded", "up_to", d.cfg.Disregard.String(), "reason", d.cfg.DisregardReason)
+	err := d.audit.write(broker.AuditEntry{
+		Time: time.Now().UTC(), Action: "disregard_signed_heads", Actor: fmt.Sprintf("dayfly-broker serve:uid=%d", os.Geteuid()),
+		Outcome: "allowed", Message: "up to " + d.cfg.Disregard.String(), Why: d.cfg.DisregardReason, Alert: true,
+	})
+	if err != nil {
+		return fmt.Errorf("writing the audit: %w", err)
 	}
 	return nil
 }
@@ -374,6 +405,13 @@ func (d *daemon) problems() []web.Problem {
 	var out []web.Problem
 	if _, err := d.svids.GetX509SVID(); err != nil {
 		out = append(out, web.Problem{Reason: "NO_SVID", Message: "the workload api has given no SVID: only break-glass is served", Hint: "does the SPIFFE agent run, and has it an entry for the broker?"})
+	}
+	if s := d.broker.Silent(); s != nil {
+		out = append(out, web.Problem{
+			Reason:  broker.ErrLogBehind.Reason,
+			Message: fmt.Sprintf("the log lacks %s, which a broker signed for at %s; shown by %s", s.Head, s.SignedAt.Format(time.RFC3339), s.ShownBy),
+			Hint:    broker.ErrLogBehind.Hint,
+		})
 	}
 	if _, ok := d.ring.Current(); !ok {
 		out = append(out, web.Problem{Reason: "NO_SIGNING_KEY", Message: "no signing key is published"})

@@ -1492,7 +1492,9 @@ type Pong struct {
 	// Only for subscribers that asked for signed heads.
 	SignedHead *SignedHead `protobuf:"bytes,5,opt,name=signed_head,json=signedHead,proto3" json:"signed_head,omitempty"`
 	// Proof that the nonce is below the signed head's nonce_root: sibling hashes,
-	// leaf to root, and the leaf's index.
+	// leaf to root, and the leaf's index. An empty hash is the top of a relay's tree:
+	// what was hashed so far was its own ping's nonce, a leaf of the next tree, whose
+	// index follows in the higher bits (docs/architecture.md).
 	NoncePath     [][]byte `protobuf:"bytes,6,rep,name=nonce_path,json=noncePath,proto3" json:"nonce_path,omitempty"`
 	NonceIndex    uint64   `protobuf:"varint,7,opt,name=nonce_index,json=nonceIndex,proto3" json:"nonce_index,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -1581,7 +1583,8 @@ func (x *Pong) GetNonceIndex() uint64 {
 // SignedHead is a HeadStatement and the signature of a broker's SVID over it.
 type SignedHead struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Serialised HeadStatement: what is signed, byte for byte.
+	// Serialised HeadStatement in its canonical form: signed byte for byte, behind a
+	// name and the issuer (docs/architecture.md).
 	Statement     []byte   `protobuf:"bytes,1,opt,name=statement,proto3" json:"statement,omitempty"`
 	Signature     []byte   `protobuf:"bytes,2,opt,name=signature,proto3" json:"signature,omitempty"`
 	Certificates  [][]byte `protobuf:"bytes,3,rep,name=certificates,proto3" json:"certificates,omitempty"`
