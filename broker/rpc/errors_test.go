@@ -315,7 +315,7 @@ The agent passes the broker's refusals on as they are, and adds its own.
 ## A verifier
 
 What sdk/verify refuses a presented token for. Its middleware answers with 401 or Unauthenticated; a missing scope is
-403 or PermissionDenied; a verifier that is itself closed says 503 or Unavailable.
+403 or PermissionDenied; an invalid request is 400 or InvalidArgument; a verifier that is itself closed says 503 or Unavailable.
 
 | reason | when |
 | --- | --- |

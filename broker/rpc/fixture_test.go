@@ -12,6 +12,7 @@ import (
 	"net"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -64,6 +65,7 @@ type policy struct {
 	mu         sync.Mutex
 	denied     map[spiffeid.ID]bool
 	noLedger   bool // nobody may follow for it
+	nameless   bool // an identity answers to its SPIFFE ID and to no name
 	twoPersons bool // a lift takes two
 }
 
@@ -77,7 +79,13 @@ func (p *policy) Decide(_ context.Context, q broker.Question) (broker.Decision, 
 	denied := p.denied[q.Caller.ID] || p.noLedger && slices.Contains(q.Audiences, "ledger")
 	return broker.Decision{Allow: !denied, Scopes: scopes, TTL: broker.DefaultTTL, SecondPerson: broker.SecondPerson{Required: p.twoPersons, Confirmers: []string{"spiffe://example.org/ops/*"}}}, nil
 }
-func (p *policy) AnswersTo(spiffeid.ID, string) bool { return true }
+
+func (p *policy) AnswersTo(spiffeid.ID, string) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return !p.nameless
+}
+
 func (p *policy) Audience(name string) (broker.Audience, bool) {
 	return broker.Audience{Name: name, VerifiedBy: "feed"}, true
 }
@@ -112,6 +120,8 @@ type world struct {
 	td      *spiffetest.TrustDomain
 	bundles *bundles
 	b       *broker.Broker
+	key     *ecdsa.PrivateKey // that b signs with
+	alerts  atomic.Int64      // in the audit
 	policy  *policy
 	srv     *rpc.Server
 	addr    string
@@ -132,6 +142,7 @@ func newWorld(t *testing.T) *world {
 	if err != nil {
 		t.Fatal(err)
 	}
+	w.key = key
 	w.b, err = broker.New(broker.Config{
 		Issuer: issuer, Policy: w.policy,
 		Store:  storetest.Memory(t, storetest.Era(token.NextEra(0, start))),
@@ -139,9 +150,14 @@ func newWorld(t *testing.T) *world {
 		VerifyKey: func(k feed.Key, at time.Time) error {
 			return keys.VerifyKey(issuer, k, w.td, spiffeid.MatchID(brokerID), at)
 		},
-		Audit: func(broker.AuditEntry) error { return nil },
-		Now:   w.clock.Now,
-		Boot:  func() feed.Instant { return feed.Instant(w.clock.Now().Sub(start) + time.Hour) },
+		Audit: func(e broker.AuditEntry) error {
+			if e.Alert {
+				w.alerts.Add(1)
+			}
+			return nil
+		},
+		Now:  w.clock.Now,
+		Boot: func() feed.Instant { return feed.Instant(w.clock.Now().Sub(start) + time.Hour) },
 	})
 	if err != nil {
 		t.Fatal(err)

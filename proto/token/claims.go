@@ -360,6 +360,10 @@ func (c *Claims) validateTimes() error {
 	if exp <= iat || exp <= nbf {
 		return malformed("exp", "is not after iat and nbf")
 	}
+	// Or an iat in the far future would put exp there too, within the cap.
+	if nbf < iat {
+		return malformed("nbf", "is before iat")
+	}
 	if exp-iat > int64(MaxTTL/time.Second) {
 		return malformed("exp", "is more than the hard cap after iat")
 	}

@@ -4,9 +4,11 @@ import (
 	"crypto/hmac"
 	"crypto/sha256"
 	"crypto/x509"
+	"encoding/asn1"
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"math/big"
 	"strings"
 	"testing"
 
@@ -109,10 +111,15 @@ func (f forge) forms() []hostile {
 		{name: "no signature part", raw: input, want: "token is not three parts"},
 		{name: "four parts", raw: good + ".", want: "token is not three parts"},
 		{name: "five parts, as a JWE", raw: good + "." + head + "." + head, want: "token is not three parts"},
+		{name: "as JSON", raw: `{"payload":"` + payload + `","protected":"` + head + `","signature":"` + sig + `"}`, want: "token is not three parts"},
+		{name: "as JSON with dots", raw: `{"a":"` + good + `"}`, want: "header is not base64url"},
 		{name: "only dots", raw: "..", want: "header is not exactly alg, kid and typ"},
 		{name: "oversize", raw: good + strings.Repeat("A", token.MaxBytes), want: "token is longer than 2048 bytes"},
 		{name: "space before", raw: " " + good, want: "header is not base64url"},
 		{name: "space after", raw: good + " ", want: "signature is not base64url"},
+		{name: "a NUL after", raw: good + "\x00", want: "signature is not base64url"},
+		{name: "a percent sign", raw: f.ed.signInput(f, head+"%2e"+"."+payload), want: "header is not base64url"},
+		{name: "behind its scheme", raw: "Bearer " + good, want: "header is not base64url"},
 		{name: "line break after", raw: good + "\n", want: "signature is not base64url"},
 		{name: "line breaks within the signature", raw: input + "." + sig[:9] + "\r\n" + sig[9:], want: "signature is not base64url"},
 		{name: "line break within the header", raw: f.ed.signInput(f, head[:4]+"\n"+head[4:]+"."+payload), want: "header is not base64url"},
@@ -125,8 +132,21 @@ func (f forge) forms() []hostile {
 		{name: "spare bits in the signature", raw: input + "." + spare(sig), want: "signature is not base64url"},
 		{name: "short signature", raw: input + "." + sig[:84], want: "signature is not 64 bytes"},
 		{name: "long signature", raw: good + "AA", want: "signature is not 64 bytes"},
+		{name: "ES256 signature in ASN.1", raw: f.inASN1(), want: "signature is not 64 bytes"},
 		{name: "no signature", raw: input + ".", want: "signature is not 64 bytes"},
 	}
+}
+
+// inASN1 is a token whose signature is good but written as X.509 writes them.
+func (f forge) inASN1() string {
+	raw := f.es.signRaw(f, f.header("ES256", f.es.public.ID.String()), f.payload(func(c *token.Claims) { c.Lineage[1].Key = f.es.public.ID }))
+	input, sig, _ := cutLast(raw)
+	b := []byte(unb64(f, sig))
+	der, err := asn1.Marshal(struct{ R, S *big.Int }{new(big.Int).SetBytes(b[:32]), new(big.Int).SetBytes(b[32:])})
+	if err != nil {
+		f.Fatal(err)
+	}
+	return input + "." + b64(string(der))
 }
 
 // headers are about algorithms, keys and what a header could smuggle.
@@ -140,6 +160,14 @@ func (f forge) headers() []hostile {
 		{name: "alg none", raw: b64(f.header("none", kid)) + "." + b64(f.payload()) + ".", want: "alg is neither ES256 nor EdDSA"},
 		{name: "HS256 with the public key as secret", raw: f.hmacWithPublicKey(), want: "alg is neither ES256 nor EdDSA"},
 		with("alg None", f.header("None", kid), "alg is neither ES256 nor EdDSA"),
+		with("alg NONE", f.header("NONE", kid), "alg is neither ES256 nor EdDSA"),
+		with("alg nOnE", f.header("nOnE", kid), "alg is neither ES256 nor EdDSA"),
+		with("alg none with a space", f.header("none ", kid), "alg is neither ES256 nor EdDSA"),
+		with("alg empty", f.header("", kid), "alg is neither ES256 nor EdDSA"),
+		with("alg null", f.replace(plain, `"EdDSA"`, `null`), "alg is neither ES256 nor EdDSA"),
+		with("alg Ed25519", f.header("Ed25519", kid), "alg is neither ES256 nor EdDSA"),
+		with("alg ES256K", f.header("ES256K", kid), "alg is neither ES256 nor EdDSA"),
+		with("alg dir", f.header("dir", kid), "alg is neither ES256 nor EdDSA"),
 		with("alg eddsa", f.header("eddsa", kid), "alg is neither ES256 nor EdDSA"),
 		with("alg ES384", f.header("ES384", kid), "alg is neither ES256 nor EdDSA"),
 		with("alg RS256", f.header("RS256", kid), "alg is neither ES256 nor EdDSA"),
@@ -149,6 +177,15 @@ func (f forge) headers() []hostile {
 		with("no kid", `{"alg":"EdDSA","typ":"at+jwt"}`, "kid is not 8 characters of base64url"),
 		with("no typ", `{"alg":"EdDSA","kid":"`+kid+`"}`, "typ is not at+jwt"),
 		with("kid as a path", f.header("EdDSA", "../../dev/null"), "kid is not 8 characters of base64url"),
+		with("kid empty", f.header("EdDSA", ""), "kid is not 8 characters of base64url"),
+		with("kid as SQL", f.header("EdDSA", "' OR 1=1"), "kid is not 8 characters of base64url"),
+		with("kid as a URL", f.header("EdDSA", "https://evil.example/keys"), "kid is not 8 characters of base64url"),
+		with("kid long", f.header("EdDSA", strings.Repeat("A", 512)), "kid is not 8 characters of base64url"),
+		with("kid with a NUL", f.replace(plain, kid, kid[:7]+`\u0000`), "kid is not 8 characters of base64url"),
+		with("kid a number", f.replace(plain, `"`+kid+`"`, `12345678`), "header is not exactly alg, kid and typ"),
+		with("kid twice", f.replace(plain, `"kid"`, `"kid":"AAAAAAAB","kid"`), "header is not exactly alg, kid and typ"),
+		with("typ twice", f.replace(plain, `"typ"`, `"typ":"JWT","typ"`), "header is not exactly alg, kid and typ"),
+		with("header nested deeply", plain[:len(plain)-1]+`,"x":`+strings.Repeat("[", 300)+strings.Repeat("]", 300)+"}", "header is not exactly alg, kid and typ"),
 		with("kid with line breaks", f.header("EdDSA", "AAAA\n\n\n\n"), "kid is not 8 characters of base64url"),
 		with("alg twice", f.replace(plain, `"alg"`, `"alg":"none","alg"`), "header is not exactly alg, kid and typ"),
 		with("alg in another case", f.replace(plain, `"alg"`, `"ALG":"none","alg"`), "header is not exactly alg, kid and typ"),
@@ -174,7 +211,7 @@ func (f forge) headers() []hostile {
 		out = append(out, with("typ "+typ, f.replace(plain, "at+jwt", typ), "typ is not at+jwt"))
 	}
 	for _, extra := range []string{`"jku":"https://evil.example/keys"`, `"jwk":{"kty":"OKP"}`, `"x5u":"https://evil.example/cert"`,
-		`"x5c":["MIIB"]`, `"x5t":"AAAA"`, `"crit":["exp"]`, `"b64":false`, `"cty":"JWT"`, `"zip":"DEF"`, `"enc":"A256GCM"`} {
+		`"x5c":["MIIB"]`, `"x5t":"AAAA"`, `"x5t#S256":"AAAA"`, `"crit":["exp"]`, `"p2c":1000000`, `"b64":false`, `"cty":"JWT"`, `"zip":"DEF"`, `"enc":"A256GCM"`} {
 		name, _, _ := strings.Cut(strings.TrimPrefix(extra, `"`), `"`)
 		out = append(out, with(name+" in the header", plain[:len(plain)-1]+","+extra+"}", "header is not exactly alg, kid and typ"))
 	}
@@ -276,7 +313,7 @@ func (f forge) lineages() []hostile {
 	short := func(id spiffeText, n int) string { // n actors of one short name
 		return strings.Repeat(`"act":{"sub":"`+string(id)+`",`, n) + `"act":{"sub":"` + string(id) + `"}` + strings.Repeat("}", n)
 	}
-	return []hostile{
+	out := []hostile{
 		edit("act deeper than the lineage", actor, `"act":{"sub":"spiffe://example.org/ns/prod/sa/service-1","act":{"sub":"spiffe://example.org/x"}}`, "dfy.lin is not one longer than act is deep"),
 		edit("lineage longer than act", entry(last), entry(first)+","+entry(last), "dfy.lin is not one longer than act is deep"),
 		edit("lineage hides the root", entry(first)+",", "", "dfy.lin is not one longer than act is deep"),
@@ -299,8 +336,28 @@ func (f forge) lineages() []hostile {
 		edit("empty SVID", "Af4AAAAAAAAAAAAAAAAAAA", "", "dfy.lin has a malformed SVID thumbprint"),
 		edit("sub is no SPIFFE ID", `"sub":"spiffe://example.org/ns/prod/sa/service-0"`, `"sub":"service-0"`, "sub or an act.sub is no SPIFFE ID"),
 		edit("sub in another scheme", `"sub":"spiffe://example.org/ns/prod/sa/service-0"`, `"sub":"SPIFFE://example.org/ns"`, "sub or an act.sub is no SPIFFE ID"),
+		edit("act.sub climbs", `"act":{"sub":"spiffe://example.org/ns`, `"act":{"sub":"spiffe://example.org/../ns`, "sub or an act.sub is no SPIFFE ID"),
 		edit("sub climbs", `"sub":"spiffe://example.org/ns/prod/sa/service-0"`, `"sub":"spiffe://example.org/ns/../sa"`, "sub or an act.sub is no SPIFFE ID"),
 	}
+	for name, sub := range map[string]string{
+		"of another case":           "spiffe://Example.org/ns",
+		"with %2e":                  "spiffe://example.org/%2e%2e/ns",
+		"with an empty segment":     "spiffe://example.org//ns",
+		"with a dot":                "spiffe://example.org/./ns",
+		"with a slash at the end":   "spiffe://example.org/ns/",
+		"with a NUL":                `spiffe://example.org/ns\u0000`,
+		"with a space":              "spiffe://example.org/ns ",
+		"with a query":              "spiffe://example.org/ns?x=1",
+		"with a fragment":           "spiffe://example.org/ns#x",
+		"with a user":               "spiffe://root@example.org/ns",
+		"with a port":               "spiffe://example.org:443/ns",
+		"with a homoglyph":          `spiffe://ex\u0430mple.org/ns`,
+		"with a slash that is none": `spiffe://example.org\u2215ns`,
+		"without a trust domain":    "spiffe:///ns",
+	} {
+		out = append(out, edit("sub "+name, `"sub":"spiffe://example.org/ns/prod/sa/service-0"`, `"sub":"`+sub+`"`, "sub or an act.sub is no SPIFFE ID"))
+	}
+	return out
 }
 
 type spiffeText string
@@ -334,8 +391,11 @@ func (f forge) values() []hostile {
 		{name: "cnf of nothing", raw: f.signed(f.replace(bound, "AQ"+strings.Repeat("A", 41), strings.Repeat("A", 43))), want: "cnf is there exactly when bnd is x5t"},
 		{name: "cnf too short", raw: f.signed(f.replace(bound, "AQ"+strings.Repeat("A", 41), "AQ")), want: "cnf is no certificate thumbprint"},
 		edit("life above the cap", "1795435500", "1795438801", "exp is more than the hard cap after iat"),
+		edit("exp in milliseconds", "1795435500", "1795435500000", "exp is not a time after 1970 and before 10000"),
 		edit("exp before iat", "1795435500", "1795435199", "exp is not after iat and nbf"),
 		edit("exp at iat", "1795435500", "1795435200", "exp is not after iat and nbf"),
+		edit("nbf before iat", `"nbf":1795435200`, `"nbf":1795435199`, "nbf is before iat"),
+		{name: "alive for ten years, within the cap", raw: f.signed(f.replace(f.replace(p, `"exp":1795435500`, `"exp":2110968300`), `"iat":1795435200`, `"iat":2110968000`)), want: "nbf is before iat"},
 		edit("nbf at exp", `"nbf":1795435200`, `"nbf":1795435500`, "exp is not after iat and nbf"),
 		edit("rev a string", `"rev":1042`, `"rev":"1042"`, "dfy has a value of the wrong type"),
 		edit("rev negative", `"rev":1042`, `"rev":-1`, "dfy has a value of the wrong type"),
@@ -360,6 +420,8 @@ func (f forge) values() []hostile {
 			edit(claim+" in year 10000", from, to("253402300800"), claim+" is not a time after 1970 and before 10000"),
 			edit(claim+" at the end of int64", from, to("9223372036854775807"), claim+" is not a time after 1970 and before 10000"),
 			edit(claim+" beyond int64", from, to("9223372036854775808"), claim+" has a value of the wrong type"),
+			edit(claim+" with an exponent", from, to("1.7954355e9"), claim+" has a value of the wrong type"),
+			edit(claim+" minus zero", from, to("-0"), claim+" is not a time after 1970 and before 10000"),
 			edit(claim+" astronomical", from, to("1e400"), claim+" has a value of the wrong type"),
 			edit(claim+" a float", from, to(good+".5"), claim+" has a value of the wrong type"),
 			edit(claim+" a string", from, to(`"`+good+`"`), claim+" has a value of the wrong type"),
@@ -451,7 +513,8 @@ func quotesNothing(t *testing.T, name, raw string, err error) {
 // TestForeignClaims: others may add claims of their own at the top.
 func TestForeignClaims(t *testing.T) {
 	f := newForge(t)
-	p := f.replace(f.payload(), `"txn"`, `"acr":"2","nullable":"not null","foreign":{"sub":1,"DFY":[]},"txn"`)
+	p := f.replace(f.payload(), `"txn"`, `"acr":"2","nullable":"not null","foreign":{"sub":1,"DFY":[]},"deep":`+
+		strings.Repeat("[", 200)+strings.Repeat("]", 200)+`,"txn"`)
 	got, err := token.Parse(f.signed(p), f.known())
 	if err != nil {
 		t.Fatal(err)

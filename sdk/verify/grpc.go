@@ -24,7 +24,7 @@ const errorDomain = "dayfly"
 // Calls of the public methods ("/grpc.health.v1.Health/Check") need no token.
 //
 // Refusals are a status with an ErrorInfo, domain "dayfly": UNAUTHENTICATED for a missing
-// or bad token, PERMISSION_DENIED for a missing scope, UNAVAILABLE while the verifier
+// or bad token, INVALID_ARGUMENT for several, PERMISSION_DENIED for a missing scope, UNAVAILABLE while the verifier
 // itself is closed.
 func (v *Verifier) UnaryInterceptor(public ...string) grpc.UnaryServerInterceptor {
 	return func(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
@@ -171,9 +171,6 @@ func (v *Verifier) grpcPeer(ctx context.Context) Peer {
 
 // toStatus translates refusals; every other error passes.
 func toStatus(err error) error {
-	if errors.Is(err, errTwoTokens) {
-		return status.Error(codes.InvalidArgument, err.Error())
-	}
 	var r *Refusal
 	if err == nil || !errors.As(err, &r) {
 		return err
@@ -194,6 +191,8 @@ func toStatus(err error) error {
 
 func grpcCode(reason Reason) codes.Code {
 	switch reason {
+	case RequestInvalid:
+		return codes.InvalidArgument
 	case ScopeMissing:
 		return codes.PermissionDenied
 	case VerifierStale, VerifierForked:

@@ -39,8 +39,8 @@ func RequireScope(ctx context.Context, scopes ...string) error {
 // (FromContext) and ends when the token is revoked or expires, so a long response ends
 // too.
 //
-// Refusals: 401 with WWW-Authenticate for a missing or bad token, 403 for a missing
-// scope, 503 with Retry-After while the verifier itself is closed. The body is JSON:
+// Refusals: 401 with WWW-Authenticate for a missing or bad token, 400 for several, 403
+// for a missing scope, 503 with Retry-After while the verifier itself is closed. The body is JSON:
 // {"reason","message","hint"}.
 func (v *Verifier) HTTP(next http.Handler, scopes ...string) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -66,10 +66,6 @@ func HTTPScope(next http.Handler, scopes ...string) http.Handler {
 	})
 }
 
-// errTwoTokens: the request has more than one Authorization header, and two readers
-// could choose differently.
-var errTwoTokens = errors.New("more than one Authorization header")
-
 func (v *Verifier) request(r *http.Request, scopes []string) (*Verified, error) {
 	raw, err := bearer(r.Header.Values("Authorization"))
 	if err != nil {
@@ -89,7 +85,7 @@ func bearer(headers []string) (string, error) {
 		return "", Because(TokenMissing)
 	case 1:
 	default:
-		return "", errTwoTokens
+		return "", Because(RequestInvalid)
 	}
 	scheme, raw, _ := strings.Cut(headers[0], " ")
 	if !strings.EqualFold(scheme, "Bearer") || raw == "" {
@@ -100,32 +96,32 @@ func bearer(headers []string) (string, error) {
 
 // refuse writes a refusal. v is nil where the verifier itself has let the token pass.
 func (v *Verifier) refuse(w http.ResponseWriter, err error, scopes []string) {
-	body := struct {
-		Reason  Reason `json:"reason"`
-		Message string `json:"message"`
-		Hint    string `json:"hint,omitempty"`
-	}{Reason: "INVALID_REQUEST", Message: err.Error()}
-	code := http.StatusBadRequest
 	var r *Refusal
-	if errors.As(err, &r) {
-		body.Reason, body.Message, body.Hint = r.Reason, r.Message, r.Hint
-		code = httpCode(r.Reason)
+	if !errors.As(err, &r) {
+		panic("internal error: a refusal that is none: " + err.Error())
 	}
+	code := httpCode(r.Reason)
 	header := w.Header()
 	header.Set("Content-Type", "application/json")
 	header.Set("Cache-Control", "no-store")
-	if challenge := challenge(code, body.Reason, body.Message, scopes); challenge != "" {
+	if challenge := challenge(code, r.Reason, r.Message, scopes); challenge != "" {
 		header.Set("WWW-Authenticate", challenge)
 	}
-	if code == http.StatusServiceUnavailable && v != nil && body.Reason == VerifierStale {
+	if code == http.StatusServiceUnavailable && v != nil && r.Reason == VerifierStale {
 		header.Set("Retry-After", strconv.Itoa(retryAfter(v.cfg.MaxStaleness)))
 	}
 	w.WriteHeader(code)
-	_ = json.NewEncoder(w).Encode(body)
+	_ = json.NewEncoder(w).Encode(struct {
+		Reason  Reason `json:"reason"`
+		Message string `json:"message"`
+		Hint    string `json:"hint,omitempty"`
+	}{r.Reason, r.Message, r.Hint})
 }
 
 func httpCode(reason Reason) int {
 	switch reason {
+	case RequestInvalid:
+		return http.StatusBadRequest
 	case ScopeMissing:
 		return http.StatusForbidden
 	case VerifierStale, VerifierForked:

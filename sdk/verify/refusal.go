@@ -15,6 +15,9 @@ type Reason string
 const (
 	// TokenMissing: there is no token in the request.
 	TokenMissing Reason = "TOKEN_MISSING"
+	// RequestInvalid: there is more than one Authorization header in the request, of which
+	// two readers could choose differently.
+	RequestInvalid Reason = "INVALID_REQUEST"
 	// TokenMalformed: not a token of dayfly, whoever signed it.
 	TokenMalformed Reason = "TOKEN_MALFORMED"
 	// SignatureInvalid: the key is known and did not sign this.
@@ -106,6 +109,8 @@ func words(reason Reason) (message, hint string) {
 	switch reason {
 	case TokenMissing:
 		return "the request carries no token", "send it as Authorization: Bearer TOKEN"
+	case RequestInvalid:
+		return "the request has more than one Authorization header", "send one token"
 	case TokenMalformed:
 		return "this is not a token of dayfly", asReceived
 	case SignatureInvalid:

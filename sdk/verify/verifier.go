@@ -73,7 +73,8 @@ type Config struct {
 
 	// Bundles verifies the certificates of peers at every request, in the middleware.
 	// Without it only a certificate that crypto/tls itself has verified proves
-	// anything, and that is none of a go-spiffe server: give its source here.
+	// anything, by whichever of ClientCAs, whatever its trust domain; and that is none
+	// of a go-spiffe server: give its source here.
 	Bundles x509bundle.Source
 
 	// Leeway is what clocks are granted at exp and nbf. Zero means token.Leeway,
