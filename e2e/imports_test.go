@@ -91,6 +91,7 @@ var house = []room{
 	{path: "cmd/internal/brokerd"},
 	{path: "cmd/internal/agentd"},
 	{path: "cmd/internal/config"},
+	{path: "tools/mutants", direct: []ban{{module, "it plants mistakes in the code, and must build whatever the code is"}}}, // mistakes, and who finds them
 }
 
 // violation returns why a room may not import path, or "".
