@@ -263,12 +263,12 @@ func (s *sim) issued(b *simBroker, c simCaller, parent *simToken, cred *broker.C
 	}
 	what := "issued"
 	k := &simToken{name: fmt.Sprint("t", len(s.tokens)), secret: cred.Token, parent: parent, issued: s.now}
-	t, err := token.Parse(cred.Token.Reveal(), func(id token.KeyID) (token.PublicKey, bool) { return b.key.public, b.key.id == id })
+	t, err := token.Parse(cred.Token.Reveal(), func(id token.KeyID) (token.PublicKey, bool) { k, ok := s.made[id]; return k, ok })
 	if err != nil {
 		s.violation("internal: a credential that doesn't parse: %v", err)
 		return
 	}
-	k.claims, k.svid, k.key = t.Claims, token.ThumbprintOf(c.Leaf), b.key.id
+	k.claims, k.svid, k.key = t.Claims, token.ThumbprintOf(c.Leaf), t.Self().Key
 	k.expires = s.now + t.Expires.Sub(b.Wall(s))
 	if parent != nil {
 		what = "exchanged"

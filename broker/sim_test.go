@@ -102,12 +102,13 @@ type sim struct {
 	nonces    int
 	acted     bool                          // something happened since the last look
 	foreign   map[token.KeyID]time.Duration // when each key was inserted
-	lookNext  time.Duration                 // time passes, and what was fresh is stale
-	latest    time.Time                     // that a broker's wall clock ever showed
-	asking    func()                        // runs once while policy is asked about an issue,
-	inside    func()                        // and this between its snapshot and its commit
-	shared    bool                          // several brokers
-	forked    bool                          // an old copy was put back: forks are no false alarms
+	made      map[token.KeyID]token.PublicKey
+	lookNext  time.Duration // time passes, and what was fresh is stale
+	latest    time.Time     // that a broker's wall clock ever showed
+	asking    func()        // runs once while policy is asked about an issue,
+	inside    func()        // and this between its snapshot and its commit
+	shared    bool          // several brokers
+	forked    bool          // an old copy was put back: forks are no false alarms
 
 	simTruth
 	failed string
@@ -239,7 +240,7 @@ var simKeys = sync.OnceValue(func() []*ecdsa.PrivateKey {
 })
 
 func newSim(t testing.TB, seed uint64, skip map[int]bool) *sim {
-	s := &sim{seed: seed, rnd: rand.New(rand.NewPCG(seed, 7)), skip: skip, counts: map[string]int{}, foreign: map[token.KeyID]time.Duration{}}
+	s := &sim{seed: seed, rnd: rand.New(rand.NewPCG(seed, 7)), skip: skip, counts: map[string]int{}, foreign: map[token.KeyID]time.Duration{}, made: map[token.KeyID]token.PublicKey{}}
 	s.tb = &simTB{TB: t, s: s}
 	s.locks, s.stolen = map[uint64]*simLock{}, map[token.KeyID]*simKey{}
 	s.store = storetest.Memory(s.tb, broker.Record{
@@ -565,6 +566,7 @@ func (s *sim) makeKey() *simKey {
 	if err != nil {
 		panic(err)
 	}
+	s.made[public.ID] = public
 	return &simKey{public.ID, public, private}
 }
 
