@@ -389,10 +389,24 @@ func (f *Follower) Prove(ctx context.Context) (Proof, error) {
 	b.state.mu.RLock()
 	horizon := b.state.log.Horizon()
 	b.state.mu.RUnlock()
-	b.roster.mu.Lock()
-	b.roster.feed.Answered(f.id, b.cfg.Boot())
-	b.roster.mu.Unlock()
+	if !b.answering(f.id) {
+		return Proof{}, ErrForgotten
+	}
 	return Proof{Head: st.Head, Horizon: horizon}, nil
+}
+
+// answering notes that a ping of a verifier is being answered. Who was silent for long
+// may have left the roster while its stream stayed open: an answer would open again
+// what no containment counts any more, so it must subscribe anew.
+func (b *Broker) answering(id feed.VerifierID) bool {
+	r := &b.roster
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if _, ok := r.feed.Get(id); !ok {
+		return false
+	}
+	r.feed.Answered(id, b.cfg.Boot())
+	return true
 }
 
 // Acknowledge takes a receipt: for the verifier that sent it, and for nothing that it
