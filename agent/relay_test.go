@@ -47,7 +47,8 @@ func (f *fixture) follow(change func(*wire.Subscription)) *verifier {
 	if change != nil {
 		change(&v.sub)
 	}
-	v.send(&dayflyv1.FollowRequest{Message: &dayflyv1.FollowRequest_Subscribe{Subscribe: wire.Subscribe(v.sub)}})
+	// A stream that was refused has ended by now: what is received says why.
+	_ = stream.Send(&dayflyv1.FollowRequest{Message: &dayflyv1.FollowRequest_Subscribe{Subscribe: wire.Subscribe(v.sub)}})
 	return v
 }
 

@@ -403,19 +403,27 @@ func (f *Follower) Prove(ctx context.Context) (Proof, error) {
 	b.state.mu.RLock()
 	horizon := b.state.log.Horizon()
 	b.state.mu.RUnlock()
-	f.answered()
+	if !f.answering() {
+		return Proof{}, ErrForgotten
+	}
 	return Proof{Head: st.Head, Horizon: horizon}, nil
 }
 
 // owns is a durable write, which shows that this process still has its store.
 func (b *Broker) owns(ctx context.Context) error { return b.cfg.Store.Observe(ctx) }
 
-// answered notes that a ping is being answered.
-func (f *Follower) answered() {
+// answering notes that a ping of a verifier is being answered. Who was silent for long
+// may have left the roster while its stream stayed open: an answer would open again
+// what no containment counts any more, so it must subscribe anew.
+func (f *Follower) answering() bool {
 	r := &f.b.roster
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if _, ok := r.feed.Get(f.id); !ok {
+		return false
+	}
 	r.feed.Answered(f.id, f.b.cfg.Boot())
+	return true
 }
 
 // Acknowledge takes a receipt: for the verifier that sent it, and for nothing that it

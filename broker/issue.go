@@ -280,6 +280,7 @@ func (b *Broker) admissible(c Caller, parent *token.Token, key token.KeyID, now 
 
 func lockedRefusal(l *Lock) error {
 	r := ErrLocked.because("lock %d (%s) refuses this identity", l.Number, l.Mode).with("lock", fmt.Sprint(l.Number)).with("mode", string(l.Mode))
+	r.Hint = fmt.Sprintf("the security team lifts it with: dayfly lift %d --reason ...", l.Number)
 	if l.Mode == LockReissue {
 		r = r.with("cut", l.Cut.Format(time.RFC3339))
 		r.Hint = "only SVIDs issued after the cut are served: rotate the SVID"

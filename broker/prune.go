@@ -85,7 +85,9 @@ func (b *Broker) keeper(now feed.Instant) func(Record) bool {
 	defer s.mu.RUnlock()
 	keep := map[uint64]bool{s.log.Head().Seq: true}
 	for n, l := range s.locks {
-		if l.standing(b.cfg.Now()) {
+		// Its end is a time of the wall clock, which may have leapt: not before it also
+		// has elapsed.
+		if l.standing(b.cfg.Now()) || now.Sub(s.known[n]) < l.End().Sub(l.Time) {
 			keep[n] = true
 		}
 	}
@@ -168,6 +170,7 @@ func (b *Broker) forget(horizon feed.Position, keep func(Record) bool) {
 		}
 		if rec.Revocation != nil {
 			delete(s.lifts, seq)
+			delete(s.locks, seq)
 		}
 		delete(s.retried, retryKey(rec.Details.Actor, rec.Details.IdempotencyKey))
 		if p := rec.Details.Proposed; p != nil {

@@ -102,6 +102,43 @@ func TestPrune(t *testing.T) {
 	w.admitted(payments, true, "after the lift of a lock below the horizon")
 }
 
+// A lock with an end outlives a wall clock that leaps past it and comes back; once its
+// time has elapsed too it is forgotten.
+func TestPruneKeepsLocksOverLeap(t *testing.T) {
+	w := newWorld(t)
+	const lasts = 3 * broker.ForgetAfter
+	rec, err := w.b.Revoke(ctx, w.operator(), broker.Revoke{
+		Selectors: []revocation.Selector{revocation.Identity(id("payments"))}, Reason: "r", LockEnds: w.clock.Now().Add(lasts),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.revoke(broker.LockNone, revocation.Identity(id("newer"))) // the head stays in any case
+	w.clock.elapse(broker.ForgetAfter + 1)
+	w.clock.set(2 * lasts)
+	w.prune()
+	w.clock.set(-2 * lasts)
+	if h := w.horizon(); h < rec.Seq {
+		t.Fatalf("the horizon is %d, below the lock", h)
+	}
+	w.restart()
+	if locks := w.b.Locks(); len(locks) != 1 || locks[0].Number != rec.Seq {
+		t.Fatalf("after a leap of the wall clock and back these stand: %+v", locks)
+	}
+
+	w.revoke(broker.LockNone, revocation.Identity(id("another"))) // so that the horizon moves
+	w.clock.elapse(lasts)
+	w.clock.set(lasts)
+	w.prune()
+	if _, err := w.b.Revocation(rec.Seq); !errors.Is(err, broker.ErrNoSuchRevocation) {
+		t.Errorf("once it has ended: %v", err)
+	}
+	w.clock.set(-lasts)
+	if locks := w.b.Locks(); len(locks) != 0 {
+		t.Errorf("a lock without a record: %+v", locks)
+	}
+}
+
 // A retried revoke finds its record as long as that is there, then makes another.
 func TestPruneForgetsKeysOfRetries(t *testing.T) {
 	w := newWorld(t)

@@ -140,6 +140,33 @@ func TestGoneBehindRelay(t *testing.T) {
 	}
 }
 
+// Who left the roster while its stream was open gets no answer on it: containment counts
+// without it.
+func TestForgottenGetsNoAnswer(t *testing.T) {
+	w := newWorld(t)
+	silent := w.follow("orders", "instance-silent", time.Second)
+	if _, err := silent.Prove(ctx); err != nil {
+		t.Fatal(err)
+	}
+	w.clock.elapse(broker.ForgetAfter + 2*time.Second)
+	w.prune()
+	rec := w.revoke(broker.LockNone, revocation.Identity(id("payments")))
+	if s := w.state(rec, "instance-silent"); s != "not on the roster" {
+		t.Fatalf("after a long silence: %s", s)
+	}
+	_, err := silent.Prove(ctx)
+	refused(t, err, broker.ErrForgotten)
+
+	silent.Close()
+	again := w.follow("orders", "instance-silent", time.Second)
+	if _, err := again.Prove(ctx); err != nil {
+		t.Error(err)
+	}
+	if s := w.state(rec, "instance-silent"); s != feed.Pending {
+		t.Errorf("after it followed anew: %s", s)
+	}
+}
+
 // An identity's entries are bounded; those that have closed make room.
 func TestRosterFull(t *testing.T) {
 	w := newWorld(t)

@@ -3,6 +3,7 @@ package broker_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
@@ -168,13 +169,17 @@ func TestLockEnds(t *testing.T) {
 	w := newWorld(t)
 	c := w.caller("payments")
 	before := w.issue(c, "orders")
-	_, err := w.b.Revoke(ctx, w.operator(), broker.Revoke{
+	rec, err := w.b.Revoke(ctx, w.operator(), broker.Revoke{
 		Selectors: []revocation.Selector{revocation.Identity(c.ID)}, Reason: "r", LockEnds: noon.Add(time.Minute),
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
 	w.admitted(c, false, "before its end")
+	_, err = w.b.Issue(ctx, c, broker.Request{Audience: "orders"})
+	if r := refused(t, err, broker.ErrLocked); !strings.Contains(r.Hint, fmt.Sprintf("dayfly lift %d ", rec.Seq)) {
+		t.Errorf("the hint is %q", r.Hint)
+	}
 	if n := len(w.b.Locks()); n != 1 {
 		t.Errorf("%d locks stand", n)
 	}

@@ -50,7 +50,9 @@ func (f *Follower) Answer(ctx context.Context, nonce string) (Proof, error) {
 		return Proof{}, storeRefusal(err)
 	}
 	f.shown = p.Head
-	f.answered()
+	if !f.answering() {
+		return Proof{}, ErrForgotten
+	}
 	return p, nil
 }
 

@@ -3,6 +3,9 @@ package e2e_test
 import (
 	"bufio"
 	"context"
+	"io"
+	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -30,7 +33,8 @@ func TestDemo(t *testing.T) {
 
 var exported = regexp.MustCompile(`(?m)^  export ([A-Z_]+)="?([^\s"]+)`)
 
-// TestDevCommandsWork pastes every dayfly command that dev prints into a shell.
+// TestDevCommandsWork pastes every dayfly command that dev prints into a shell, and asks
+// the agent over HTTP as its curl does.
 func TestDevCommandsWork(t *testing.T) {
 	tmp := shortTemp(t)
 	ctx, stop := context.WithTimeout(t.Context(), 2*time.Minute)
@@ -52,6 +56,24 @@ func TestDevCommandsWork(t *testing.T) {
 	env := os.Environ()
 	for _, m := range exported.FindAllStringSubmatch(printed.String(), -1) {
 		env = append(env, m[1]+"="+os.Expand(m[2], os.Getenv))
+	}
+	m := regexp.MustCompile(`(?m)^  curl --unix-socket (\S+) '(\S+)'$`).FindStringSubmatch(printed.String())
+	if m == nil {
+		t.Fatalf("nothing for curl over the agent's socket in:\n%s", printed.String())
+	}
+	web := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", m[1])
+	}}}
+	resp, err := web.Get(m[2])
+	if err != nil {
+		t.Fatal(err)
+	}
+	body, err := io.ReadAll(resp.Body)
+	if resp.Body.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if resp.StatusCode != http.StatusOK {
+		t.Errorf("GET %s over the agent's socket: %s %s", m[2], resp.Status, body)
 	}
 	ran := 0
 	for line := range strings.Lines(printed.String()) {

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"time"
 
 	"github.com/open-policy-agent/opa/v1/ast"
@@ -19,7 +18,7 @@ const testTimeout = 10 * time.Second
 // Check reads everything in dir, the Rego tests included, and returns all that is
 // wrong with it as [Problems], or nil. A folder that passes can be loaded.
 func Check(dir string) error {
-	f, err := readFolder(os.DirFS(dir))
+	f, err := readDir(dir)
 	if err != nil {
 		return err
 	}
@@ -61,7 +60,7 @@ func Test(ctx context.Context, dir string, w io.Writer) ([]TestResult, error) {
 	if err := Check(dir); err != nil {
 		return nil, err
 	}
-	f, err := readFolder(os.DirFS(dir))
+	f, err := readDir(dir)
 	if err != nil {
 		return nil, err
 	}

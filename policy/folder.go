@@ -138,6 +138,15 @@ func readFolder(fsys fs.FS) (*folder, error) {
 	return f, nil
 }
 
+// readDir reads the policy files of a folder on disk.
+func readDir(dir string) (*folder, error) {
+	f, err := readFolder(os.DirFS(dir))
+	if p := (*fs.PathError)(nil); errors.As(err, &p) && p.Path == "." {
+		return nil, fmt.Errorf("reading policy folder %s: %w", dir, p.Err)
+	}
+	return f, err
+}
+
 func readFile(fsys fs.FS, name string) ([]byte, error) {
 	file, err := fsys.Open(name)
 	if err != nil {

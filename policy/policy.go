@@ -87,6 +87,14 @@ func (c Config) withDefaults() (Config, error) {
 	return c, nil
 }
 
+// read reads the folder, and names it where it can.
+func (c *Config) read() (*folder, error) {
+	if c.Dir != "" {
+		return readDir(c.Dir)
+	}
+	return readFolder(c.FS)
+}
+
 // Policy decides. All its methods may be called at once.
 type Policy struct {
 	cfg     Config
@@ -142,7 +150,7 @@ func open(ctx context.Context, cfg Config) (*Policy, error) {
 		return nil, err
 	}
 	p := &Policy{cfg: cfg, ready: make(chan struct{})}
-	f, err := readFolder(cfg.FS)
+	f, err := cfg.read()
 	if err != nil {
 		p.lastErr = err
 		return p, nil

@@ -59,7 +59,7 @@ func (p *Policy) Run(ctx context.Context) error {
 func (p *Policy) Reload(ctx context.Context) error {
 	p.mu.Lock()
 	old := p.current.Load()
-	f, err := readFolder(p.cfg.FS)
+	f, err := p.cfg.read()
 	var hash [32]byte
 	if err == nil {
 		hash = f.hash

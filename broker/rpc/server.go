@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"runtime"
+	"strings"
 	"sync"
 	"time"
 
@@ -181,9 +183,26 @@ func (s *fitting) RecvMsg(m any) error {
 // finish translates an error, or a panic, which ends one call and not the process.
 func (h *handlers) finish(ctx context.Context, method string, panicked any, err error) error {
 	if panicked != nil {
-		err = fmt.Errorf("panic: %T", panicked) // its value might hold a request
+		err = fmt.Errorf("panic: %T at %s", panicked, panickedAt()) // its value might hold a request
 	}
 	return toStatus(ctx, h.log, method, err)
+}
+
+// panickedAt says where a panic that was just recovered began, innermost first: functions
+// and lines, no arguments.
+func panickedAt() string {
+	var pcs [64]uintptr
+	frames := runtime.CallersFrames(pcs[:runtime.Callers(2, pcs[:])])
+	var out []string
+	for panicking, more := false, true; more && len(out) < 8; {
+		var f runtime.Frame
+		f, more = frames.Next()
+		if panicking && !strings.HasPrefix(f.Function, "runtime.") {
+			out = append(out, fmt.Sprintf("%s:%d", f.Function, f.Line))
+		}
+		panicking = panicking || f.Function == "runtime.gopanic"
+	}
+	return strings.Join(out, " < ")
 }
 
 // operator proves an operator who wants to read.

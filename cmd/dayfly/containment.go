@@ -172,7 +172,7 @@ func (a *app) writeContainment(w io.Writer, r *dayflyv1.Revocation, c *dayflyv1.
 	default:
 		by := ""
 		if c.GetUnbounded() == 0 && c.GetContainedBy() != nil {
-			by = ", whoever stays silent by " + at(c.GetContainedBy())
+			by = "; contained by " + at(c.GetContainedBy()) + " at the latest, whoever stays silent"
 		}
 		fmt.Fprintf(w, "%s: %s%s.\n", a.paint(a.stdout, red, "NOT CONTAINED YET"), sum, by)
 	}

@@ -93,10 +93,10 @@ func (a *app) startDev(ctx context.Context, box *sandbox.Sandbox, exe string) (s
 	}
 	return fmt.Sprintf(devText, filepath.Dir(exe), box.Info.GRPC, sandbox.Broker, agent, alice,
 		services["web"].URL, sandbox.Payments, orders, services["orders"].URL, services["ledger"].URL,
-		box.PolicyDir(), box.AuditPath(), box.Info.Public, box.Info.Admin, box.Info.BreakGlass, bob), nil
+		box.PolicyDir(), box.AuditPath(), box.Info.Public, box.Info.Admin, box.Info.BreakGlass, bob, os.Getpid(), box.AgentHTTP(sandbox.Payments)), nil
 }
 
-const devText = `A whole dayfly is running; Ctrl-C ends it. In another terminal:
+const devText = `A whole dayfly is running; Ctrl-C ends it, or: kill %[17]d. In another terminal:
 
   export PATH="%[1]s:$PATH"
   export DAYFLY_BROKER=%[2]s
@@ -108,6 +108,7 @@ As the workload payments, through its agent:
 
   dayfly token get --audience web | dayfly token inspect
   curl -H "Authorization: Bearer $(dayfly token get --audience web)" %[6]s/
+  curl --unix-socket %[18]s 'http://agent/v1/token?audience=web'
   dayfly exec --audience web -- sh -c 'curl -s -H "Authorization: Bearer $DAYFLY_TOKEN" %[6]s/'
 
 As orders, exchange payments' token for one of ledger:

@@ -24,7 +24,7 @@ func (a *app) writePlan(w io.Writer, p *dayflyv1.PlanResponse) {
 	fmt.Fprintf(w, "%s would die, %d of them derived; as of number %d of the log.\n",
 		count(p.GetLiveGrants(), "live grant", "live grants"), p.GetDerivedGrants(), p.GetPosition().GetSequence())
 	if p.GetLiveGrants() == 0 {
-		fmt.Fprintln(w, "Nothing alive matches now. A revocation would still be recorded, and its lock would stand.")
+		fmt.Fprintln(w, "Nothing alive matches now. A revocation would still be recorded, and so would its lock, if it has one.")
 	}
 	section(w, "IDENTITY\tPRESENTS\tIN THE CHAIN OF", p.GetIdentities(), func(i *dayflyv1.AffectedIdentity) {
 		row(w, i.GetIdentity(), strconv.FormatUint(i.GetPresents(), 10), strconv.FormatUint(i.GetDerives(), 10))

@@ -221,6 +221,11 @@ func (s *Sandbox) Client(ctx context.Context, id spiffeid.ID, address string) (*
 	return c, nil
 }
 
+// AgentHTTP returns the path of the socket on which the agent of an identity speaks HTTP.
+func (s *Sandbox) AgentHTTP(id spiffeid.ID) string {
+	return filepath.Join(s.Dir, filepath.Base(id.Path())+"-http.sock")
+}
+
 // StartAgent starts the agent of an identity and returns the address of its socket once
 // it is ready to serve.
 func (s *Sandbox) StartAgent(ctx context.Context, id spiffeid.ID) (string, error) {
@@ -232,7 +237,7 @@ func (s *Sandbox) StartAgent(ctx context.Context, id spiffeid.ID) (string, error
 	socket := filepath.Join(s.Dir, name+".sock")
 	s.agents[id], err = s.spawn("agent-"+name, s.cfg.Agent,
 		"--broker", s.Info.GRPC, "--broker-id", Broker.String(), "--workload-api", workloadAPI,
-		"--grpc-socket", socket, "--http-socket", filepath.Join(s.Dir, name+"-http.sock"),
+		"--grpc-socket", socket, "--http-socket", s.AgentHTTP(id),
 		"--max-staleness", Staleness.String())
 	if err != nil {
 		return "", err

@@ -103,7 +103,7 @@ var mutants = []mutant{
 		"if (refusing == nil || l.Number > refusing.Number) && !l.admits(id, svid, notBefore, now) {\n\t\t\trefusing = l\n\t\t}\n\t}\n\treturn refusing",
 		"if refusing == nil || l.Number > refusing.Number {\n\t\t\trefusing = l\n\t\t}\n\t}\n\tif refusing != nil && refusing.admits(id, svid, notBefore, now) {\n\t\treturn nil\n\t}\n\treturn refusing")},
 	{"C4", "pruning drops a standing lock", one(prune,
-		"if l.standing(b.cfg.Now()) {\n\t\t\tkeep[n] = true\n\t\t}", "_ = l.standing\n\t\t_ = n")},
+		"if l.standing(b.cfg.Now()) || now.Sub(s.known[n]) < l.End().Sub(l.Time) {", "if l == nil {")},
 	{"C6", "the cut has no margin for skew", one(revoke,
 		"return latest.Add(ClockSkew).UTC()", "return now.UTC()")},
 	{"D0b", "a cursor skips a hole", one(logGo,

@@ -36,7 +36,12 @@ func initCommand(name string) *cobra.Command {
 		Short:   "make a new, empty store",
 		Long:    "Make a new, empty store. Serving never makes one: an empty store at a wrong path\nwould have forgotten every revocation.",
 		Example: "  " + name + " init /var/lib/dayfly/dayfly.db",
-		Args:    cobra.ExactArgs(1),
+		Args: func(cmd *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				return errors.New("name the file of the store that is to be made: " + name + " init /var/lib/dayfly/dayfly.db")
+			}
+			return cobra.ExactArgs(1)(cmd, args)
+		},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := Init(args[0], time.Now()); err != nil {
 				return err

@@ -50,7 +50,7 @@ func TestExitCodes(t *testing.T) {
 		"an unknown flag":              {[]string{"serve", "--confg", "x"}, 2, []string{"confg"}},
 		"a flag without its value":     {[]string{"serve", "--config"}, 2, []string{"config"}},
 		"an argument too many":         {[]string{"serve", "x"}, 2, []string{"x"}},
-		"init without a store":         {[]string{"init"}, 2, []string{"arg"}},
+		"init without a store":         {[]string{"init"}, 2, []string{"name the file of the store"}},
 		"check of nothing":             {[]string{"check"}, 2, []string{"name a store"}},
 		"an unknown output":            {[]string{"check", "-o", "xml", nowhere}, 2, []string{"xml"}},
 		"serve, no file":               {[]string{"serve", "-c", nowhere}, 2, []string{"there is no file"}},
