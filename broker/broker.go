@@ -76,6 +76,7 @@ type Broker struct {
 	uses    usage
 	seen    seenSVIDs
 	retries retries
+	issuers issuers
 	flight  singleflight.Group
 	// proposing is held by lifts, and by whatever takes two persons.
 	proposing sync.Mutex
@@ -140,6 +141,9 @@ func (b *Broker) Load(ctx context.Context) error {
 		return fmt.Errorf("loading the log: %w", err)
 	}
 	if err := b.loadRoster(ctx); err != nil {
+		return err
+	}
+	if err := b.loadIssuers(ctx); err != nil {
 		return err
 	}
 	if err := b.auditRestore(ctx); err != nil {
