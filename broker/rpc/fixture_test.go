@@ -120,6 +120,11 @@ type world struct {
 
 func newWorld(t *testing.T) *world {
 	t.Helper()
+	return newWorldOn(t, func(era broker.Record) broker.Store { return storetest.Memory(t, era) })
+}
+
+func newWorldOn(t *testing.T, open func(broker.Record) broker.Store) *world {
+	t.Helper()
 	start := time.Now().UTC()
 	w := &world{t: t, clock: &clock{now: start}, policy: &policy{denied: map[spiffeid.ID]bool{}}}
 	w.td = spiffetest.ForTest(t, spiffetest.Config{TrustDomain: domain})
@@ -134,7 +139,7 @@ func newWorld(t *testing.T) *world {
 	}
 	w.b, err = broker.New(broker.Config{
 		Issuer: issuer, Policy: w.policy,
-		Store:  storetest.Memory(t, storetest.Era(token.NextEra(0, start))),
+		Store:  open(storetest.Era(token.NextEra(0, start))),
 		Signer: func() (broker.Signer, bool) { return broker.PrivateSigner(public, key), true },
 		VerifyKey: func(k feed.Key, at time.Time) error {
 			return keys.VerifyKey(issuer, k, w.td, spiffeid.MatchID(brokerID), at)

@@ -61,6 +61,7 @@ type Server struct {
 	*grpc.Server
 	Health *health.Server
 
+	open     *connections // nil for break-glass
 	stopping chan struct{}
 	stop     sync.Once
 }
@@ -73,7 +74,9 @@ func NewServer(cfg Config) (*Server, error) {
 	cfg.setDefaults()
 	auth := &authenticator{cfg.Bundle, cfg.TrustDomains, cfg.Now}
 	h := &handlers{broker: cfg.Broker, log: cfg.Log, now: cfg.Now, caller: auth.caller, bundlesChanged: cfg.BundlesChanged, stopping: make(chan struct{})}
-	srv := h.server(append(cfg.Options, grpc.Creds(auth.transport(cfg.SVIDs))))
+	creds := auth.transport(cfg.SVIDs)
+	srv := h.server(append(cfg.Options, grpc.Creds(creds)))
+	srv.open = creds.open
 	dayflyv1.RegisterTokenServiceServer(srv.Server, &tokenService{handlers: h})
 	dayflyv1.RegisterFeedServiceServer(srv.Server, &feedService{handlers: h})
 	dayflyv1.RegisterRevocationServiceServer(srv.Server, &revocationService{handlers: h})
