@@ -17,7 +17,6 @@ type Gate struct {
 	inside  map[net.Conn]*list.Element
 	sources map[netip.Prefix]*list.List // of *visit, the oldest first
 	number  uint64
-	closed  uint64
 }
 
 type visit struct {
@@ -38,7 +37,6 @@ func (g *Gate) Enter(conn net.Conn) {
 	if len(g.inside) >= g.max {
 		crowded = g.oldest()
 		g.leave(crowded.conn)
-		g.closed++
 	}
 	source := sourceOf(conn.RemoteAddr())
 	if g.sources[source] == nil {
@@ -78,13 +76,6 @@ func (g *Gate) Len() int {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	return len(g.inside)
-}
-
-// Closed is how many connections were closed for others.
-func (g *Gate) Closed() uint64 {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	return g.closed
 }
 
 // oldest returns the longest visit of the source that has the most; of several such

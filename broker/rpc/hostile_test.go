@@ -2,9 +2,12 @@ package rpc_test
 
 import (
 	"context"
+	"crypto/tls"
+	"errors"
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"path/filepath"
 	"sync"
 	"sync/atomic"
@@ -274,4 +277,31 @@ func TestRevokeUnderFlood(t *testing.T) {
 	}
 	answered, heard := w.revokeAndHear(w.dial(w.config(w.svid(spiffeid.RequireFromString("spiffe://example.org/ops/ada"), spiffetest.SVIDOptions{}))), verifier)
 	t.Logf("a revoke under flood: answered in %v, heard in %v, %d credentials issued meanwhile", answered, heard, issued.Load())
+}
+
+// A frame that announces 16 MiB ends its connection before it is read; beside it, others
+// go on.
+func TestOversizedFrame(t *testing.T) {
+	w := newWorld(t)
+	cfg := w.config(w.svid(payments, spiffetest.SVIDOptions{}))
+	cfg.NextProtos = []string{"h2"}
+	c, err := (&tls.Dialer{Config: cfg}).DialContext(soon(t), "tcp", w.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	settings := []byte{0, 0, 0, 4, 0, 0, 0, 0, 0}
+	data := []byte{0xff, 0xff, 0xff, 0, 0, 0, 0, 0, 1} // DATA of 2^24-1 bytes on stream 1
+	for _, b := range [][]byte{[]byte("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"), settings, data} {
+		if _, err := c.Write(b); err != nil {
+			t.Fatal(err)
+		}
+	}
+	_ = c.SetReadDeadline(time.Now().Add(time.Minute))
+	if _, err := io.Copy(io.Discard, c); errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Error("the connection stands")
+	}
+	if _, err := issue(t, w.as(payments)); err != nil {
+		t.Error(err)
+	}
 }

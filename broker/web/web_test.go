@@ -556,6 +556,33 @@ type elsewhere struct {
 
 func (l elsewhere) Addr() net.Addr { return l.addr }
 
+// Connections that say nothing, or a byte now and then, give way to others.
+func TestServeBoundsConnections(t *testing.T) {
+	s := serve(t, http.NotFoundHandler())
+	var conns []net.Conn
+	for range web.MaxConnections + 50 {
+		c, err := net.Dial("tcp", s.addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+		_, _ = c.Write([]byte("G"))
+		conns = append(conns, c)
+	}
+	for _, c := range conns[:50] {
+		began := time.Now()
+		_ = c.SetReadDeadline(began.Add(time.Minute))
+		if _, err := c.Read(make([]byte, 1)); errors.Is(err, os.ErrDeadlineExceeded) || err == nil {
+			t.Fatalf("one of the oldest stands: %v", err)
+		}
+	}
+	r, err := http.Get("http://" + s.addr + "/")
+	if err != nil || r.StatusCode != http.StatusNotFound {
+		t.Fatalf("beside them: %v, %v", r, err)
+	}
+	r.Body.Close()
+}
+
 func TestServeAdminRefusesOtherListeners(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel() // one that isn't refused ends at once

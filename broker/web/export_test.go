@@ -1,0 +1,4 @@
+package web
+
+// MaxConnections bounds the connections of a server.
+const MaxConnections = maxConnections
