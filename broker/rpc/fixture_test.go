@@ -123,7 +123,7 @@ func newWorld(t *testing.T) *world {
 	return newWorldOn(t, func(era broker.Record) broker.Store { return storetest.Memory(t, era) })
 }
 
-func newWorldOn(t *testing.T, open func(broker.Record) broker.Store) *world {
+func newWorldOn(t *testing.T, open func(broker.Record) broker.Store, options ...grpc.ServerOption) *world {
 	t.Helper()
 	start := time.Now().UTC()
 	w := &world{t: t, clock: &clock{now: start}, policy: &policy{denied: map[spiffeid.ID]bool{}}}
@@ -163,7 +163,7 @@ func newWorldOn(t *testing.T, open func(broker.Record) broker.Store) *world {
 	w.publish(public, key)
 
 	w.srv, err = rpc.NewServer(rpc.Config{
-		Broker: w.b, SVIDs: w.td.Source(brokerID), Bundle: w.bundles, BundlesChanged: w.bundles.Changed, Now: w.clock.Now,
+		Broker: w.b, SVIDs: w.td.Source(brokerID), Bundle: w.bundles, BundlesChanged: w.bundles.Changed, Now: w.clock.Now, Options: options,
 		TrustDomains: []spiffeid.TrustDomain{domain, spiffeid.RequireTrustDomainFromString("partner.example")},
 	})
 	if err != nil {

@@ -109,10 +109,10 @@ type handlers struct {
 }
 
 func (h *handlers) server(options []grpc.ServerOption) *Server {
+	options = append([]grpc.ServerOption{grpc.ConnectionTimeout(handshakeTimeout)}, options...) // a test may want another
 	options = append(options,
 		grpc.MaxRecvMsgSize(maxReceiveBytes),
 		grpc.MaxConcurrentStreams(maxStreamsPerConnection),
-		grpc.ConnectionTimeout(handshakeTimeout),
 		grpc.WaitForHandlers(true),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: time.Minute, Timeout: 20 * time.Second}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),

@@ -1,4 +1,7 @@
 package web
 
-// MaxConnections bounds the connections of a server.
-const MaxConnections = maxConnections
+// Inner doors for the tests of this package.
+const (
+	MaxConnections    = maxConnections
+	ReadHeaderTimeout = readHeaderTimeout
+)
