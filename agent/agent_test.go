@@ -354,6 +354,13 @@ func TestHTTPToken(t *testing.T) {
 	if code != http.StatusForbidden || body["reason"] != "POLICY_DENIED" || body["hint"] != "a hint" || body["error"] != "permission_denied" {
 		t.Errorf("the broker's refusal: %d %v", code, body)
 	}
+	b.set(func(b *broker) {
+		b.refuse = refusalWith(codes.ResourceExhausted, "LIVE_GRANTS_LIMITED", "too many", map[string]string{"hint": "wait", "retry_after": "12.3s"})
+	})
+	code, body, header = f.get("/v1/token?audience=ledger&ttl=1m")
+	if code != http.StatusTooManyRequests || body["reason"] != "LIVE_GRANTS_LIMITED" || header.Get("Retry-After") != "13" {
+		t.Errorf("a limit: %d %v %v", code, body, header)
+	}
 }
 
 func many(n int) string {

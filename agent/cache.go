@@ -98,6 +98,10 @@ type cache struct {
 
 	mu      sync.Mutex
 	entries map[string]*entry
+	// limited is the broker's refusal for a limit of this identity, whatever was asked
+	// for: until then no call is made.
+	limited      *sdk.Error
+	limitedUntil time.Time
 }
 
 // An entry is one request and its credential.
@@ -372,10 +376,14 @@ func (c *cache) fetch(ctx context.Context, e *entry) (*sdk.Credential, error) {
 		e.idempotency = rand.Text()
 	}
 	asked := c.now()
+	if err := c.limit(asked); err != nil {
+		return nil, err
+	}
 	c.counts.fetches.Add(1)
 	resp, err := c.tokens.Issue(ctx, e.req.message(e.idempotency), grpc.WaitForReady(true))
 	if err != nil {
 		c.counts.failures.Add(1)
+		c.heed(err)
 		if refusal := sdk.FromRPC(err); !temporary(refusal) {
 			e.idempotency = ""
 		}
@@ -389,6 +397,32 @@ func (c *cache) fetch(ctx context.Context, e *entry) (*sdk.Credential, error) {
 	}
 	e.latest.Store(&held{cred.Grant, claims, cred.Expires})
 	return cred, nil
+}
+
+// maxLimited is the longest that the agent stays away from the broker on its word: a
+// limit may be raised meanwhile.
+const maxLimited = time.Minute
+
+// heed remembers a refusal for a limit of this identity: all who ask this agent share it.
+func (c *cache) heed(err error) {
+	var refusal *sdk.Error
+	if !errors.As(sdk.FromRPC(err), &refusal) || refusal.RetryAfter() == 0 {
+		return
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.limited, c.limitedUntil = refusal, c.now().Add(min(refusal.RetryAfter(), maxLimited))
+}
+
+// limit returns the broker's refusal while it holds.
+func (c *cache) limit(now time.Time) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if left := c.limitedUntil.Sub(now); c.limited != nil && left > 0 && left <= maxLimited {
+		return c.limited
+	}
+	c.limited = nil
+	return nil
 }
 
 func temporary(err error) bool {

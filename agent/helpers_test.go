@@ -203,7 +203,11 @@ func (s tokenServer) Exchange(_ context.Context, m *dayflyv1.ExchangeRequest) (*
 }
 
 func refusal(code codes.Code, reason, message string) error {
-	s, err := status.New(code, message).WithDetails(&errdetails.ErrorInfo{Domain: sdk.ErrorDomain, Reason: reason, Metadata: map[string]string{"hint": "a hint"}})
+	return refusalWith(code, reason, message, map[string]string{"hint": "a hint"})
+}
+
+func refusalWith(code codes.Code, reason, message string, metadata map[string]string) error {
+	s, err := status.New(code, message).WithDetails(&errdetails.ErrorInfo{Domain: sdk.ErrorDomain, Reason: reason, Metadata: metadata})
 	if err != nil {
 		panic(err)
 	}

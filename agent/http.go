@@ -4,10 +4,12 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"math"
 	"mime"
 	"net"
 	"net/http"
 	"net/netip"
+	"strconv"
 	"strings"
 	"time"
 
@@ -258,6 +260,9 @@ func writeError(w http.ResponseWriter, err error) {
 	}
 	if refusal.Reason == "" {
 		refusal.Reason = strings.ToUpper(name)
+	}
+	if wait := refusal.RetryAfter(); wait > 0 {
+		w.Header().Set("Retry-After", strconv.Itoa(int(math.Ceil(wait.Seconds()))))
 	}
 	writeJSON(w, status, errorAnswer{Error: name, Reason: refusal.Reason, Message: refusal.Message, Hint: refusal.Hint})
 }

@@ -3,6 +3,7 @@ package agent_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -48,7 +49,7 @@ func (d *direct) calls() []time.Time {
 }
 
 // bubble runs an agent on the bubble's clock and returns how to ask it.
-func bubble(t *testing.T, d *direct, prefetch ...agent.Request) func() (*sdk.Credential, error) {
+func bubble(t *testing.T, d *direct, prefetch ...agent.Request) func(...agent.Request) (*sdk.Credential, error) {
 	t.Helper()
 	began := time.Now()
 	a, err := agent.New(agent.Config{
@@ -68,10 +69,10 @@ func bubble(t *testing.T, d *direct, prefetch ...agent.Request) func() (*sdk.Cre
 		}
 	})
 	synctest.Wait()
-	return func() (*sdk.Credential, error) {
+	return func(asked ...agent.Request) (*sdk.Credential, error) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
-		return a.Token(ctx, agent.Request{Audience: "orders"})
+		return a.Token(ctx, append(asked, agent.Request{Audience: "orders"})[0])
 	}
 }
 
@@ -151,6 +152,33 @@ func TestServesUntilExpiry(t *testing.T) {
 		time.Sleep(20 * time.Second) // the longest pause
 		if _, err := ask(); err != nil {
 			t.Errorf("when the broker is well again: %v", err)
+		}
+	})
+}
+
+// A limit is of the identity: while the broker has said that it stands, this agent asks
+// for nothing, whatever those beside it want.
+func TestLimitIsHeeded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := &direct{b: unservedBroker(t, newDomain(t))}
+		d.b.set(func(b *broker) {
+			b.refuse = refusalWith(codes.ResourceExhausted, "ISSUE_RATE_LIMITED", "too fast", map[string]string{"hint": "wait", "retry_after": "20s"})
+		})
+		ask := bubble(t, d)
+		began := time.Now()
+		for i := range 50 {
+			if _, err := ask(agent.Request{Audience: fmt.Sprintf("orders-%d", i)}); reason(err) != "ISSUE_RATE_LIMITED" {
+				t.Fatalf("got %v", err)
+			}
+			time.Sleep(100 * time.Millisecond)
+		}
+		if n := len(d.calls()); n != 1 {
+			t.Errorf("%d calls for 50 credentials, want 1", n)
+		}
+		d.b.set(func(b *broker) { b.refuse = nil })
+		time.Sleep(time.Until(began.Add(20 * time.Second)))
+		if _, err := ask(agent.Request{Audience: "orders"}); err != nil {
+			t.Errorf("once the limit is over: %v", err)
 		}
 	})
 }

@@ -60,8 +60,12 @@ func (a *Agent) exchange(ctx context.Context, m *dayflyv1.ExchangeRequest) (*sdk
 	ctx, cancel := context.WithTimeout(ctx, issueTimeout)
 	defer cancel()
 	asked := a.cfg.Now()
+	if err := a.cache.limit(asked); err != nil {
+		return nil, upstreamError(err)
+	}
 	resp, err := a.cache.tokens.Exchange(ctx, m, grpc.WaitForReady(true))
 	if err != nil {
+		a.cache.heed(err)
 		return nil, upstreamError(sdk.FromRPC(err))
 	}
 	cred, _, err := read(resp.GetCredential(), asked)

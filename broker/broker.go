@@ -86,6 +86,7 @@ type Broker struct {
 	uses    usage
 	seen    seenSVIDs
 	retries retries
+	issuers issuers
 	flight  singleflight.Group
 	// proposing is held by lifts, and by whatever takes two persons.
 	proposing sync.Mutex
@@ -152,6 +153,9 @@ func (b *Broker) Load(ctx context.Context) error {
 		return fmt.Errorf("loading the log: %w", err)
 	}
 	if err := b.loadRoster(ctx); err != nil {
+		return err
+	}
+	if err := b.loadIssuers(ctx); err != nil {
 		return err
 	}
 	if err := b.auditRestore(ctx); err != nil {

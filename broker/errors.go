@@ -98,6 +98,8 @@ var (
 	ErrBusy           = &Refusal{Unavailable, "BUSY", "revocations keep arriving faster than this request could be recorded", "try again", nil}
 	ErrRosterFull     = &Refusal{Exhausted, "ROSTER_FULL", "this identity has too many verifiers that may still accept tokens", "those that are gone leave once their staleness bound has passed", nil}
 	ErrForgotten      = &Refusal{Unavailable, "VERIFIER_FORGOTTEN", "this verifier was silent for so long that it left the roster", "follow anew; the library does so by itself", nil}
+	ErrRateLimited    = &Refusal{Exhausted, "ISSUE_RATE_LIMITED", "this identity asks for credentials faster than policy lets it", "wait as long as retry_after says; keep a credential for its life instead of fetching one for each call", nil}
+	ErrLiveLimited    = &Refusal{Exhausted, "LIVE_GRANTS_LIMITED", "this identity has as many live credentials as policy lets it", "wait as long as retry_after says, until one expires; keep credentials for their life, ask for shorter ones, or have the limit raised", nil}
 	ErrBackupBusy     = &Refusal{Exhausted, "BACKUP_UNDER_WAY", "another backup is under way", "wait until it has ended", nil}
 	ErrBackupGaveWay  = &Refusal{Unavailable, "BACKUP_GAVE_WAY", "the backup was given up, since it held up the broker's own writes", "ask again, and write it to a fast disk", nil}
 	ErrTooManyStreams = &Refusal{Exhausted, "TOO_MANY_STREAMS", "this identity follows the feed with too many streams", "close some, or follow through one agent per host", nil}

@@ -60,7 +60,7 @@ func (b *Broker) exchange(ctx context.Context, c Caller, req Request) (*Credenti
 	if want.scopes, err = narrowScopes(req.Scopes, want.scopes, parent.Scopes); err != nil {
 		return nil, e, err
 	}
-	return b.grant(ctx, c, want, parent, e)
+	return b.grant(ctx, c, want, d.Limits, parent, e)
 }
 
 // narrowScopes keeps to the parent's scopes: what was asked for must all be there;

@@ -2,8 +2,10 @@ package broker
 
 import (
 	"context"
+	"time"
 
 	"github.com/dayflyhq/dayfly/proto/token"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
 // Inner doors for the tests of this package.
@@ -43,4 +45,26 @@ func (b *Broker) Waiting() int {
 		return 0
 	}
 	return len(b.signing.next.nonces)
+}
+
+// Issuers is how many identities are remembered for their limits.
+func (b *Broker) Issuers() int {
+	b.issuers.mu.Lock()
+	defer b.issuers.mu.Unlock()
+	return len(b.issuers.byID)
+}
+
+// DrawLimit counts one grant against limits, without a store.
+func DrawLimit(l Limits) func() {
+	var (
+		all issuers
+		n   int
+	)
+	id := spiffeid.RequireFromString("spiffe://example.org/payments")
+	return func() {
+		n++
+		if _, err := all.draw(id, l, time.Duration(n%3600)*time.Second, 1); err != nil {
+			panic(err)
+		}
+	}
 }

@@ -64,7 +64,7 @@ func (b *Broker) issue(ctx context.Context, c Caller, req Request) (*Credential,
 	if err != nil {
 		return nil, e, err
 	}
-	return b.grant(ctx, c, want, nil, e)
+	return b.grant(ctx, c, want, d.Limits, nil, e)
 }
 
 // normalize checks the form of a request before anything looks at it.
@@ -133,7 +133,21 @@ const issueAttempts = 4
 var errOvertaken = errors.New("overtaken by a record of the log")
 
 // grant makes and records the credential: sign || record, and the answer after both.
-func (b *Broker) grant(ctx context.Context, c Caller, t terms, parent *token.Token, e AuditEntry) (*Credential, AuditEntry, error) {
+func (b *Broker) grant(ctx context.Context, c Caller, t terms, limits Limits, parent *token.Token, e AuditEntry) (*Credential, AuditEntry, error) {
+	life := t.ttl
+	if parent != nil {
+		life = min(life, parent.Expires.Sub(b.cfg.Now()))
+	}
+	counted, err := b.slotFor(ctx, c.ID, limits, life)
+	if err != nil {
+		return nil, e, err
+	}
+	recorded := false
+	defer func() {
+		if !recorded {
+			counted.release()
+		}
+	}()
 	for range issueAttempts {
 		g, key, err := b.prepare(c, t, parent)
 		if err != nil {
@@ -149,7 +163,8 @@ func (b *Broker) grant(ctx context.Context, c Caller, t terms, parent *token.Tok
 		}
 		g.Fingerprint = unsigned.Fingerprint()
 
-		secret, err := b.signAndRecord(ctx, g, key, unsigned, parent)
+		var secret token.Secret
+		secret, recorded, err = b.signAndRecord(ctx, g, key, unsigned, parent)
 		if errors.Is(err, errOvertaken) || errors.Is(err, ErrOffLog) {
 			if err := b.catchUp(ctx); err != nil {
 				return nil, e, err
@@ -180,8 +195,8 @@ func (b *Broker) catchUp(ctx context.Context) error {
 	return b.state.await(ctx, st.Head.Seq)
 }
 
-// signAndRecord signs while the group commit syncs.
-func (b *Broker) signAndRecord(ctx context.Context, g *Grant, key Signer, u token.Unsigned, parent *token.Token) (token.Secret, error) {
+// signAndRecord signs while the group commit syncs, and says whether the grant is on record.
+func (b *Broker) signAndRecord(ctx context.Context, g *Grant, key Signer, u token.Unsigned, parent *token.Token) (token.Secret, bool, error) {
 	type signed struct {
 		secret token.Secret
 		err    error
@@ -194,9 +209,9 @@ func (b *Broker) signAndRecord(ctx context.Context, g *Grant, key Signer, u toke
 	err := b.cfg.Store.Issue(ctx, g, func(newer []Record) error { return admit(g, parent, newer) })
 	s := <-done
 	if err != nil {
-		return token.Secret{}, err
+		return token.Secret{}, false, err
 	}
-	return s.secret, s.err
+	return s.secret, true, s.err
 }
 
 // admit is the condition on the head: a grant made at an older position may still

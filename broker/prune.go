@@ -29,6 +29,7 @@ func (b *Broker) pruneLoop(ctx context.Context) {
 // time begins anew; late is always safe.
 func (b *Broker) Prune(ctx context.Context) error {
 	now := b.cfg.Boot()
+	b.issuers.tidy(now)
 	horizon, moved := b.nextHorizon(now)
 	keep := b.keeper(now)
 	p := Pruning{Keep: keep, GrantsExpiredBefore: b.cfg.Now().Add(-grantsKept), Observations: b.oldUses()}

@@ -90,6 +90,8 @@ type Decision struct {
 	Message  string
 	Hint     string
 	Metadata map[string]string
+	// Limits of the caller are for issue and exchange.
+	Limits Limits
 	// SecondPerson is for lifts and for revocations of everything.
 	SecondPerson SecondPerson
 	// Rule and Data say what decided, for the audit.

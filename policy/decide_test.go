@@ -197,6 +197,39 @@ func TestDecideLimitsAndNames(t *testing.T) {
 	}
 }
 
+// A rule may set limits where the data has none, or lower ones, and can't raise them.
+func TestDecideLimitsOfRules(t *testing.T) {
+	in := policy.Input{Action: policy.ActionIssue, Caller: policy.Caller{ID: id("/ns/shop/orders")}, Audience: "x"}
+	ask := func(limits, data string) (policy.Decision, error) {
+		p := load(t, policy.Config{FS: fstest.MapFS{
+			"policy.rego": &fstest.MapFile{Data: []byte(`package policy
+
+decision := {"allow": true, "scopes": [], "ttl_ns": 60000000000, "binding": "spiffe", "limits": ` + limits + "}")},
+			"data.yaml": &fstest.MapFile{Data: []byte(data)},
+		}})
+		return p.Decide(t.Context(), in)
+	}
+	const data = "limits: {spiffe://dayfly.test/*: {issue_per_second: 10, live_grants: 100}}"
+	for _, tc := range []struct {
+		limits, data string
+		want         policy.Limits
+	}{
+		{`{}`, data, policy.Limits{IssuePerSecond: 10, LiveGrants: 100}},
+		{`{"live_grants": 7}`, data, policy.Limits{IssuePerSecond: 10, LiveGrants: 7}},
+		{`{"issue_per_second": 11, "live_grants": 101}`, data, policy.Limits{IssuePerSecond: 10, LiveGrants: 100}},
+		{`{"issue_per_second": 3}`, "custom: {}", policy.Limits{IssuePerSecond: 3}},
+	} {
+		if d, err := ask(tc.limits, tc.data); err != nil || d.Limits != tc.want {
+			t.Errorf("%s over %s: got %+v, %v, want %+v", tc.limits, tc.data, d.Limits, err, tc.want)
+		}
+	}
+	for _, bad := range []string{`7`, `{"live_grants": 0}`, `{"live_grants": -1}`, `{"live_grants": 1.5}`, `{"live_grants": "7"}`, `{"live": 7}`, `{"live_grants": 99999999999}`} {
+		if d, err := ask(bad, data); err == nil || d.Allow {
+			t.Errorf("%s: got %+v, want an error", bad, d)
+		}
+	}
+}
+
 // Which calls take a second person, for how long a proposal waits and who may confirm
 // comes from the data, whatever the rules say.
 func TestDecideSecondPerson(t *testing.T) {
@@ -457,7 +490,7 @@ func TestExplain(t *testing.T) {
 	}) {
 		t.Errorf("rules: %+v", e.Rules)
 	}
-	for _, want := range []string{"denied by rule issue", "scope_not_entitled", ref, "data.yaml:", "hint:"} {
+	for _, want := range []string{"denied by rule issue", "scope_not_entitled", ref, "data.yaml:", "hint:", "1000 a second", "100000 live grants"} {
 		if !strings.Contains(e.String(), want) {
 			t.Errorf("text lacks %q:\n%s", want, e)
 		}

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"slices"
 	"strconv"
 	"strings"
@@ -26,7 +27,7 @@ type Decision struct {
 	// Binding is the stricter of what was asked for and what policy says.
 	Binding string `json:"binding,omitempty"`
 	// Limits of the caller, for issue and exchange; zero fields set none. They come
-	// from the data, allowed or not, and no rule can raise them.
+	// from the data, allowed or not. A rule may set lower ones and can't raise them.
 	Limits Limits `json:"limits"`
 	// SecondPerson is set for lift, lift_confirm and revoke_everything, allowed or
 	// not. It comes from the data, and no rule can waive it.
@@ -107,6 +108,8 @@ func decodeDecision(v ast.Value) (Decision, error) {
 			d.TTL = time.Duration(n)
 		case "binding":
 			d.Binding, err = text(v)
+		case "limits":
+			d.Limits, err = decodeLimits(v)
 		case "denials":
 			d.Denials, err = decodeDenials(v)
 		case "rule":
@@ -125,6 +128,42 @@ func decodeDecision(v ast.Value) (Decision, error) {
 		d.Data = append(d.Data, dataRef(p))
 	}
 	return d, nil
+}
+
+func decodeLimits(v ast.Value) (Limits, error) {
+	var l Limits
+	obj, ok := v.(ast.Object)
+	if !ok {
+		return l, fmt.Errorf("a %s, not an object", ast.ValueName(v))
+	}
+	err := eachKey(obj, func(key string, v ast.Value) error {
+		n, err := integer(v)
+		switch {
+		case err != nil:
+			return err
+		case n < 1 || n > math.MaxInt32:
+			return fmt.Errorf("%d is no limit: at least 1", n)
+		case key == "issue_per_second":
+			l.IssuePerSecond = int(n)
+		case key == "live_grants":
+			l.LiveGrants = int(n)
+		default:
+			return errors.New("unknown key")
+		}
+		return nil
+	})
+	return l, err
+}
+
+// stricter takes the lower of each limit, where there are two.
+func (l Limits) stricter(m Limits) Limits {
+	lower := func(a, b int) int {
+		if a == 0 || b != 0 && b < a {
+			return b
+		}
+		return a
+	}
+	return Limits{lower(l.IssuePerSecond, m.IssuePerSecond), lower(l.LiveGrants, m.LiveGrants)}
 }
 
 // check holds the answer against the question: policy narrows, it never widens.

@@ -100,8 +100,11 @@ func (e Explanation) WriteText(w io.Writer) error {
 	if d.TTL > 0 {
 		fmt.Fprintf(&b, "  scopes   %s\n  ttl      %s\n  binding  %s\n", strings.Join(d.Scopes, " "), shortDuration(d.TTL), d.Binding)
 	}
-	if d.Limits != (Limits{}) {
-		fmt.Fprintf(&b, "  limits   %d a second, %d live grants\n", d.Limits.IssuePerSecond, d.Limits.LiveGrants)
+	if d.Limits.IssuePerSecond > 0 {
+		fmt.Fprintf(&b, "  limit    %d a second\n", d.Limits.IssuePerSecond)
+	}
+	if d.Limits.LiveGrants > 0 {
+		fmt.Fprintf(&b, "  limit    %d live grants\n", d.Limits.LiveGrants)
 	}
 	if d.SecondPerson.Required {
 		fmt.Fprintf(&b, "  takes a second person within %s; may confirm: %s\n", shortDuration(d.SecondPerson.Within), strings.Join(d.SecondPerson.Confirmers, " "))

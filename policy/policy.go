@@ -217,7 +217,9 @@ func (g *generation) decide(ctx context.Context, cfg Config, in Input, opts ...r
 	}
 	d.Names = f.names
 	if in.Action == ActionIssue || in.Action == ActionExchange {
-		d.Limits = g.data.limitsOf(f.patterns)
+		d.Limits = g.data.limitsOf(f.patterns).stricter(d.Limits)
+	} else {
+		d.Limits = Limits{}
 	}
 	d.SecondPerson = g.data.secondPerson(in)
 	d.Generation = g.number

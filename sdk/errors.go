@@ -3,6 +3,7 @@ package sdk
 import (
 	"fmt"
 	"maps"
+	"time"
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
@@ -69,12 +70,27 @@ func (e *Error) Temporary() bool {
 	return false
 }
 
+// retryAfterKey is the metadata key that says how long to wait, as a Go duration.
+const retryAfterKey = "retry_after"
+
+// RetryAfter is how long the same call would be refused again, where a limit of this
+// identity is reached; zero if the refusal says nothing of it.
+func (e *Error) RetryAfter() time.Duration {
+	d, err := time.ParseDuration(e.Metadata[retryAfterKey])
+	if err != nil {
+		return 0
+	}
+	return max(d, 0)
+}
+
 // The refusals that a workload meets, for errors.Is. Any other reason is compared by
 // Error.Reason.
 var (
 	ErrInvalidRequest      = refusal(codes.InvalidArgument, "INVALID_REQUEST")
 	ErrRequestTooLarge     = refusal(codes.InvalidArgument, "REQUEST_TOO_LARGE")
 	ErrTokenTooLarge       = refusal(codes.InvalidArgument, "TOKEN_TOO_LARGE")
+	ErrRateLimited         = refusal(codes.ResourceExhausted, "ISSUE_RATE_LIMITED")
+	ErrLiveLimited         = refusal(codes.ResourceExhausted, "LIVE_GRANTS_LIMITED")
 	ErrSVIDExpired         = refusal(codes.Unauthenticated, "SVID_EXPIRED")
 	ErrPolicyDenied        = refusal(codes.PermissionDenied, "POLICY_DENIED")
 	ErrIdentityLocked      = refusal(codes.PermissionDenied, "IDENTITY_LOCKED")

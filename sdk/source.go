@@ -19,6 +19,9 @@ const (
 
 	minBackoff = 500 * time.Millisecond
 	maxBackoff = 15 * time.Second
+	// maxRetryAfter is the longest pause that a broker's retry_after makes: limits are
+	// raised, and revoked credentials make room, before that is over.
+	maxRetryAfter = time.Minute
 )
 
 // SourceConfig describes a TokenSource. Only Fetch must be set.
@@ -53,17 +56,17 @@ type TokenSource struct {
 	ctx    context.Context // ends with Close; what fetches run under
 	cancel context.CancelFunc
 
-	mu       sync.Mutex
-	current  *Credential
-	renewAt  time.Duration // age of the current credential at which it is renewed
-	flight   *flight       // nil while none
-	failed   error         // of the last fetch, nil after a success
-	failedAt time.Time
-	retryAt  time.Time // not before, while failed
-	pause    time.Duration
-	spared   time.Duration // age below which a refused credential is not dropped
-	changed  chan struct{} // closed and replaced at every change: wakes Run
-	wg       sync.WaitGroup
+	mu      sync.Mutex
+	current *Credential
+	renewAt time.Duration // age of the current credential at which it is renewed
+	flight  *flight       // nil while none
+	failed  error         // of the last fetch, nil after a success
+	retryAt time.Time     // not before, while failed
+	soonest time.Time     // not before, for whoever has nothing
+	pause   time.Duration
+	spared  time.Duration // age below which a refused credential is not dropped
+	changed chan struct{} // closed and replaced at every change: wakes Run
+	wg      sync.WaitGroup
 }
 
 // A flight is one fetch and those who wait for it.
@@ -168,15 +171,15 @@ func (s *TokenSource) valid(now time.Time) *Credential {
 }
 
 // pausing reports whether the last failure is too fresh to try again. Whoever asks and
-// has nothing waits for the shortest pause only: what was refused by a lock that has
-// been lifted since must not look refused for longer.
+// has nothing waits for the shortest pause only, or as long as the broker said: what was
+// refused by a lock that has been lifted since must not look refused for longer.
 func (s *TokenSource) pausing(now time.Time, empty bool) bool {
 	if s.failed == nil {
 		return false
 	}
 	until := s.retryAt
-	if soon := s.failedAt.Add(minBackoff); empty && soon.Before(until) {
-		until = soon
+	if empty && s.soonest.Before(until) {
+		until = s.soonest
 	}
 	return now.Before(until)
 }
@@ -239,10 +242,16 @@ func (c *Credential) dated(asked time.Time) *Credential {
 }
 
 func (s *TokenSource) failure(now time.Time, err error) {
-	s.failed, s.failedAt = err, now
+	s.failed = err
 	s.pause = min(max(2*s.pause, minBackoff), maxBackoff)
 	wait := time.Duration(float64(s.pause) * (0.5 + s.cfg.Jitter()/2))
-	s.retryAt = now.Add(wait)
+	least := minBackoff
+	var refusal *Error
+	if errors.As(err, &refusal) {
+		least = max(least, min(refusal.RetryAfter(), maxRetryAfter))
+	}
+	wait = max(wait, least+time.Duration(float64(least-minBackoff)*s.cfg.Jitter()/4))
+	s.soonest, s.retryAt = now.Add(least), now.Add(wait)
 	if s.ctx.Err() == nil {
 		s.cfg.Log.Warn("renewing credential", "err", err, "retry_in", wait, "still_valid", s.valid(now) != nil)
 	}

@@ -12,6 +12,7 @@ import (
 
 	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/dayflyhq/dayfly/sdk"
+	"google.golang.org/grpc/codes"
 )
 
 // A mint gives out numbered credentials, by a script.
@@ -280,4 +281,37 @@ func TestSourceAsksAgainForTheEmptyHanded(t *testing.T) {
 		stop()
 		<-done
 	})
+}
+
+// A broker that says how long a limit stands is not asked before, neither ahead of need
+// nor by whoever has nothing; what it says is believed up to a minute.
+func TestSourceHonoursRetryAfter(t *testing.T) {
+	for said, want := range map[string]time.Duration{"20s": 20 * time.Second, "3h": time.Minute, "": 500 * time.Millisecond, "-1s": 500 * time.Millisecond} {
+		synctest.Test(t, func(t *testing.T) {
+			refused := &sdk.Error{Code: codes.ResourceExhausted, Reason: "ISSUE_RATE_LIMITED", Metadata: map[string]string{"retry_after": said}}
+			m := &mint{life: 5 * time.Minute, err: fmt.Errorf("issuing: %w", refused)}
+			s := newSource(t, m)
+			ctx, stop := context.WithCancel(t.Context())
+			done := make(chan struct{})
+			go func() { defer close(done); s.Run(ctx) }()
+			synctest.Wait()
+			began := time.Now()
+			for time.Since(began) < want-10*time.Millisecond {
+				if _, err := s.Token(t.Context()); !errors.Is(err, sdk.ErrRateLimited) {
+					t.Fatalf("said %q: got %v", said, err)
+				}
+				time.Sleep(10 * time.Millisecond)
+			}
+			if m.calls != 1 {
+				t.Errorf("said %q: %d calls within %v, want 1", said, m.calls, want)
+			}
+			m.set(func() { m.err = nil })
+			time.Sleep(20 * time.Millisecond)
+			if _, err := s.Token(t.Context()); err != nil {
+				t.Errorf("said %q: %v after it had passed", said, err)
+			}
+			stop()
+			<-done
+		})
+	}
 }

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/dayflyhq/dayfly/broker"
+	"github.com/dayflyhq/dayfly/broker/gate"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
@@ -29,7 +30,7 @@ type authenticator struct {
 }
 
 // transport returns server credentials for mTLS with X.509-SVIDs.
-func (a *authenticator) transport(svids x509svid.Source) credentials.TransportCredentials {
+func (a *authenticator) transport(svids x509svid.Source) *transport {
 	cfg := tlsconfig.MTLSServerConfig(svids, a.bundles, a.authorize)
 	cfg.MinVersion = tls.VersionTLS13
 	// A resumed session skips VerifyPeerCertificate, where go-spiffe authorises. There
@@ -39,7 +40,7 @@ func (a *authenticator) transport(svids x509svid.Source) credentials.TransportCr
 		_, err := a.verify(cs.PeerCertificates)
 		return err
 	}
-	return &transport{credentials.NewTLS(cfg)}
+	return &transport{credentials.NewTLS(cfg), gate.New(maxHandshakes), &connections{}}
 }
 
 func (a *authenticator) authorize(id spiffeid.ID, _ [][]*x509.Certificate) error {
@@ -60,9 +61,13 @@ func (a *authenticator) verify(certs []*x509.Certificate) (spiffeid.ID, error) {
 // transport keeps what was proven beside the connection.
 type transport struct {
 	credentials.TransportCredentials
+	handshakes *gate.Gate
+	open       *connections
 }
 
 func (t *transport) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	t.handshakes.Enter(conn)
+	defer t.handshakes.Leave(conn)
 	conn, info, err := t.TransportCredentials.ServerHandshake(conn)
 	if err != nil {
 		return nil, nil, err
@@ -72,11 +77,24 @@ func (t *transport) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthIn
 		conn.Close()
 		return nil, nil, errors.New("no certificate in the handshake")
 	}
-	return conn, &connection{TLSInfo: tlsInfo}, nil
+	id, err := x509svid.IDFromCert(tlsInfo.State.PeerCertificates[0])
+	if err == nil {
+		conn, err = t.admit(conn, id)
+	}
+	return conn, &connection{TLSInfo: tlsInfo}, err
+}
+
+// admit counts an open connection, or closes it.
+func (t *transport) admit(conn net.Conn, id spiffeid.ID) (net.Conn, error) {
+	admitted, err := t.open.admit(conn, id)
+	if err != nil {
+		conn.Close()
+	}
+	return admitted, err
 }
 
 func (t *transport) Clone() credentials.TransportCredentials {
-	return &transport{t.TransportCredentials.Clone()}
+	return &transport{t.TransportCredentials.Clone(), t.handshakes, t.open}
 }
 
 // connection is the AuthInfo of one: its chain, and the bundle that it was last

@@ -130,6 +130,11 @@ type world struct {
 
 func newWorld(t *testing.T) *world {
 	t.Helper()
+	return newWorldOn(t, func(era broker.Record) broker.Store { return storetest.Memory(t, era) })
+}
+
+func newWorldOn(t *testing.T, open func(broker.Record) broker.Store, options ...grpc.ServerOption) *world {
+	t.Helper()
 	start := time.Now().UTC()
 	w := &world{t: t, clock: &clock{now: start}, policy: &policy{denied: map[spiffeid.ID]bool{}}}
 	w.td = spiffetest.ForTest(t, spiffetest.Config{TrustDomain: domain})
@@ -145,7 +150,7 @@ func newWorld(t *testing.T) *world {
 	w.key = key
 	w.b, err = broker.New(broker.Config{
 		Issuer: issuer, Policy: w.policy,
-		Store:  storetest.Memory(t, storetest.Era(token.NextEra(0, start))),
+		Store:  open(storetest.Era(token.NextEra(0, start))),
 		Signer: func() (broker.Signer, bool) { return broker.PrivateSigner(public, key), true },
 		VerifyKey: func(k feed.Key, at time.Time) error {
 			return keys.VerifyKey(issuer, k, w.td, spiffeid.MatchID(brokerID), at)
@@ -174,7 +179,7 @@ func newWorld(t *testing.T) *world {
 	w.publish(public, key)
 
 	w.srv, err = rpc.NewServer(rpc.Config{
-		Broker: w.b, SVIDs: w.td.Source(brokerID), Bundle: w.bundles, BundlesChanged: w.bundles.Changed, Now: w.clock.Now,
+		Broker: w.b, SVIDs: w.td.Source(brokerID), Bundle: w.bundles, BundlesChanged: w.bundles.Changed, Now: w.clock.Now, Options: options,
 		TrustDomains: []spiffeid.TrustDomain{domain, spiffeid.RequireTrustDomainFromString("partner.example")},
 	})
 	if err != nil {

@@ -63,6 +63,7 @@ type Server struct {
 	*grpc.Server
 	Health *health.Server
 
+	open     *connections // nil for break-glass
 	stopping chan struct{}
 	stop     sync.Once
 }
@@ -75,7 +76,9 @@ func NewServer(cfg Config) (*Server, error) {
 	cfg.setDefaults()
 	auth := &authenticator{cfg.Bundle, cfg.TrustDomains, cfg.Now}
 	h := &handlers{broker: cfg.Broker, log: cfg.Log, now: cfg.Now, caller: auth.caller, bundlesChanged: cfg.BundlesChanged, stopping: make(chan struct{})}
-	srv := h.server(append(cfg.Options, grpc.Creds(auth.transport(cfg.SVIDs))))
+	creds := auth.transport(cfg.SVIDs)
+	srv := h.server(append(cfg.Options, grpc.Creds(creds)))
+	srv.open = creds.open
 	dayflyv1.RegisterTokenServiceServer(srv.Server, &tokenService{handlers: h})
 	dayflyv1.RegisterFeedServiceServer(srv.Server, &feedService{handlers: h})
 	dayflyv1.RegisterRevocationServiceServer(srv.Server, &revocationService{handlers: h})
@@ -108,10 +111,10 @@ type handlers struct {
 }
 
 func (h *handlers) server(options []grpc.ServerOption) *Server {
+	options = append([]grpc.ServerOption{grpc.ConnectionTimeout(handshakeTimeout)}, options...) // a test may want another
 	options = append(options,
 		grpc.MaxRecvMsgSize(maxReceiveBytes),
 		grpc.MaxConcurrentStreams(maxStreamsPerConnection),
-		grpc.ConnectionTimeout(handshakeTimeout),
 		grpc.WaitForHandlers(true),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: time.Minute, Timeout: 20 * time.Second}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),

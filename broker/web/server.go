@@ -8,6 +8,8 @@ import (
 	"net"
 	"net/http"
 	"time"
+
+	"github.com/dayflyhq/dayfly/broker/gate"
 )
 
 // Limits of both servers. All answers are small and made from memory, so a client
@@ -22,6 +24,10 @@ const (
 	maxHeaderBytes = 16 << 10
 	// maxBodyBytes is the design's bound on a request.
 	maxBodyBytes = 64 << 10
+	// maxConnections bounds the connections of each server. All readers are strangers,
+	// and what they read is cached for a minute; a full server closes the connection that
+	// is open longest of the source that has the most.
+	maxConnections = 1024
 	// shutdownTimeout is how long requests under way may take after ctx has ended.
 	shutdownTimeout = 10 * time.Second
 )
@@ -33,7 +39,16 @@ var ErrNotLoopback = errors.New("the admin listener must be on loopback or a uni
 // for at most 10 seconds. It owns the listener and has closed it when it returns. It
 // returns nil after a shutdown in which everything finished. Log may be nil.
 func Serve(ctx context.Context, ln net.Listener, handler http.Handler, log *slog.Logger) error {
+	open := gate.New(maxConnections)
 	server := &http.Server{
+		ConnState: func(c net.Conn, s http.ConnState) {
+			switch s {
+			case http.StateNew:
+				open.Enter(c)
+			case http.StateClosed, http.StateHijacked:
+				open.Leave(c)
+			}
+		},
 		Handler:           http.MaxBytesHandler(handler, maxBodyBytes),
 		ReadHeaderTimeout: readHeaderTimeout,
 		ReadTimeout:       readTimeout,

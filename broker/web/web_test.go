@@ -556,6 +556,34 @@ type elsewhere struct {
 
 func (l elsewhere) Addr() net.Addr { return l.addr }
 
+// Connections that say nothing, or a byte now and then, give way to others.
+func TestServeBoundsConnections(t *testing.T) {
+	s := serve(t, http.NotFoundHandler())
+	began := time.Now()
+	var conns []net.Conn
+	for range web.MaxConnections + 50 {
+		c, err := net.Dial("tcp", s.addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+		_, _ = c.Write([]byte("G"))
+		conns = append(conns, c)
+	}
+	slow := time.Since(began) > web.ReadHeaderTimeout/2 // then they may be answered that they are
+	for _, c := range conns[:50] {
+		_ = c.SetReadDeadline(time.Now().Add(time.Minute))
+		if _, err := c.Read(make([]byte, 1)); errors.Is(err, os.ErrDeadlineExceeded) || err == nil && !slow {
+			t.Fatalf("one of the oldest stands: %v", err)
+		}
+	}
+	r, err := http.Get("http://" + s.addr + "/")
+	if err != nil || r.StatusCode != http.StatusNotFound {
+		t.Fatalf("beside them: %v, %v", r, err)
+	}
+	r.Body.Close()
+}
+
 func TestServeAdminRefusesOtherListeners(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel() // one that isn't refused ends at once

@@ -41,7 +41,7 @@ func (d decider) Decide(ctx context.Context, q broker.Question) (broker.Decision
 	}
 	out := broker.Decision{
 		Allow: got.Allow, Scopes: got.Scopes, TTL: got.TTL, Binding: token.Binding(got.Binding),
-		Rule: got.Rule, Data: got.Data, SecondPerson: broker.SecondPerson(got.SecondPerson),
+		Rule: got.Rule, Data: got.Data, Limits: broker.Limits(got.Limits), SecondPerson: broker.SecondPerson(got.SecondPerson),
 	}
 	if !got.Allow && len(got.Denials) > 0 {
 		first := got.Denials[0]

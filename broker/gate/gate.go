@@ -1,0 +1,110 @@
+// Package gate bounds the connections that have proved nothing. A full gate lets a new
+// one in and closes the one that has waited longest, of the source that has the most: an
+// honest handshake takes milliseconds, so what has waited longest is what came to wait.
+package gate
+
+import (
+	"container/list"
+	"net"
+	"net/netip"
+	"sync"
+)
+
+// A Gate holds connections by where they come from. Its methods may be called at once.
+type Gate struct {
+	max     int
+	mu      sync.Mutex
+	inside  map[net.Conn]*list.Element
+	sources map[netip.Prefix]*list.List // of *visit, the oldest first
+	number  uint64
+}
+
+type visit struct {
+	conn   net.Conn
+	source netip.Prefix
+	number uint64
+}
+
+// New returns a gate for at most max connections.
+func New(max int) *Gate {
+	return &Gate{max: max, inside: map[net.Conn]*list.Element{}, sources: map[netip.Prefix]*list.List{}}
+}
+
+// Enter lets a connection in. It may close another.
+func (g *Gate) Enter(conn net.Conn) {
+	g.mu.Lock()
+	var crowded *visit
+	if len(g.inside) >= g.max {
+		crowded = g.oldest()
+		g.leave(crowded.conn)
+	}
+	source := sourceOf(conn.RemoteAddr())
+	if g.sources[source] == nil {
+		g.sources[source] = list.New()
+	}
+	g.number++
+	g.inside[conn] = g.sources[source].PushBack(&visit{conn, source, g.number})
+	g.mu.Unlock()
+	if crowded != nil {
+		_ = crowded.conn.Close()
+	}
+}
+
+// Leave lets go of a connection. It is no error if it was closed, or isn't inside.
+func (g *Gate) Leave(conn net.Conn) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.leave(conn)
+}
+
+func (g *Gate) leave(conn net.Conn) {
+	e, ok := g.inside[conn]
+	if !ok {
+		return
+	}
+	delete(g.inside, conn)
+	source := e.Value.(*visit).source
+	l := g.sources[source]
+	l.Remove(e)
+	if l.Len() == 0 {
+		delete(g.sources, source)
+	}
+}
+
+// Len is how many connections are inside.
+func (g *Gate) Len() int {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return len(g.inside)
+}
+
+// oldest returns the longest visit of the source that has the most; of several such
+// sources, the longest visit of all.
+func (g *Gate) oldest() *visit {
+	var (
+		found *visit
+		most  int
+	)
+	for _, l := range g.sources {
+		v := l.Front().Value.(*visit)
+		if l.Len() > most || l.Len() == most && v.number < found.number {
+			found, most = v, l.Len()
+		}
+	}
+	return found
+}
+
+// sourceOf is whoever may be one attacker: an address, of IPv6 the network of 64 bits
+// that one host may have; zero for all that has none, as on a unix socket.
+func sourceOf(addr net.Addr) netip.Prefix {
+	at, err := netip.ParseAddrPort(addr.String())
+	if err != nil {
+		return netip.Prefix{}
+	}
+	bits, ip := 64, at.Addr().Unmap().WithZone("")
+	if ip.Is4() {
+		bits = 32
+	}
+	p, _ := ip.Prefix(bits) // the bits fit the address
+	return p
+}

@@ -1,0 +1,308 @@
+package rpc_test
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/dayflyhq/dayfly/broker"
+	"github.com/dayflyhq/dayfly/broker/boltstore"
+	"github.com/dayflyhq/dayfly/broker/rpc"
+	"github.com/dayflyhq/dayfly/broker/storetest"
+	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
+	"github.com/dayflyhq/dayfly/sdk/spiffetest"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc"
+)
+
+// onDisk serves a broker on a store that syncs.
+func onDisk(t *testing.T) *world {
+	t.Helper()
+	return newWorldOn(t, func(era broker.Record) broker.Store {
+		path := filepath.Join(t.TempDir(), "store.db")
+		if err := boltstore.Create(path, era); err != nil {
+			t.Fatal(err)
+		}
+		s, err := boltstore.Open(boltstore.Config{Path: path})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { s.Close() })
+		return s
+	})
+}
+
+// halfOpen connects n times from an address of loopback, and says at most a little.
+func (w *world) halfOpen(n int, from string, say []byte) []net.Conn {
+	w.t.Helper()
+	d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}, Timeout: time.Minute}
+	conns := make([]net.Conn, n)
+	for i := range conns {
+		c, err := d.DialContext(soon(w.t), "tcp", w.addr)
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		w.t.Cleanup(func() { c.Close() })
+		_, _ = c.Write(say) // the broker may have closed it for another
+		conns[i] = c
+	}
+	return conns
+}
+
+// clientHello is the beginning of a TLS record that never ends.
+var clientHello = []byte{0x16, 0x03, 0x01, 0x02, 0x00, 0x01, 0x00, 0x01, 0xfc, 0x03, 0x03}
+
+// revokeAndHear revokes, and waits until a verifier has heard of it.
+func (w *world) revokeAndHear(operator *grpc.ClientConn, verifier stream) (answered, heard time.Duration) {
+	w.t.Helper()
+	began := time.Now()
+	r, err := dayflyv1.NewRevocationServiceClient(operator).Revoke(soon(w.t), &dayflyv1.RevokeRequest{
+		Selectors: []*dayflyv1.Selector{{Selector: &dayflyv1.Selector_Identity{Identity: "spiffe://example.org/stolen"}}}, Reason: "it is stolen",
+	})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	answered = time.Since(began)
+	for {
+		m, err := verifier.Recv()
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		for _, e := range m.GetEvents().GetEvents() {
+			if e.GetSequence() == r.GetRevocation().GetPosition().GetSequence() {
+				return answered, time.Since(began)
+			}
+		}
+	}
+}
+
+// Whoever connects and proves nothing holds a bounded number of places, and gives way:
+// the oldest first, of the source that has the most.
+func TestHandshakeFlood(t *testing.T) {
+	w := newWorldOn(t, func(era broker.Record) broker.Store { return storetest.Memory(t, era) }, grpc.ConnectionTimeout(time.Hour)) // so that nothing ends for it
+	other := w.halfOpen(1, "127.0.0.3", nil)[0]
+	conns := w.halfOpen(rpc.MaxHandshakes+100, "127.0.0.2", clientHello)
+	for _, c := range conns[:50] {
+		_ = c.SetReadDeadline(time.Now().Add(time.Minute))
+		if _, err := c.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Fatalf("one of the oldest stands: %v", err)
+		}
+	}
+	for name, c := range map[string]net.Conn{"another source": other, "those that came last": conns[len(conns)-1]} {
+		_ = c.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
+		if _, err := c.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("one of %s gave way: %v", name, err)
+		}
+	}
+	if _, err := issue(t, w.as(payments)); err != nil {
+		t.Errorf("an honest caller beside them: %v", err)
+	}
+}
+
+// One identity has so many connections, all together so many more, and who has none gets
+// through when others have taken them all.
+func TestConnectionsOfOneIdentity(t *testing.T) {
+	var open rpc.Connections
+	var conns []net.Conn
+	admit := func(id spiffeid.ID) error {
+		a, b := net.Pipe()
+		b.Close()
+		c, err := open.Admit(a, id)
+		if err == nil {
+			conns = append(conns, c)
+		}
+		return err
+	}
+	for range rpc.MaxConnectionsOfOne {
+		if err := admit(payments); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if admit(payments) == nil {
+		t.Error("one more than the bound")
+	}
+	for i := 0; len(conns) < rpc.MaxConnections; i++ {
+		id := spiffeid.RequireFromString(fmt.Sprintf("spiffe://example.org/many/%d", i%(rpc.MaxConnections/rpc.MaxConnectionsOfOne)))
+		if err := admit(id); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if admit(spiffeid.RequireFromString("spiffe://example.org/many/0")) == nil {
+		t.Error("one more than all may have")
+	}
+	operator := spiffeid.RequireFromString("spiffe://example.org/ops/ada")
+	if err := admit(operator); err != nil {
+		t.Errorf("one who has none: %v", err)
+	}
+	if admit(operator) == nil {
+		t.Error("the reserve is for those who have none")
+	}
+	for _, c := range conns {
+		c.Close()
+		c.Close()
+	}
+	if n := open.Len(); n != 0 {
+		t.Errorf("%d are counted after all were closed", n)
+	}
+}
+
+// A connection that ends makes room, over real sockets.
+func TestConnectionsAreReleased(t *testing.T) {
+	w := newWorld(t)
+	for range 3 {
+		var conns []*grpc.ClientConn
+		for range 40 {
+			conns = append(conns, w.as(payments))
+			if _, err := issue(t, conns[len(conns)-1]); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if n := w.srv.OpenConnections(); n < 40 {
+			t.Fatalf("%d connections are counted of 40", n)
+		}
+		for _, c := range conns {
+			c.Close()
+		}
+		for deadline := time.Now().Add(time.Minute); w.srv.OpenConnections() > 0; time.Sleep(time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatalf("%d connections are counted that were closed", w.srv.OpenConnections())
+			}
+		}
+	}
+}
+
+// A stream that pings as fast as it can gets answers at a bounded rate, and what it does
+// beyond that waits: it isn't cut off, and others aren't held up.
+func TestPingFlood(t *testing.T) {
+	w := onDisk(t)
+	flood, honest := w.follow(w.as(payments), subscription()), w.follow(w.as(spiffeid.RequireFromString("spiffe://example.org/web")), subscription())
+	ctx, cancel := context.WithCancel(soon(t))
+	defer cancel()
+	var sending sync.WaitGroup
+	sending.Go(func() {
+		for ctx.Err() == nil && flood.Send(ping("nonce-00")) == nil {
+		}
+	})
+	began := time.Now()
+	const extra = 50
+	for range rpc.PingBurst + extra {
+		if _, err := flood.Recv(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if took, least := time.Since(began), (extra-1)*rpc.PingGap; took < least {
+		t.Errorf("%d answers in %v, want at least %v", rpc.PingBurst+extra, took, least)
+	}
+	if err := honest.Send(ping("nonce-01")); err != nil {
+		t.Fatal(err)
+	}
+	if m, err := honest.Recv(); err != nil || string(m.GetPong().GetNonce()) != "nonce-01" {
+		t.Errorf("beside a flood: %v, %v", m, err)
+	}
+	cancel()
+	w.srv.Stop() // the flood ends with its stream
+	sending.Wait()
+}
+
+// Streams that never read, however many, cost others nothing.
+func TestStreamsThatNeverRead(t *testing.T) {
+	w := onDisk(t)
+	for _, id := range []spiffeid.ID{payments, spiffeid.RequireFromString("spiffe://example.org/web")} {
+		conn := w.as(id)
+		for i := range 150 {
+			sub := subscription()
+			sub.Instance = fmt.Sprintf("instance-%04d", i)
+			s := w.open(conn)
+			if err := s.Send(subscribe(sub)); err != nil {
+				t.Fatal(err)
+			}
+			for range 20 { // whose answers nobody reads
+				if err := s.Send(ping("nonce-01")); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+	}
+	verifier := w.follow(w.as(spiffeid.RequireFromString("spiffe://example.org/orders")), subscription())
+	answered, heard := w.revokeAndHear(w.as(spiffeid.RequireFromString("spiffe://example.org/ops/ada")), verifier)
+	t.Logf("a revoke beside 300 streams that don't read: answered in %v, heard in %v", answered, heard)
+}
+
+// A revoke goes out, from an operator who connects only now, while 256 callers ask for
+// credentials as fast as they can and 2,000 connections, which come again when they are
+// closed, prove nothing.
+func TestRevokeUnderFlood(t *testing.T) {
+	w := onDisk(t)
+	verifier := w.follow(w.as(spiffeid.RequireFromString("spiffe://example.org/orders")), subscription())
+	ctx, cancel := context.WithCancel(context.Background())
+	var (
+		load   sync.WaitGroup
+		issued atomic.Int64
+	)
+	defer load.Wait()
+	defer cancel()
+	for range 16 {
+		tokens := dayflyv1.NewTokenServiceClient(w.as(payments))
+		for range 16 {
+			load.Go(func() {
+				for ctx.Err() == nil {
+					if _, err := tokens.Issue(ctx, &dayflyv1.IssueRequest{Audience: "orders"}); err == nil {
+						issued.Add(1)
+					}
+				}
+			})
+		}
+	}
+	w.halfOpen(1000, "127.0.0.2", nil)
+	w.halfOpen(1000, "127.0.0.1", clientHello) // where the operator comes from, too
+	load.Go(func() {
+		d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP("127.0.0.2")}}
+		for ctx.Err() == nil {
+			if c, err := d.DialContext(ctx, "tcp", w.addr); err == nil {
+				context.AfterFunc(ctx, func() { c.Close() })
+				time.Sleep(time.Millisecond)
+			}
+		}
+	})
+	for issued.Load() < 1000 { // the load is on; soon bounds what follows
+		time.Sleep(time.Millisecond)
+	}
+	answered, heard := w.revokeAndHear(w.dial(w.config(w.svid(spiffeid.RequireFromString("spiffe://example.org/ops/ada"), spiffetest.SVIDOptions{}))), verifier)
+	t.Logf("a revoke under flood: answered in %v, heard in %v, %d credentials issued meanwhile", answered, heard, issued.Load())
+}
+
+// A frame that announces 16 MiB ends its connection before it is read; beside it, others
+// go on.
+func TestOversizedFrame(t *testing.T) {
+	w := newWorld(t)
+	cfg := w.config(w.svid(payments, spiffetest.SVIDOptions{}))
+	cfg.NextProtos = []string{"h2"}
+	c, err := (&tls.Dialer{Config: cfg}).DialContext(soon(t), "tcp", w.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	settings := []byte{0, 0, 0, 4, 0, 0, 0, 0, 0}
+	data := []byte{0xff, 0xff, 0xff, 0, 0, 0, 0, 0, 1} // DATA of 2^24-1 bytes on stream 1
+	for _, b := range [][]byte{[]byte("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"), settings, data} {
+		if _, err := c.Write(b); err != nil {
+			t.Fatal(err)
+		}
+	}
+	_ = c.SetReadDeadline(time.Now().Add(time.Minute))
+	if _, err := io.Copy(io.Discard, c); errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Error("the connection stands")
+	}
+	if _, err := issue(t, w.as(payments)); err != nil {
+		t.Error(err)
+	}
+}
