@@ -87,7 +87,7 @@ func TestPaused(t *testing.T) {
 	w.settled(c)
 
 	for _, broker := range []fault{
-		{"paused", func() { pause(t, w.box.BrokerPID()) }, func() { signal(t, w.box.BrokerPID(), unix.SIGCONT) }},
+		{"paused", func() { pause(t, w.box.BrokerPID()) }, func() { send(t, w.box.BrokerPID(), unix.SIGCONT) }},
 		{"killed", w.box.KillBroker, w.startBroker},
 	} {
 		t.Log("the broker is", broker.name)

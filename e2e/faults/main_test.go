@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"runtime"
 	"syscall"
@@ -73,6 +74,14 @@ Run them as root, or allow user namespaces: sysctl user.max_user_namespaces, ker
 kernel.apparmor_restrict_unprivileged_userns=0; in a container, a seccomp profile that lets unshare through`, ownErr, err)
 		}
 	}
+	// Who ends us ends what is inside, and we remove what we made.
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, unix.SIGINT, unix.SIGTERM, unix.SIGQUIT)
+	go func() {
+		for s := range signals {
+			own.Process.Signal(s)
+		}
+	}()
 	err = own.Wait()
 	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) && exit.Exited() {
 		return exit.ExitCode(), nil

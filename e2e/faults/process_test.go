@@ -109,19 +109,19 @@ func (p *process) kill() {
 }
 
 func (p *process) pause()  { pause(p.t, p.cmd.Process.Pid) }
-func (p *process) resume() { signal(p.t, p.cmd.Process.Pid, unix.SIGCONT) }
+func (p *process) resume() { send(p.t, p.cmd.Process.Pid, unix.SIGCONT) }
 
 // pause returns once the process, a child of ours, stands still.
 func pause(t testing.TB, pid int) {
 	t.Helper()
-	signal(t, pid, unix.SIGSTOP)
+	send(t, pid, unix.SIGSTOP)
 	var info unix.Siginfo
 	if err := unix.Waitid(unix.P_PID, pid, &info, unix.WSTOPPED|unix.WNOWAIT, nil); err != nil {
 		t.Errorf("waiting for a pause: %v", err)
 	}
 }
 
-func signal(t testing.TB, pid int, s unix.Signal) {
+func send(t testing.TB, pid int, s unix.Signal) {
 	t.Helper()
 	if err := unix.Kill(pid, s); err != nil {
 		t.Errorf("sending %v: %v", s, err)

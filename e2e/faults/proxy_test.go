@@ -3,8 +3,11 @@
 package faults_test
 
 import (
+	"errors"
+	"io"
 	"math/rand/v2"
 	"net"
+	"os"
 	"sync"
 	"testing"
 	"time"
@@ -212,4 +215,75 @@ func (p *proxy) piece(to net.Conn, b []byte) bool {
 		}
 	}
 	return true
+}
+
+// TestProxy holds each kind of weather to its name.
+func TestProxy(t *testing.T) {
+	echo, err := net.Listen("tcp", bridgeIP+":0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer echo.Close()
+	go func() {
+		for {
+			c, err := echo.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer c.Close()
+				io.Copy(c, c)
+			}()
+		}
+	}()
+	p := newProxy(t, echo.Addr().String(), 1)
+	c := must(net.Dial("tcp", p.addr()))(t)
+	defer c.Close()
+	// send returns when what was sent is back, how long it took, and why it isn't.
+	send := func(text string) (time.Duration, error) {
+		start := time.Now()
+		c.SetDeadline(start.Add(time.Minute))
+		if _, err := io.WriteString(c, text); err != nil {
+			return 0, err
+		}
+		back := make([]byte, len(text))
+		_, err := io.ReadFull(c, back)
+		if err == nil && string(back) != text {
+			t.Errorf("sent %q, back came %q", text, back)
+		}
+		return time.Since(start), err
+	}
+	for _, w := range []weather{clear, delayed, byByte} {
+		p.set(w)
+		// Two bytes come back the second after the first, and each way has its delay.
+		if took, err := send("ab"); err != nil || took < w.delay || took < w.drip {
+			t.Errorf("%s: %v after %v", w.name, err, took)
+		}
+	}
+	p.set(silent)
+	c.SetDeadline(time.Now().Add(200 * time.Millisecond))
+	io.WriteString(c, "cd")
+	if n, err := c.Read(make([]byte, 2)); n != 0 || !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("silent: %d bytes, %v", n, err)
+	}
+	p.set(clear)
+	c.SetDeadline(time.Now().Add(time.Minute))
+	if back := make([]byte, 2); must(io.ReadFull(c, back))(t) != 2 || string(back) != "cd" {
+		t.Errorf("%q came back after the silence", back)
+	}
+	p.set(lossy)
+	for err == nil {
+		_, err = send("efgh")
+	}
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("lossy: %v", err)
+	}
+	p.set(refused)
+	if c, err = net.Dial("tcp", p.addr()); err == nil { // the reset may come before Dial returns
+		defer c.Close()
+		_, err = send("i")
+	}
+	if err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("reset: %v", err)
+	}
 }

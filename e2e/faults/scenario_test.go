@@ -83,7 +83,7 @@ func (w *world) troubles(seed uint64) [][]fault {
 
 	all := [][]fault{{
 		{"the broker is killed", w.box.KillBroker, w.startBroker},
-		{"the broker is paused", func() { pause(t, w.box.BrokerPID()) }, func() { signal(t, w.box.BrokerPID(), unix.SIGCONT) }},
+		{"the broker is paused", func() { pause(t, w.box.BrokerPID()) }, func() { send(t, w.box.BrokerPID(), unix.SIGCONT) }},
 	}}
 	for _, p := range []*process{eastRelay, westRelay, east1.process, east2.process, west1.process, south1.process, north1.process} {
 		all = append(all, []fault{{p.name + " is killed", p.kill, p.start}, {p.name + " is paused", p.pause, p.resume}})
