@@ -42,14 +42,15 @@ func TestCutVerifier(t *testing.T) {
 	}
 }
 
-// TestRelayLost kills, pauses and cuts off a relay: everything below it closes within
-// the bound, and is fresh by itself once the relay is back. A revocation meanwhile is
+// TestRelayLost kills, pauses and cuts off a relay: everything below it, also behind a second
+// relay, closes within the bound, and is fresh by itself once the relay is back. A revocation meanwhile is
 // contained all the same.
 func TestRelayLost(t *testing.T) {
 	w := newWorld(t, "")
 	there := newHost(t)
 	relay, feed := w.relay(there, "relay", w.box.Info.GRPC)
-	below := []*verifier{w.verifier(there, "below1", feed), w.verifier(there, "below2", feed)}
+	_, second := w.relay(there, "second-relay", feed)
+	below := []*verifier{w.verifier(there, "below", feed), w.verifier(there, "further-below", second)}
 	w.verifier(newHost(t), "beside", w.box.Info.GRPC)
 	for _, fault := range []fault{
 		{"killed", relay.kill, relay.start},

@@ -76,7 +76,8 @@ func (w *world) troubles(seed uint64) [][]fault {
 	toWest, toNorth := newProxy(t, w.box.Info.GRPC, seed), newProxy(t, w.box.Info.GRPC, seed+1)
 	eastRelay, eastFeed := w.relay(east, "east-relay", w.box.Info.GRPC)
 	westRelay, westFeed := w.relay(west, "west-relay", toWest.addr())
-	east1, east2 := w.verifier(east, "east1", eastFeed), w.verifier(east, "east2", eastFeed)
+	secondRelay, secondFeed := w.relay(east, "second-relay", eastFeed)
+	east1, east2 := w.verifier(east, "east1", eastFeed), w.verifier(east, "east2", secondFeed)
 	west1 := w.verifier(west, "west1", westFeed)
 	south1 := w.verifier(south, "south1", w.box.Info.GRPC)
 	north1 := w.verifier(north, "north1", toNorth.addr())
@@ -85,7 +86,7 @@ func (w *world) troubles(seed uint64) [][]fault {
 		{"the broker is killed", w.box.KillBroker, w.startBroker},
 		{"the broker is paused", func() { pause(t, w.box.BrokerPID()) }, func() { send(t, w.box.BrokerPID(), unix.SIGCONT) }},
 	}}
-	for _, p := range []*process{eastRelay, westRelay, east1.process, east2.process, west1.process, south1.process, north1.process} {
+	for _, p := range []*process{eastRelay, secondRelay, westRelay, east1.process, east2.process, west1.process, south1.process, north1.process} {
 		all = append(all, []fault{{p.name + " is killed", p.kill, p.start}, {p.name + " is paused", p.pause, p.resume}})
 	}
 	for _, h := range []struct {

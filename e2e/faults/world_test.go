@@ -42,6 +42,7 @@ const (
 type world struct {
 	t        testing.TB
 	ctx      context.Context
+	end      func() // of ctx, and so of the test: nothing matters once a promise is broken
 	box      *sandbox.Sandbox
 	broker   *host
 	payments *sdk.Client
@@ -79,7 +80,7 @@ func newWorld(t testing.TB, store string) *world {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	t.Cleanup(cancel)
-	w := &world{t: t, ctx: ctx, broker: newHost(t), changed: make(chan struct{})}
+	w := &world{t: t, ctx: ctx, end: cancel, broker: newHost(t), changed: make(chan struct{})}
 	var err error
 	w.box, err = sandbox.New(sandbox.Config{
 		Broker: w.broker.command(command("dayfly-broker")), Agent: []string{command("dayfly-agent")},
@@ -224,6 +225,10 @@ func (w *world) judge(v *verifier, c *credential, start time.Time, reason string
 	late := !c.revoked.IsZero() && start.After(c.revoked.Add(bound))
 	contained := !c.contained.IsZero() && start.After(c.contained)
 	closed := !v.closed.IsZero() && start.After(v.closed)
+	broken := func(what string, since time.Time) {
+		w.t.Errorf("%s accepted %s %v after %s", v.name, c.Grant, start.Sub(since), what)
+		w.end()
+	}
 	switch {
 	case reason != "":
 		if late || contained {
@@ -233,11 +238,11 @@ func (w *world) judge(v *verifier, c *credential, start time.Time, reason string
 			v.held++
 		}
 	case late:
-		w.t.Errorf("%s accepted %s %v after its revocation: the bound is %v", v.name, c.Grant, start.Sub(c.revoked), bound)
+		broken(fmt.Sprintf("its revocation, with a bound of %v", bound), c.revoked)
 	case contained:
-		w.t.Errorf("%s accepted %s %v after it was said to be contained", v.name, c.Grant, start.Sub(c.contained))
+		broken("it was said to be contained", c.contained)
 	case closed:
-		w.t.Errorf("%s accepted %s %v after it had to be closed", v.name, c.Grant, start.Sub(v.closed))
+		broken("it had to be closed", v.closed)
 	default:
 		w.accepted++
 	}
@@ -263,7 +268,7 @@ func (w *world) until(what string, happened func() bool) {
 		select {
 		case <-changed:
 		case <-w.ctx.Done():
-			w.t.Fatalf("in vain: %s", what)
+			w.t.Fatalf("waited in vain: %s", what)
 		}
 	}
 }
@@ -368,7 +373,7 @@ func (w *world) containment(c *credential, number uint64) *dayflyv1.Containment 
 		select {
 		case <-time.After(50 * time.Millisecond):
 		case <-w.ctx.Done():
-			w.t.Errorf("in vain: revocation %d is contained: %v, %v", number, last, err)
+			w.t.Errorf("waited in vain: revocation %d is contained: %v, %v", number, last, err)
 			return last
 		}
 	}
