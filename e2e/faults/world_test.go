@@ -292,7 +292,7 @@ func (w *world) present() *credential {
 // retry repeats a call until it succeeds.
 func (w *world) retry(what string, call func(context.Context) error) {
 	w.t.Helper()
-	for {
+	for w.ctx.Err() == nil || !w.t.Failed() {
 		ctx, cancel := context.WithTimeout(w.ctx, 5*time.Second)
 		err := call(ctx)
 		cancel()
@@ -354,8 +354,22 @@ func (w *world) revoke(c *credential) (number uint64) {
 	return number
 }
 
-// containment waits until a revocation is said to be contained, and looks at each state
-// until then.
+// revokeMuch makes a large revocation of what nobody has.
+func (w *world) revokeMuch(n int) {
+	w.t.Helper()
+	many := make([]*dayflyv1.Selector, 64)
+	for i := range many {
+		many[i] = &dayflyv1.Selector{Selector: &dayflyv1.Selector_Identity{Identity: fmt.Sprintf("spiffe://dayfly.test/ns/gone/%d-%d", n, i)}}
+	}
+	w.retry("revoking much", func(ctx context.Context) error {
+		_, err := dayflyv1.NewRevocationServiceClient(w.alice.Conn()).Revoke(ctx, &dayflyv1.RevokeRequest{
+			Selectors: many, LockMode: dayflyv1.LockMode_LOCK_MODE_NONE, Reason: "much", IdempotencyKey: fmt.Sprint(n),
+		})
+		return err
+	})
+}
+
+// containment waits until a revocation is said to be contained.
 func (w *world) containment(c *credential, number uint64) *dayflyv1.Containment {
 	w.t.Helper()
 	var last *dayflyv1.Containment
