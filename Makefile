@@ -11,11 +11,12 @@ STATICCHECK ?= $(GO) tool -modfile=tools/check/go.mod staticcheck
 FUZZTIME ?= 10s
 SIMULATION ?= 10m
 POWERLOSS ?= 10m
+FAULTS ?= 10m
 BASELINE := proto/testdata/baseline.binpb
 
 .PHONY: help
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS=$$'\t' read -r name text; do printf '  %-16s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | while IFS=$$'\t' read -r name text; do printf '  %-16s %s\n' "$$name" "$$text"; done
 
 # Says at once what is missing, instead of failing minutes later in a linker.
 .PHONY: need-go
@@ -28,6 +29,7 @@ need-go:
 .PHONY: need
 need: need-go
 	@command -v git >/dev/null || { echo "the tests need git, which isn't installed: apt-get install git" >&2; exit 1; }
+	@command -v ip >/dev/null || { echo "the tests need the command ip: apt-get install iproute2" >&2; exit 1; }
 	@cc=$$($(GO) env CC); command -v "$${cc%% *}" >/dev/null || { echo "the race detector needs a C compiler, and there is no '$$cc': apt-get install gcc libc6-dev" >&2; exit 1; }
 
 .PHONY: build
@@ -60,6 +62,10 @@ mutants: need-go ## plants each known mistake in the code, and has the simulatio
 .PHONY: powerloss
 powerloss: need-go ## power losses in new histories, for POWERLOSS (10m) each of a broker and a pruning store
 	DAYFLY_POWERLOSS=$(POWERLOSS) $(GO) test -count=1 -timeout 0 -v -run '^TestPowerLoss' ./e2e/powerloss
+
+.PHONY: e2e-faults
+e2e-faults: need ## faults in network namespaces one by one, then random ones for FAULTS (10m)
+	DAYFLY_FAULTS=$(FAULTS) CGO_ENABLED=1 $(GO) test -race -count=1 -timeout 0 -v ./e2e/faults
 
 # Go minimises every new input for up to a minute, if it isn't told otherwise, and
 # tries nothing else meanwhile.

@@ -6,11 +6,13 @@ package sandbox
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -51,6 +53,10 @@ type Config struct {
 	Broker, Agent []string
 	// Dir is where everything is kept; empty: a temporary folder, removed at the end.
 	Dir string
+	// Store is the broker's store; empty: a file in Dir.
+	Store string
+	// Host is the address that the broker serves on; empty: loopback.
+	Host string
 	// BrokerConfig is more of the broker's configuration file: whole lines of YAML.
 	BrokerConfig string
 }
@@ -111,14 +117,15 @@ func New(cfg Config) (_ *Sandbox, err error) {
 	if out, err := init.CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("making a store: %w: %s", err, out)
 	}
-	return s, s.writeBrokerConfig("127.0.0.1:0", "127.0.0.1:0", "127.0.0.1:0")
+	host := net.JoinHostPort(cmp.Or(cfg.Host, "127.0.0.1"), "0")
+	return s, s.writeBrokerConfig(host, host, "127.0.0.1:0")
 }
 
 // PolicyDir is the folder that the broker's policy is read from.
 func (s *Sandbox) PolicyDir() string { return filepath.Join(s.Dir, "policy") }
 
 // StorePath is the broker's store.
-func (s *Sandbox) StorePath() string { return filepath.Join(s.Dir, "dayfly.db") }
+func (s *Sandbox) StorePath() string { return cmp.Or(s.cfg.Store, filepath.Join(s.Dir, "dayfly.db")) }
 
 // AuditPath is the broker's audit file.
 func (s *Sandbox) AuditPath() string { return filepath.Join(s.Dir, "audit.log") }
