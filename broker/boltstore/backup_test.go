@@ -491,19 +491,25 @@ func TestReadLogOfDamaged(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	// Only what records hold is damaged: bbolt's own pointers into a page would end a
+	// process that was built with the race detector, which checks them.
+	var places []int
+	for at := range whole {
+		if bytes.HasPrefix(whole[at:], []byte(`"actor"`)) {
+			places = append(places, at)
+		}
+	}
 	salvaged := 0
 	for range 100 {
-		bytes := slices.Clone(whole)
-		for range 1 + rand.IntN(4) {
-			at := 2*4096 + rand.IntN(len(bytes)-2*4096)
-			for i := range rand.IntN(512) {
-				if at+i < len(bytes) {
-					bytes[at+i] = byte(rand.Int())
-				}
+		damaged := slices.Clone(whole)
+		for range 1 + rand.IntN(2*len(places)) {
+			at := places[rand.IntN(len(places))]
+			for i := range 1 + rand.IntN(16) {
+				damaged[at+i] = byte(rand.Int())
 			}
 		}
 		path := filepath.Join(t.TempDir(), "damaged.db")
-		if err := os.WriteFile(path, bytes, 0o600); err != nil {
+		if err := os.WriteFile(path, damaged, 0o600); err != nil {
 			t.Fatal(err)
 		}
 		c, err := boltstore.ReadLog(t.Context(), path)
@@ -517,5 +523,7 @@ func TestReadLogOfDamaged(t *testing.T) {
 			salvaged++
 		}
 	}
-	t.Logf("something was read of %d damaged files", salvaged)
+	if salvaged == 0 {
+		t.Error("nothing was read of any damaged file")
+	}
 }
