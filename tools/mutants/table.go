@@ -44,7 +44,11 @@ func one(file, old, new string) []edit { return []edit{{file, old, new}} }
 // begins with, or has another hash; TestPositions holds it. Z0b (a late commit of a grant
 // of an old head) needs a broker that is behind for minutes just when records are
 // forgotten: 1,200 histories did not meet it, and TestAdmit holds it. C3 (lifting deletes the
-// revocation) has no code that could do it.
+// revocation) has no code that could do it. Two of relays are rarer still, and have unit
+// tests: one that answers from before whoever asks was on the roster, which this
+// simulation once found in its 1,549th history and then not in 5,000
+// (TestAnsweredFromTheRosterOn), and closing those behind a relay by their own last answer
+// (TestClosedBehindRelay).
 var mutants = []mutant{
 	{"", "a credential is released before its grant is recorded", one(issue,
 		"err := b.cfg.Store.Issue(ctx, g, func(newer []Record) error { return admit(g, parent, newer) })",
@@ -132,10 +136,6 @@ var mutants = []mutant{
 	}},
 	{"", "a relay answers whom the broker doesn't have on its roster", one(relay,
 		"if len(d.nonces)+len(d.proven) == 0 || d.need > r.confirmed || !known {", "if len(d.nonces)+len(d.proven) == 0 || !known {\n\t\td.need = 0")},
-	{"", "a relay answers from before one below was on the roster", one(relay,
-		"if c.head.Compare(r.View.Position()) > 0 {", "if false {")},
-	{"", "one behind a relay closes by its own last answer", one(roster,
-		`if nearest, _, _ := strings.Cut(v.ID.Via, "/"); nearest != "" {`, `if nearest, _, _ := strings.Cut(v.ID.Via, "/"); false {`)},
 	{"", "a relay's gone verifier is dropped from the roster at once", one(relayedGo,
 		"if f.b.enrolled(v.ID) {", "v.Answered = 0\n\t\t\tif f.b.enrolled(v.ID) {")},
 	{"", "the smaller of two bounds stands", one(roster,
