@@ -57,7 +57,24 @@ func (f *Follower) Relayed(ctx context.Context, verifiers []feed.Relayed) ([]Rel
 	if len(below) == 0 {
 		return refused, nil
 	}
-	return refused, f.b.enrol(ctx, below...)
+	err := f.b.enrol(ctx, below...)
+	if !errors.Is(err, ErrRosterFull) {
+		return refused, err
+	}
+	// Those that are new have no place. The others, and the relay's stream, go on.
+	var known []feed.Verifier
+	for _, v := range below {
+		if f.b.enrolled(v.ID) {
+			known = append(known, v)
+			continue
+		}
+		path := append(strings.Split(v.ID.Via, "/")[1:], v.ID.Instance)
+		refused = append(refused, RelayedRefusal{path, ErrRosterFull})
+	}
+	if len(known) == 0 {
+		return refused, nil
+	}
+	return refused, f.b.enrol(ctx, known...)
 }
 
 func (b *Broker) enrolled(id feed.VerifierID) bool {

@@ -179,10 +179,14 @@ func TestRosterFull(t *testing.T) {
 		}
 		w.relays(f, batch...)
 	}
-	if _, err := f.Relayed(ctx, []feed.Relayed{below("one-too-many")}); err != nil {
+	tooMany := w.relays(f, below("one-too-many"), below("verifier-1"))
+	if len(tooMany) != 1 || !slices.Equal(tooMany[0].Path, []string{"one-too-many"}) || tooMany[0].Refusal.Reason != broker.ErrRosterFull.Reason {
+		t.Errorf("one too many: %v", tooMany)
+	}
+	if _, err := w.b.Subscribe(ctx, w.caller("agent"), broker.Subscriber{Instance: "relay-0002", MaxStaleness: time.Second, Relay: true}); err != nil {
 		refused(t, err, broker.ErrRosterFull)
 	} else {
-		t.Error("one too many was let in")
+		t.Error("another relay was let in")
 	}
 	w.relays(f, below("verifier-1")) // those on the roster go on
 	w.follow("orders", "instance-1", time.Second).Close()

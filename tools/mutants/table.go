@@ -137,7 +137,7 @@ var mutants = []mutant{
 	{"", "a relay answers whom the broker doesn't have on its roster", one(relay,
 		"if len(d.nonces)+len(d.proven) == 0 || d.need > r.confirmed || !known {", "if len(d.nonces)+len(d.proven) == 0 || !known {\n\t\td.need = 0")},
 	{"", "a relay's gone verifier is dropped from the roster at once", one(relayedGo,
-		"if f.b.enrolled(v.ID) {", "v.Answered = 0\n\t\t\tif f.b.enrolled(v.ID) {")},
+		"if f.b.enrolled(v.ID) {\n\t\t\t\tbelow", "v.Answered = 0\n\t\t\tif f.b.enrolled(v.ID) {\n\t\t\t\tbelow")},
 	{"", "the smaller of two bounds stands", one(roster,
 		"v.Bound = max(v.Bound, old.Bound)", "v.Bound = min(v.Bound, old.Bound)")},
 	{"", "a silent one that accepts when stale leaves the list", one(roster,
