@@ -159,8 +159,10 @@ func (b *Broker) forget(horizon feed.Position, keep func(Record) bool) {
 	s.log.SetHorizon(horizon)
 	s.set.SetHorizon(horizon.Seq)
 	s.log.Drop(func(e feed.Event) bool { return e.Seq <= horizon.Seq && !keep(s.records[e.Seq]) })
+	s.dated = time.Time{}
 	for seq, rec := range s.records {
 		if seq > horizon.Seq || keep(rec) {
+			s.date(rec)
 			continue
 		}
 		delete(s.records, seq)

@@ -183,7 +183,7 @@ type simMachine struct {
 	wall   time.Duration // how far the wall clock is off
 	drift  float64
 	asleep time.Duration // until then
-	slept  time.Duration // in all
+	slept  time.Duration // in all: for a mutant whose clock stops meanwhile
 }
 
 func (s *sim) newMachine(name string) simMachine {

@@ -92,6 +92,7 @@ type state struct {
 	records     map[uint64]Record
 	known       map[uint64]feed.Instant // when this process first knew each record
 	locks       map[uint64]*Lock
+	dated       time.Time         // the latest time of a record
 	lifts       map[uint64]Record // by the lock's number
 	retried     map[string]uint64 // actor and idempotency key -> number
 
@@ -138,6 +139,7 @@ func (s *state) apply(rec Record, now feed.Instant, recorded time.Time, verify f
 	}
 	s.set.Know(rec.Seq, rec.Sum.Short())
 	s.records[rec.Seq] = rec
+	s.date(rec)
 	s.known[rec.Seq] = now
 	if k := rec.Details.IdempotencyKey; k != "" {
 		s.retried[retryKey(rec.Details.Actor, k)] = rec.Seq
@@ -169,13 +171,14 @@ func (s *state) apply(rec Record, now feed.Instant, recorded time.Time, verify f
 func (s *state) latest() time.Time {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	var t time.Time
-	for _, rec := range s.records {
-		if rec.Details.Time.After(t) {
-			t = rec.Details.Time
-		}
+	return s.dated
+}
+
+// date notes the time of a record. The caller holds the lock.
+func (s *state) date(rec Record) {
+	if rec.Details.Time.After(s.dated) {
+		s.dated = rec.Details.Time
 	}
-	return t
 }
 
 // checkKeys checks the keys that were put off, oldest first.
