@@ -412,7 +412,7 @@ func (f *simFollower) read(r *simRelay, v *simVerifier) bool {
 				if !s.forked {
 					s.violation("I8: %s (%s) finds a fork: %v", f.name, f.instance, err)
 				}
-			} else if errors.Is(err, errShow) || errors.Is(err, feed.ErrUnproven) && (s.forked || st.relay != nil && st.relay.lied) {
+			} else if errors.Is(err, errShow) || errors.Is(err, feed.ErrUnproven) && (s.forked || s.shared || st.relay != nil && st.relay.lied) {
 			} else if !errors.Is(err, feed.ErrGap) && !errors.Is(err, feed.ErrUnknownPing) { // pings so old are forgotten
 				s.violation("internal: %s: %v", f.name, err)
 			}

@@ -82,7 +82,6 @@ func (s *sim) keepsReport(st *simStream, m *dayflyv1.UseReport) error {
 		return err
 	}
 	name := fmt.Sprint(st.instance, "/", m.GetNumber())
-	s.note("%s keeps report %s of %d uses, known %v", b.name, name, len(m.GetUses()), s.uses.seen[name])
 	if s.uses.seen == nil {
 		s.uses.seen, s.uses.after = map[string]bool{}, map[feed.Position]simAfter{}
 	}
@@ -120,7 +119,6 @@ func (s *sim) checkUses(b *simBroker) {
 		return // one that lags behind doesn't know what killed it; or records were lost
 	}
 	era, horizon := s.head().Era, s.horizon()
-	s.note("checks %d uses", len(s.uses.unchecked))
 	var unrecorded, older uint64
 	for _, u := range s.uses.unchecked {
 		switch {

@@ -15,13 +15,20 @@ type edit struct{ file, old, new string }
 // Where the mistakes are made: the real code, or, for what a verifier's or an agent's
 // streams do with it, the simulation's follower, which does the same in the same order.
 const (
+	brokerGo  = "broker/broker.go"
 	exchange  = "broker/exchange.go"
 	follow    = "broker/follow.go"
 	issue     = "broker/issue.go"
 	prune     = "broker/prune.go"
 	relayedGo = "broker/relayed.go"
+	restore   = "broker/restore.go"
 	revoke    = "broker/revoke.go"
+	second    = "broker/second.go"
+	signed    = "broker/signed.go"
 	stateGo   = "broker/state.go"
+	uses      = "broker/uses.go"
+	feedSign  = "proto/feed/signed.go"
+	screen    = "proto/feed/screen.go"
 	freshness = "proto/feed/freshness.go"
 	logGo     = "proto/feed/log.go"
 	relay     = "proto/feed/relay.go"
@@ -29,6 +36,7 @@ const (
 	view      = "proto/feed/view.go"
 	selector  = "proto/revocation/selector.go"
 	set       = "proto/revocation/set.go"
+	distrust  = "broker/sim_signed_test.go"
 	follower  = "broker/sim_fleet_test.go"
 	machine   = "broker/sim_test.go"
 )
@@ -62,12 +70,12 @@ var mutants = []mutant{
 	{"A3", "'>=' where '>' belongs", one(set,
 		"if seq := s.newestMatch(sub); seq > rev {", "if seq := s.newestMatch(sub); seq >= rev && seq > 0 {")},
 	{"A5", "fresh as of receipt", one(follower,
-		"asOf, err := v.fresh.Answered(", "v.fresh.Reconnected()\n\t\tv.fresh.Sent(m.answer.Nonce, now)\n\t\tasOf, err := v.fresh.Answered(")},
+		"asOf, err := v.fresh.Answered(", "v.fresh.Reconnected()\n\t\tv.fresh.Sent(a.Nonce, now)\n\tasOf, err := v.fresh.Answered(")},
 	{"A6", "an answer's head is not compared", one(freshness,
 		"if p.head.Compare(applied) > 0 {", "if false {")},
 	{"A7", "acknowledged on receipt", one(follower,
-		"\t\tif err := v.view.Apply(*m.delivery, now); err != nil {",
-		"\t\tif m.delivery.Snapshot {\n\t\t\tv.acknowledge(m.delivery.Position)\n\t\t}\n\t\tif err := v.view.Apply(*m.delivery, now); err != nil {")},
+		"deliveries := []feed.Delivery{*m.delivery}\n",
+		"deliveries := []feed.Delivery{*m.delivery}\n\t\tif m.delivery.Snapshot {\n\t\t\tv.acknowledge(m.delivery.Position)\n\t\t}\n")},
 	{"A7", "acknowledged by the relay for others", one(relay,
 		"entry := l.Relayed\n", "entry := l.Relayed\n\t\t\tentry.Acked = r.View.Position()\n")},
 	{"A8", "staleness by a clock that stops in suspend", one(machine,
@@ -114,6 +122,8 @@ var mutants = []mutant{
 		"return latest.Add(ClockSkew).UTC()", "return now.UTC()")},
 	{"D0b", "a cursor skips a hole", one(logGo,
 		"if uint64(len(news)) != l.head.Seq-c.at.Seq {", "if false {")},
+	{"D0b", "a broker that was behind leaves a hole unexplained", one(brokerGo,
+		"if rec.Seq <= b.Head().Seq+1 {", "if true {")},
 	{"D1", "no rule of the horizon", one(set,
 		"case rev < s.horizon:", "case false:")},
 	{"D2", "'<=' at the horizon", one(set,
@@ -133,6 +143,51 @@ var mutants = []mutant{
 		{view, "if before, ok := v.log.At(e.Seq - 1); ok && e.Era == nil && e.Chain(before.Sum) != e.Sum {", "if false {"},
 		{set, "if sum, ok := s.sums[rev]; ok && sum != sub.Position.Sum {", "if false {"},
 	}},
+	{"G3", "locks made since the backup are not carried over", one(restore,
+		"if lock := theirs[seq]; ours[seq].Sum != lock.Sum {", "if lock := theirs[seq]; false {")},
+	{"G3", "locks are lost without consent", one(restore,
+		"if !p.AcceptLost {", "if false {")},
+	{"", "revoked keys are not carried over", one(restore,
+		"slices.Chunk(keys, MaxSelectors)", "slices.Chunk(keys[:0], MaxSelectors)")},
+	{"", "a restored store lacks the verifiers of the last one", one(restore,
+		"p.out.Verifiers = append(p.out.Verifiers, v.observation())", "_ = v")},
+	{"", "nobody stands for the verifiers that no copy names", one(restore,
+		"if c == nil || !c.Made.IsZero() || len(p.lost) > 0 {", "if false {")},
+	{"G4d", "a broker that is shown a signed head that it lacks goes on", one(signed,
+		"if !b.silence.CompareAndSwap(nil, silence) {", "if true {")},
+	{"G4d", "a silent broker answers pings", one(signed,
+		"if err := b.checkSilence(); err != nil {\n\t\treturn Proof{}, err\n\t}\n\tp, err", "p, err")},
+	{"", "what nobody signed silences a broker", one(signed,
+		"s, err := b.cfg.VerifyHead(h)", "s, err := claimed, error(nil)")},
+	{"", "a signed head answers any ping", one(feedSign,
+		"if root != s.NonceRoot {", "if false {")},
+	{"", "a relay's word counts beside the signature", one(distrust,
+		"a.Head, a.Age = signed.Head, signed.Age", "_ = signed.Head")},
+	{"", "what comes through a relay on another host counts at once", one(follower,
+		"if v.distrusts {\n\t\t\tvar err error", "if false {\n\t\t\tvar err error")},
+	{"", "records are not compared with the signed head", one(screen,
+		"if at != h.Head {", "if false {")},
+	{"", "keys are not compared with the signed set", one(screen,
+		"retired, ok := matchKeySet(all, h.KeySet)\n", "retired, ok := matchKeySet(all, h.KeySet)\n\tok = true\n")},
+	{"", "a use of what was never recorded is no alarm", one(uses,
+		`b.unrecorded(ctx, found, r, use, "no record holds this grant", quiet)`, "")},
+	{"", "a use's fingerprint is not compared with the record's", one(uses,
+		"case len(use.Fingerprint) > 0 && string(use.Fingerprint) != string(g.Fingerprint[:]):", "case false:")},
+	{"", "a report that comes again counts twice", one(uses,
+		"if known, err := b.reported(ctx, place, now); known || err != nil {", "if _, err := b.reported(ctx, place, now); err != nil {")},
+	{"", "uses after a revocation are kept in memory only", one(uses,
+		"u.after[afterKey{seq, a.Verifier}] = a", "_ = u")},
+	{"", "who proposed may confirm", one(second,
+		"case found != nil && found.Actor != want.Actor:", "case found != nil:")},
+	{"", "a proposal is confirmed however late", one(second,
+		"|| now.Before(p.Time) || !now.Before(p.Ends) {", "|| now.Before(p.Time) {")},
+	{"", "a proposal is confirmed more than once", []edit{
+		{second, "return &p, !b.confirmed(&p)", "return &p, true"},
+		{second, "if err := b.cfg.Store.Observe(context.WithoutCancel(ctx), Observation{Key: p.key()}); err != nil {", "if err := error(nil); err != nil {"},
+		{revoke, "if confirms != nil && b.confirmed(confirms) {", "if false {"},
+	}},
+	{"", "everything takes one person", one(revoke,
+		`if action != ActionRevokeEverything || c.Local != "" {`, "if true {")},
 	{"", "a key that no broker vouches for is published", []edit{
 		{stateGo, "if err := verify(rec, s.unchecked[seq]); err == nil {", "if err := verify(rec, s.unchecked[seq]); err == nil || true {"},
 	}},
