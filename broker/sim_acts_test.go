@@ -59,7 +59,7 @@ func (s *sim) random(r *rand.Rand) {
 		op = b
 	}
 	some := func(d time.Duration) time.Duration { return time.Duration(r.Int64N(int64(d))) }
-	switch n := r.IntN(116); {
+	switch n := r.IntN(118); {
 	case n < 26:
 		s.meanwhile(r)
 		s.issue(b, r)
@@ -69,7 +69,9 @@ func (s *sim) random(r *rand.Rand) {
 		s.exchange(b, r)
 		s.asking, s.inside = nil, nil
 	case n < 53:
-		s.revoke(op, r)
+		if !s.calm || r.IntN(4) == 0 {
+			s.revoke(op, r)
+		}
 	case n < 57:
 		s.lift(op, r)
 	case n < 60:
@@ -155,7 +157,9 @@ func (s *sim) random(r *rand.Rand) {
 	case n < 102:
 		s.raise(f)
 	case n < 108:
-		s.second(op, r)
+		if !s.calm {
+			s.second(op, r)
+		}
 	case n < 113:
 		for range 3 {
 			if len(s.tokens) > 0 {
@@ -173,7 +177,7 @@ func (s *sim) random(r *rand.Rand) {
 		if r.IntN(3) == 0 {
 			s.claims(b, r)
 		}
-	case n < 115:
+	case n < 117:
 		if s.shared {
 			s.goDeaf(s.brokers[1], some(10*time.Minute))
 		}
@@ -192,6 +196,9 @@ func (s *sim) random(r *rand.Rand) {
 
 // meanwhile makes something happen in the middle of the issue that follows.
 func (s *sim) meanwhile(r *rand.Rand) {
+	if s.calm && r.IntN(2) == 0 {
+		return
+	}
 	revoke := func() { s.revoke(s.brokers[0], r) }
 	switch r.IntN(12) {
 	case 0, 1:

@@ -261,7 +261,7 @@ func (s *sim) checkHealed() {
 	head := s.head()
 	// Brokers on one store forget each other's keys at moments of their own, and sign for
 	// those they have.
-	unproven := func(f *simFollower) bool { return s.shared && f.distrusts }
+	unproven := func(f *simFollower) bool { return s.shared && f.unproven }
 	for _, r := range s.relays {
 		if unproven(&r.simFollower) {
 			return
