@@ -43,20 +43,13 @@ const (
 
 func one(file, old, new string) []edit { return []edit{{file, old, new}} }
 
-// Three of the traps' mistakes are missing. A5, A7 and others of clients are made in the
-// simulation's follower. E2 and E3 (a lower head taken for a fork, a snapshot that
-// replaces) need an upstream that lags behind who follows it, and a relay welcomes
-// nobody before it has caught up with what the broker had then: unit tests of proto/feed
-// hold them (TestNoFalseFork, TestSnapshotNeverReplaces). G1 (numbers compared across
-// eras) changes nothing by itself: an older era's token is below the horizon that an era
-// begins with, or has another hash; TestPositions holds it. Z0b (a late commit of a grant
-// of an old head) needs a broker that is behind for minutes just when records are
-// forgotten: 1,200 histories did not meet it, and TestAdmit holds it. C3 (lifting deletes the
-// revocation) has no code that could do it. Two of relays are rarer still, and have unit
-// tests: one that answers from before whoever asks was on the roster, which this
-// simulation once found in its 1,549th history and then not in 5,000
-// (TestAnsweredFromTheRosterOn), and closing those behind a relay by their own last answer
-// (TestClosedBehindRelay).
+// Of the traps' mistakes these are missing. E2 and E3 (a lower head taken for a fork, a
+// snapshot that replaces) need an upstream that lags behind who follows it, and a relay
+// welcomes nobody before it has caught up with what the broker had then: unit tests of
+// proto/feed hold them (TestNoFalseFork, TestSnapshotNeverReplaces). G1 (numbers compared
+// across eras) changes nothing by itself: an older era's token is below the horizon that an
+// era begins with, or has another hash; TestPositions holds it. C3 (lifting deletes the
+// revocation) has no code that could do it.
 var mutants = []mutant{
 	{"", "a credential is released before its grant is recorded", one(issue,
 		"err := b.cfg.Store.Issue(ctx, g, func(newer []Record) error { return admit(g, parent, newer) })",
