@@ -59,7 +59,7 @@ func (s *sim) random(r *rand.Rand) {
 		op = b
 	}
 	some := func(d time.Duration) time.Duration { return time.Duration(r.Int64N(int64(d))) }
-	switch n := r.IntN(118); {
+	switch n := r.IntN(122); {
 	case n < 26:
 		s.meanwhile(r)
 		s.issue(b, r)
@@ -130,15 +130,14 @@ func (s *sim) random(r *rand.Rand) {
 		}
 	case n < 97:
 		s.note("a long time passes")
-		longest := time.Hour
-		if r.IntN(2) == 0 {
-			longest = 5 * time.Minute // about when records are forgotten
+		long := time.Hour + some(time.Hour)
+		switch r.IntN(3) {
+		case 0:
+			long = time.Hour + some(5*time.Minute) // about when records are forgotten
+		case 1:
+			long = 55*time.Minute + some(6*time.Minute) // what was issued just before lives on
 		}
-		shortest := time.Hour
-		if r.IntN(2) == 0 {
-			shortest = 55 * time.Minute // what was issued just before lives on
-		}
-		s.jump(shortest + some(longest))
+		s.jump(long)
 		for _, b := range s.brokers {
 			if b.up() {
 				_ = b.catchUp()
@@ -146,8 +145,7 @@ func (s *sim) random(r *rand.Rand) {
 			}
 		}
 	case n < 98:
-		s.lastStore, s.lastTruth, s.lastMade = s.store.Clone(), s.simTruth.clone(), simTime(s.now)
-		s.note("somebody keeps a copy of the store at %s", s.head())
+		s.keepCopy()
 	case n < 99:
 		if r.IntN(3) == 0 {
 			s.putBack()
@@ -188,9 +186,13 @@ func (s *sim) random(r *rand.Rand) {
 				s.jump(pass)
 			}
 		})
-	default:
+	case n < 119:
 		s.note("minutes pass")
 		s.jump(some(4 * time.Minute))
+	case n < 121:
+		s.keepCopy()
+	default:
+		s.restore(r)
 	}
 }
 

@@ -10,6 +10,12 @@ import (
 	"github.com/dayflyhq/dayfly/proto/token"
 )
 
+// keepCopy makes a backup.
+func (s *sim) keepCopy() {
+	s.lastStore, s.lastTruth, s.lastMade = s.store.Clone(), s.simTruth.clone(), simTime(s.now)
+	s.note("somebody keeps a copy of the store at %s", s.head())
+}
+
 // putBack puts an old copy of the store in place by hand, while the broker is down.
 func (s *sim) putBack() {
 	b := s.brokers[0]

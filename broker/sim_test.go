@@ -264,7 +264,7 @@ func newSim(t testing.TB, seed uint64, skip map[int]bool) *sim {
 		Details: broker.Details{Time: simTime(0), Actor: issuer},
 	})
 	s.shared = s.chance(4)
-	s.signs, s.calm = !s.chance(3), s.chance(3)
+	s.signs, s.calm = !s.chance(3), s.chance(3) || s.shared && s.chance(2)
 	s.bounds = simBounds
 	if s.chance(2) { // what is raised later, or enrolled, is larger than all there is
 		s.bounds = simBounds[:1+s.rnd.IntN(2)]
