@@ -259,9 +259,9 @@ func (s *sim) checkReceipt(r *simRecord, receipt feed.Receipt, all []feed.Receip
 // checkHealed: after quiet everybody knows everything, and is fresh.
 func (s *sim) checkHealed() {
 	head := s.head()
-	// Brokers on one store forget each other's keys at moments of their own, and sign for
-	// those they have.
-	unproven := func(f *simFollower) bool { return s.shared && f.unproven }
+	// Brokers on one store forget records and each other's keys at moments of their own,
+	// and sign for what they have.
+	unproven := func(f *simFollower) bool { return s.shared && f.distrusts }
 	for _, r := range s.relays {
 		if unproven(&r.simFollower) {
 			return

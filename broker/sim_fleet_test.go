@@ -82,7 +82,6 @@ type simFollower struct {
 	alone    time.Duration // until then it reaches nobody
 
 	distrusts bool          // it believes only what a broker signed, and follows only relays
-	unproven  bool          // it ever met something that no broker had signed
 	kept      feed.Newest   // signed head, to be shown
 	shown     feed.Position // on this stream
 	outbox    *wire.Outbox
@@ -417,7 +416,6 @@ func (f *simFollower) read(r *simRelay, v *simVerifier) bool {
 			} else if !errors.Is(err, feed.ErrGap) && !errors.Is(err, feed.ErrUnknownPing) { // pings so old are forgotten
 				s.violation("internal: %s: %v", f.name, err)
 			}
-			f.unproven = f.unproven || errors.Is(err, feed.ErrUnproven)
 			s.note("%s ends its stream: %v", f.name, err)
 			st.open = false
 		}
