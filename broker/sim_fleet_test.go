@@ -412,7 +412,7 @@ func (f *simFollower) read(r *simRelay, v *simVerifier) bool {
 				if !s.forked {
 					s.violation("I8: %s (%s) finds a fork: %v", f.name, f.instance, err)
 				}
-			} else if errors.Is(err, errShow) || errors.Is(err, feed.ErrUnproven) && (s.forked || s.shared || st.relay != nil && st.relay.lied) {
+			} else if errors.Is(err, errShow) || s.excused(st, err) {
 			} else if !errors.Is(err, feed.ErrGap) && !errors.Is(err, feed.ErrUnknownPing) { // pings so old are forgotten
 				s.violation("internal: %s: %v", f.name, err)
 			}
@@ -421,6 +421,13 @@ func (f *simFollower) read(r *simRelay, v *simVerifier) bool {
 		}
 	}
 	return moved
+}
+
+// excused reports whether what was sent is refused because somebody lied, or can't be
+// proven because a log has two histories or several brokers.
+func (s *sim) excused(st *simStream, err error) bool {
+	lied := st.relay != nil && st.relay.lied
+	return errors.Is(err, feed.ErrUnproven) && (lied || s.forked || s.shared) || errors.Is(err, feed.ErrMalformed) && lied
 }
 
 func (r *simRelay) take(m simMessage) error {

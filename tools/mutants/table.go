@@ -56,7 +56,7 @@ var mutants = []mutant{
 	{"A1", "issuing is not conditional on the head", one(issue,
 		"for _, rec := range newer {", "for _, rec := range newer[:0] {")},
 	{"B3", "the parent is not read in the moment of the position", one(issue,
-		"if err := s.checkParent(parent, now); err != nil {", "if err := error(nil); err != nil {")},
+		"if err := s.checkParent(parent, now); err != nil {", "if err := s.checkParent(parent, now); err != nil && !now.Before(parent.Expires) {")},
 	{"Z0b", "a grant of an old head commits however late", one(issue,
 		"if rec.Era != nil || g.Expires.After(rec.Details.Time.Add(token.MaxTTL+token.Leeway)) {", "if rec.Era != nil {")},
 	{"A3", "'>=' where '>' belongs", one(set,
@@ -84,7 +84,7 @@ var mutants = []mutant{
 		"!v.fresh.Fresh(v.Boot(s), v.live)", "!v.fresh.Fresh(v.Boot(s), max(v.live, v.bound))")},
 	{"B1", "a presented token's life is not checked", []edit{
 		{exchange, "err = b.state.checkParent(t, now)", "err = nil"},
-		{issue, "if err := s.checkParent(parent, now); err != nil {", "if err := error(nil); err != nil {"},
+		{issue, "if err := s.checkParent(parent, now); err != nil {", "if err := s.checkParent(parent, now); err != nil && !now.Before(parent.Expires) {"},
 	}},
 	{"B2", "only the own member of a lineage is matched", one(set,
 		"for _, m := range sub.Lineage {\n\t\tnewest", "for _, m := range sub.Lineage[len(sub.Lineage)-1:] {\n\t\tnewest")},
