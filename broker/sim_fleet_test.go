@@ -407,13 +407,14 @@ func (f *simFollower) read(r *simRelay, v *simVerifier) bool {
 			err = v.take(m)
 		}
 		if err != nil {
-			if errors.Is(err, feed.ErrFork) {
+			switch {
+			case errors.Is(err, feed.ErrFork):
 				s.counts["forked"]++
 				if !s.forked {
 					s.violation("I8: %s (%s) finds a fork: %v", f.name, f.instance, err)
 				}
-			} else if errors.Is(err, errShow) || s.excused(st, err) {
-			} else if !errors.Is(err, feed.ErrGap) && !errors.Is(err, feed.ErrUnknownPing) { // pings so old are forgotten
+			case errors.Is(err, errShow), errors.Is(err, feed.ErrGap), errors.Is(err, feed.ErrUnknownPing): // pings so old are forgotten
+			case !s.excused(st, err):
 				s.violation("internal: %s: %v", f.name, err)
 			}
 			s.note("%s ends its stream: %v", f.name, err)

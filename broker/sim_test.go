@@ -538,7 +538,7 @@ func (b *simBroker) start() {
 	s := b.s
 	b.epoch++
 	b.boot = time.Duration(s.rnd.Int64N(int64(1000 * time.Hour)))
-	if silence := b.gagged; silence && s.chance(4) {
+	if b.gagged && s.chance(4) {
 		b.disregard = feed.Position{Era: s.head().Era, Seq: 1 << 60}
 	}
 	b.key, b.gagged, b.alarms = nil, false, 0
