@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -75,6 +76,8 @@ type Sandbox struct {
 	Dir  string
 	TD   *spiffetest.TrustDomain
 	Info Announcement // of the broker, once it was started
+	// Issuer is the iss of every token: a URL at which the broker answers, once started.
+	Issuer string
 
 	cfg     Config
 	broker  *process
@@ -117,8 +120,26 @@ func New(cfg Config) (_ *Sandbox, err error) {
 	if out, err := init.CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("making a store: %w: %s", err, out)
 	}
-	host := net.JoinHostPort(cmp.Or(cfg.Host, "127.0.0.1"), "0")
-	return s, s.writeBrokerConfig(host, host, "127.0.0.1:0")
+	public, err := freePort()
+	if err != nil {
+		return nil, err
+	}
+	s.Issuer = "http://" + public
+	return s, s.writeBrokerConfig(net.JoinHostPort(cmp.Or(cfg.Host, "127.0.0.1"), "0"), public, "127.0.0.1:0")
+}
+
+// freePort finds a loopback address that nobody listens on. The issuer must name its port
+// before the broker takes it, so it is one that the kernel gives to nobody who asks for
+// any: on Linux those begin at 32768.
+func freePort() (string, error) {
+	for range 100 {
+		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 10000+rand.IntN(20000)))
+		if err != nil {
+			continue
+		}
+		return l.Addr().String(), l.Close()
+	}
+	return "", errors.New("finding a free port: a hundred were taken")
 }
 
 // PolicyDir is the folder that the broker's policy is read from.
@@ -137,7 +158,7 @@ func (s *Sandbox) writeBrokerConfig(grpc, public, admin string) error {
 	if err != nil {
 		return err
 	}
-	yaml := fmt.Sprintf(`issuer: http://127.0.0.1
+	yaml := fmt.Sprintf(`issuer: %s
 store: %q
 policy: %q
 audit: %q
@@ -148,7 +169,7 @@ listen:
   admin: %s
   break_glass: %q
 shutdown_grace: 5s
-%s`, s.StorePath(), s.PolicyDir(), s.AuditPath(), socket, grpc, public, admin, filepath.Join(s.Dir, "break-glass.sock"), s.cfg.BrokerConfig)
+%s`, s.Issuer, s.StorePath(), s.PolicyDir(), s.AuditPath(), socket, grpc, public, admin, filepath.Join(s.Dir, "break-glass.sock"), s.cfg.BrokerConfig)
 	return os.WriteFile(s.brokerConfig(), []byte(yaml), 0o600)
 }
 
