@@ -1,6 +1,7 @@
 package brokerd_test
 
 import (
+	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -21,13 +22,12 @@ import (
 	"time"
 
 	"github.com/dayflyhq/dayfly/cmd/internal/brokerd"
-	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
+	"github.com/dayflyhq/dayfly/proto/token"
+	"github.com/dayflyhq/dayfly/sdk"
 	"github.com/dayflyhq/dayfly/sdk/spiffetest"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials"
-	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/codes"
 )
 
 // webFiles writes a certificate for loopback that vouches for itself, and returns those
@@ -134,14 +134,29 @@ func TestServeDoors(t *testing.T) {
 			}
 		})
 	}
-	conn, err := grpc.NewClient(at.GRPCJWT, grpc.WithTransportCredentials(credentials.NewTLS(bySVID)))
+	showing := sdk.Config{Address: at.GRPCJWT, Source: source{svid, h.td}, BrokerID: brokerID, JWTSVID: func(context.Context) (string, error) { return assertion, nil }}
+	c, err := sdk.New(showing)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer conn.Close()
-	ctx := metadata.AppendToOutgoingContext(within(t), "authorization", "Bearer "+assertion)
-	if _, err := dayflyv1.NewTokenServiceClient(conn).Issue(ctx, &dayflyv1.IssueRequest{Audience: "orders"}); err != nil {
+	defer c.Close()
+	if _, err := c.Issue(within(t), sdk.Request{Audience: "orders"}); err != nil {
 		t.Error(err)
+	}
+	var refused *sdk.Error
+	if _, err := c.Issue(within(t), sdk.Request{Audience: "orders", Binding: token.BindingX5T}); !errors.As(err, &refused) || refused.Code != codes.PermissionDenied {
+		t.Errorf("bound to the certificate of a connection that doesn't count: %v", err)
+	}
+	showing.JWTSVID = func(context.Context) (string, error) { return "", errors.New("the Workload API is away") }
+	if c, err = sdk.New(showing); err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if _, err := c.Issue(within(t), sdk.Request{Audience: "orders"}); !errors.As(err, &refused) || refused.Code != codes.Unavailable || !strings.Contains(err.Error(), "is away") {
+		t.Errorf("without a JWT-SVID: %v", err)
+	}
+	if _, err := sdk.New(sdk.Config{Address: "unix:///a.sock", JWTSVID: showing.JWTSVID}); err == nil {
+		t.Error("a JWT-SVID is taken for a unix socket")
 	}
 }
 
