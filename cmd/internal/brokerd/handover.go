@@ -15,6 +15,7 @@ import (
 	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
 	"github.com/dayflyhq/dayfly/proto/feed"
 	"github.com/dayflyhq/dayfly/proto/wire"
+	"github.com/dayflyhq/dayfly/sdk"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 )
@@ -55,7 +56,7 @@ func takeOver(ctx context.Context, cfg *Config, ring *keyring, svids *agent.Iden
 		defer cancel()
 		resp, err := running.PublishKey(ctx, &dayflyv1.PublishKeyRequest{Key: wire.Key(key)})
 		if err != nil {
-			return err
+			return sdk.FromRPC(err)
 		}
 		spread, err = wire.ToDuration(resp.GetSpreadIn())
 		return err
