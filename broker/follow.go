@@ -529,7 +529,7 @@ func (b *Broker) External(ctx context.Context, rec RevocationRecord) ([]PlannedA
 	}
 	var out []PlannedAudience
 	for _, a := range reach.Audiences {
-		if a.Audience.VerifiedBy != "feed" {
+		if a.Audience.VerifiedBy != VerifiedByFeed {
 			out = append(out, a)
 		}
 	}

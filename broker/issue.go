@@ -243,9 +243,12 @@ func (b *Broker) prepare(c Caller, t terms, parent *token.Token) (*Grant, Signer
 		return nil, Signer{}, err
 	}
 	now := b.cfg.Now().UTC().Truncate(time.Second)
-	key, ok := b.cfg.Signer()
+	key, ok := b.signer()
 	if !ok {
 		return nil, key, ErrNoSigningKey
+	}
+	if err := b.checkSpread(key, t.audience); err != nil {
+		return nil, key, err
 	}
 	position, err := b.admissible(c, parent, key.Public.ID, now)
 	if err != nil {
@@ -274,6 +277,28 @@ func (b *Broker) prepare(c Caller, t terms, parent *token.Token) (*Grant, Signer
 	}
 	g.Lineage = append(g.Lineage, token.Member{Identity: c.ID, Grant: id, Key: key.Public.ID, SVID: c.thumbprint()})
 	return g, key, nil
+}
+
+// signer returns the current signing key, and notes which one that is: it stays in the
+// JWK set as long as a token that it signed may live.
+func (b *Broker) signer() (Signer, bool) {
+	key, ok := b.cfg.Signer()
+	if ok {
+		b.state.signs(key.Public.ID, b.cfg.Boot())
+	}
+	return key, ok
+}
+
+// checkSpread refuses an audience that may not know the signing key yet: those who only
+// read the JWK set, and those of whom nobody says how they verify.
+func (b *Broker) checkSpread(key Signer, audience string) error {
+	if key.SpreadIn <= 0 {
+		return nil
+	}
+	if a, ok := b.cfg.Policy.Audience(audience); ok && (a.VerifiedBy == VerifiedByFeed || a.VerifiedBy == VerifiedByIntrospection) {
+		return nil
+	}
+	return ErrKeyNotSpread.with(retryAfter, roundUp(key.SpreadIn).String())
 }
 
 // admissible is the snapshot: the head, the locks, the parent and the key, all of

@@ -161,11 +161,16 @@ func (all *issuers) place(id spiffeid.ID, limits Limits, life time.Duration, now
 const retryAfter = "retry_after"
 
 func limited(r *Refusal, limit int, of string, wait time.Duration) *Refusal {
+	return r.because("policy lets this identity have %d %s", limit, of).with("limit", strconv.Itoa(limit)).with(retryAfter, roundUp(wait).String())
+}
+
+// roundUp makes whole milliseconds of a wait, at least one.
+func roundUp(wait time.Duration) time.Duration {
 	wait = max(wait, time.Millisecond)
 	if rest := wait % time.Millisecond; rest > 0 {
 		wait += time.Millisecond - rest
 	}
-	return r.because("policy lets this identity have %d %s", limit, of).with("limit", strconv.Itoa(limit)).with(retryAfter, wait.String())
+	return wait
 }
 
 // issuer returns an identity's; the caller holds mu.

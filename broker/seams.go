@@ -78,8 +78,9 @@ const (
 	ActionLiftConfirm      Action = "lift_confirm"
 	ActionList             Action = "list"
 	ActionPlan             Action = "plan"
-	ActionBackup           Action = "backup"  // over the break-glass socket only
-	ActionRestore          Action = "restore" // audited at the first start after it
+	ActionBackup           Action = "backup"    // over the break-glass socket only
+	ActionRestore          Action = "restore"   // audited at the first start after it
+	ActionHandOver         Action = "hand_over" // over the break-glass socket only
 )
 
 // A Question is put to policy at every request.
@@ -134,11 +135,19 @@ type SecondPerson struct {
 	Confirmers []string
 }
 
+// How an audience verifies. The feed's verifiers learn a key at once, and who introspects
+// asks this broker; the others have what they last read of the JWK set.
+const (
+	VerifiedByFeed          = "feed"
+	VerifiedByIntrospection = "introspection"
+	VerifiedByExternal      = "external"
+)
+
 // An Audience is what policy data declares of one.
 type Audience struct {
 	Name       string
 	Owner      string
-	VerifiedBy string // "feed", "introspection" or "external"
+	VerifiedBy string // VerifiedByFeed, VerifiedByIntrospection or VerifiedByExternal
 	// MaxStaleness is the largest bound its verifiers may have; 0: no limit of its own.
 	MaxStaleness time.Duration
 	Fallback     Fallback
@@ -163,12 +172,15 @@ type Policy interface {
 // A Signer signs with a key that is published.
 type Signer struct {
 	Public token.PublicKey
-	Sign   func(token.Unsigned) (token.Secret, error)
+	// SpreadIn is how long those who only read the JWK set may still use a copy without
+	// this key; zero: each has it.
+	SpreadIn time.Duration
+	Sign     func(token.Unsigned) (token.Secret, error)
 }
 
 // PrivateSigner makes a Signer of a private key.
 func PrivateSigner(pub token.PublicKey, key crypto.Signer) Signer {
-	return Signer{pub, func(u token.Unsigned) (token.Secret, error) { return u.Sign(key) }}
+	return Signer{Public: pub, Sign: func(u token.Unsigned) (token.Secret, error) { return u.Sign(key) }}
 }
 
 // An AuditEntry is one decision, denial or operator's call. It never holds a
