@@ -46,6 +46,10 @@ type Decision struct {
 	Data []string `json:"data,omitempty"`
 	// Generation is that of the policy that decided; see [Status].
 	Generation uint64 `json:"generation"`
+	// Revision names the policy that decided, over restarts and brokers: a digest of
+	// the folder, "sha256:..."; of a bundle, its manifest's revision and the digest,
+	// "v42@sha256:...".
+	Revision string `json:"revision,omitempty"`
 
 	paths [][]string
 }

@@ -1,5 +1,21 @@
 package policy
 
+import "crypto"
+
+// ReadBundle reads a bundle whose signature must verify, and returns its revision and
+// its files.
+func ReadBundle(raw []byte, keys map[string]crypto.PublicKey) (string, map[string][]byte, error) {
+	verify, err := verification(keys, "")
+	if err != nil {
+		return "", nil, err
+	}
+	f, err := readBundle(raw, verify)
+	if err != nil {
+		return "", nil, err
+	}
+	return f.revision, f.files, nil
+}
+
 // ParseData is the data parser on one file.
 func ParseData(name string, content []byte) Problems {
 	var problems Problems
