@@ -36,6 +36,10 @@ type Decision struct {
 	// Names are the audience names that the caller answers to, sorted.
 	Names []string `json:"names,omitempty"`
 
+	// Template is the audience of the data, with placeholders, that gives the caller the
+	// name that it asked for; empty where the name itself is declared.
+	Template string `json:"template,omitempty"`
+
 	// Denials say why not, at least one where Allow is false.
 	Denials []Denial `json:"denials,omitempty"`
 

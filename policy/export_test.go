@@ -1,6 +1,16 @@
 package policy
 
-import "crypto"
+import (
+	"crypto"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// Gives says whether a template, if it is one, gives an identity a name.
+func Gives(text string, id spiffeid.ID, name string) bool {
+	t, err := parseTemplate(text)
+	return err == nil && t.gives(id, name)
+}
 
 // ReadBundle reads a bundle whose signature must verify, and returns its revision and
 // its files.

@@ -214,6 +214,11 @@ func (g *generation) decide(ctx context.Context, cfg Config, in Input, opts ...r
 	if err := in.validate(); err != nil {
 		return Decision{}, err
 	}
+	if isTemplate(in.Audience) { // a name that data holds, and no one may have
+		d := denied("audience_unknown", fmt.Sprintf("no audience %q is declared", in.Audience), "check the spelling, or ask the policy's owner to declare it")
+		d.Rule, d.Generation, d.Revision = string(in.Action), g.number, g.revision
+		return d, nil
+	}
 	f := g.data.facts(in)
 	if in.Time.IsZero() {
 		in.Time = cfg.Now()
@@ -236,6 +241,9 @@ func (g *generation) decide(ctx context.Context, cfg Config, in Input, opts ...r
 		return Decision{}, fmt.Errorf("%w: %w", ErrEvaluation, err)
 	}
 	d.Names = f.names
+	if isTemplate(f.target) {
+		d.Template = f.target
+	}
 	if in.Action == ActionIssue || in.Action == ActionExchange {
 		d.Limits = g.data.limitsOf(f.patterns).stricter(d.Limits)
 	} else {
@@ -264,9 +272,14 @@ func answer(rs rego.ResultSet, in Input) (Decision, error) {
 	return d, nil
 }
 
-// Audience returns what the policy in force declares about name.
+// Audience returns what the policy in force declares about name, itself or as what a
+// template can give.
 func (p *Policy) Audience(name string) (Audience, bool) {
-	a, ok := p.declared()[name]
+	g := p.current.Load()
+	if g == nil {
+		return Audience{}, false
+	}
+	a, ok := g.data.declaration(name)
 	a.Identities = slices.Clone(a.Identities)
 	return a, ok
 }
@@ -290,18 +303,20 @@ func (p *Policy) Fallback(caller spiffeid.ID, audience string) Fallback {
 	}
 	data := g.data
 	patterns := Patterns(caller)
-	own := first(patterns, func(pattern string) bool { _, ok := data.entitlements[pattern][audience]; return ok })
-	if f := data.entitlements[own][audience].fallback; f != (Fallback{}) {
+	own, target := data.match(Input{Action: ActionIssue, Caller: Caller{ID: caller}, Audience: audience}, patterns)
+	if f := data.entitlements[own][target].fallback; f != (Fallback{}) {
 		return f
 	}
 	for _, pattern := range patterns {
 		for _, from := range slices.Sorted(maps.Keys(data.exchange[pattern])) {
-			if f := data.exchange[pattern][from][audience].fallback; f != (Fallback{}) {
-				return f
+			for _, key := range data.keys(caller, audience) {
+				if f := data.exchange[pattern][from][key].fallback; f != (Fallback{}) {
+					return f
+				}
 			}
 		}
 	}
-	return data.audiences[audience].Fallback
+	return data.audiences[target].Fallback
 }
 
 // Audiences lists all that are declared, by name.
