@@ -48,8 +48,7 @@ func (b *Broker) exchange(ctx context.Context, c Caller, req Request) (*Credenti
 	d, err := b.decide(ctx, Question{
 		Action: ActionExchange, Caller: c, Time: b.cfg.Now(), Parent: &parent.Claims,
 		Audience: req.Audience, Scopes: req.Scopes, TTL: req.TTL, Binding: req.Binding,
-	})
-	e.Rule = d.Rule
+	}, &e)
 	if err != nil {
 		return nil, e, err
 	}

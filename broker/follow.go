@@ -179,11 +179,10 @@ func (b *Broker) subscribe(ctx context.Context, c Caller, s Subscriber, e *Audit
 		actions = append(actions, ActionRelay)
 	}
 	for _, action := range actions {
-		d, err := b.decide(ctx, Question{
+		_, err := b.decide(ctx, Question{
 			Action: action, Caller: c, Time: b.cfg.Now(),
 			Audiences: s.Audiences, MaxStaleness: s.MaxStaleness, AcceptsStale: s.AcceptsStale,
-		})
-		e.Rule = d.Rule
+		}, e)
 		if err != nil {
 			return nil, err
 		}

@@ -55,8 +55,7 @@ func (b *Broker) issue(ctx context.Context, c Caller, req Request) (*Credential,
 	d, err := b.decide(ctx, Question{
 		Action: ActionIssue, Caller: c, Time: b.cfg.Now(),
 		Audience: req.Audience, Scopes: req.Scopes, TTL: req.TTL, Binding: req.Binding,
-	})
-	e.Rule = d.Rule
+	}, &e)
 	if err != nil {
 		return nil, e, err
 	}
@@ -156,7 +155,7 @@ func (b *Broker) grant(ctx context.Context, c Caller, t terms, limits Limits, pa
 		if err != nil {
 			return nil, e, err
 		}
-		e.Grant, e.Scopes = g.ID().String(), g.Scopes
+		e.Grant, e.Scopes, e.TTL, e.Binding = g.ID().String(), g.Scopes, g.Expires.Sub(g.IssuedAt), g.Binding
 		unsigned, err := token.Encode(b.claims(g), key.Public.Algorithm)
 		if err != nil {
 			if errors.Is(err, token.ErrTooLarge) {

@@ -118,9 +118,10 @@ type Decision struct {
 	Limits Limits
 	// SecondPerson is for lifts and for revocations of everything.
 	SecondPerson SecondPerson
-	// Rule and Data say what decided, for the audit.
-	Rule string
-	Data []string
+	// Rule and Data say what decided, Revision of which policy, for the audit.
+	Rule     string
+	Data     []string
+	Revision string
 }
 
 // SecondPerson is what policy says of calls that take two persons. It is set whatever
@@ -196,15 +197,22 @@ type AuditEntry struct {
 	Reason      string   `json:"reason,omitempty"`
 	Message     string   `json:"message,omitempty"`
 	Rule        string   `json:"rule,omitempty"`
+	Revision    string   `json:"revision,omitempty"` // of the policy that decided
 	Audience    string   `json:"audience,omitempty"`
 	Scopes      []string `json:"scopes,omitempty"`
-	Grant       string   `json:"grant,omitempty"`
-	Parent      string   `json:"parent,omitempty"`
-	Sequence    uint64   `json:"sequence,omitempty"`
-	Selector    []string `json:"selectors,omitempty"`
-	Lock        LockMode `json:"lock,omitempty"`
-	Why         string   `json:"why,omitempty"` // the operator's own words
+	// TTL and Binding are of what was given, or can't be released; see Asked for what
+	// was asked for.
+	TTL      time.Duration `json:"ttl_ns,omitempty"`
+	Binding  token.Binding `json:"binding,omitempty"`
+	Grant    string        `json:"grant,omitempty"`
+	Parent   string        `json:"parent,omitempty"`
+	Sequence uint64        `json:"sequence,omitempty"`
+	Selector []string      `json:"selectors,omitempty"`
+	Lock     LockMode      `json:"lock,omitempty"`
+	Why      string        `json:"why,omitempty"` // the operator's own words
 	// ProposedBy is the first of two persons; Actor is the second.
 	ProposedBy string `json:"proposed_by,omitempty"`
 	Alert      bool   `json:"alert,omitempty"`
+	// Asked are the questions that policy was asked for this, with its answers.
+	Asked []Asked `json:"asked,omitempty"`
 }

@@ -26,8 +26,10 @@ type Config struct {
 	Issuer string `yaml:"issuer,required"`
 	// Store is the bbolt file, which "dayfly-broker init" made.
 	Store string `yaml:"store,required"`
-	// Policy is the folder of Rego and data.
-	Policy string `yaml:"policy,required"`
+	// Policy is the folder of Rego and data. Either this or PolicyBundle.
+	Policy string `yaml:"policy"`
+	// PolicyBundle is where signed bundles of policy are fetched from.
+	PolicyBundle *PolicyBundle `yaml:"policy_bundle"`
 	// Audit is the file of audit records, rotated; "-" is standard error.
 	Audit string `yaml:"audit,required"`
 	// WorkloadAPI is the socket of the broker's own SVID; empty: SPIFFE_ENDPOINT_SOCKET.
@@ -105,9 +107,11 @@ func (c *Config) Validate() error {
 		}
 	}
 	check(web.CheckIssuer(c.Issuer), "issuer")
-	for key, path := range map[string]string{"store": c.Store, "policy": c.Policy, "audit": c.Audit} {
+	for key, path := range map[string]string{"store": c.Store, "audit": c.Audit} {
 		wrong(path == "", key, "is empty: give it a path")
 	}
+	wrong(c.Policy == "" && c.PolicyBundle == nil, "policy", "is missing: give it the path of a folder, or set policy_bundle")
+	wrong(c.Policy != "" && c.PolicyBundle != nil, "policy_bundle", "stands beside policy: a broker has one source of policy")
 	if c.WorkloadAPI != "" {
 		check(workloadapi.ValidateAddress(c.WorkloadAPI), "workload_api")
 	}

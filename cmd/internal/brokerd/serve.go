@@ -152,9 +152,14 @@ func (d *daemon) open(ctx context.Context) error {
 	d.registry = prometheus.NewRegistry()
 	d.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	d.metrics = newMetrics(d.registry)
-	d.policy, err = policy.Open(ctx, policy.Config{Dir: d.cfg.Policy, Log: d.log, OnReload: d.metrics.policyReloaded})
-	if err != nil {
-		return fmt.Errorf("loading policy from %s: %w", d.cfg.Policy, err)
+	source := policy.Config{Dir: d.cfg.Policy, Log: d.log, OnReload: d.metrics.policyReloaded}
+	if b := d.cfg.PolicyBundle; b != nil {
+		if source.Bundle, err = b.source(d.cfg.Store, d.svids); err != nil {
+			return err
+		}
+	}
+	if d.policy, err = policy.Open(ctx, source); err != nil {
+		return fmt.Errorf("loading policy: %w", err)
 	}
 	if d.traces, err = newTraces(ctx, d.cfg.Traces); err != nil {
 		return err
@@ -193,6 +198,7 @@ func (d *daemon) assemble(ctx context.Context) error {
 	}
 	d.ring.publishTo(d.broker.PublishKey)
 	d.metrics.watch(d.broker, d.store)
+	d.metrics.watchPolicy(d.policy.Status)
 	if err := d.disregard(ctx); err != nil {
 		return err
 	}
@@ -509,7 +515,7 @@ func (d *daemon) problems() []web.Problem {
 	case st.Generation == 0:
 		out = append(out, web.Problem{Reason: broker.ErrNoPolicy.Reason, Message: broker.ErrNoPolicy.Message, Hint: broker.ErrNoPolicy.Hint})
 	case st.Err != nil:
-		out = append(out, web.Problem{Reason: "POLICY_STALE", Message: "the policy folder is broken; the last good policy is in force", Warning: true})
+		out = append(out, web.Problem{Reason: "POLICY_STALE", Message: "what the source of policy has can't be taken; the last good policy is in force", Hint: "the log says what is wrong with it", Warning: true})
 	}
 	if d.web != nil {
 		if what := d.web.problem(time.Now()); what != "" {
