@@ -213,7 +213,7 @@ func (b *Broker) subscribe(ctx context.Context, c Caller, s Subscriber, e *Audit
 
 func checkSubscriber(s Subscriber) error {
 	switch {
-	case !validInstance(s.Instance):
+	case !feed.ValidInstance(s.Instance):
 		return ErrFeedRejected.because("instance: 8 to 64 characters").with("field", "instance")
 	case len(s.Audiences) == 0 && !s.Relay || len(s.Audiences) > maxAudiences:
 		return ErrFeedRejected.because("audiences: 1 to 64; only a relay may name none").with("field", "audiences")
@@ -226,14 +226,6 @@ func checkSubscriber(s Subscriber) error {
 		}
 	}
 	return nil
-}
-
-// validInstance keeps to what base64url may hold, as the wire does: the roster's keys
-// join instances with other characters.
-func validInstance(s string) bool {
-	return len(s) >= 8 && len(s) <= 64 && !strings.ContainsFunc(s, func(r rune) bool {
-		return (r < 'a' || r > 'z') && (r < 'A' || r > 'Z') && (r < '0' || r > '9') && r != '-' && r != '_'
-	})
 }
 
 // join puts a verifier on the roster: in the store first, so that it can't be

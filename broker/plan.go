@@ -187,9 +187,13 @@ func (m *matched) narrower(live uint64) []Narrower {
 		for svid, id := range m.svids {
 			delete(m.others, svid)
 			if !svid.IsZero() && !slices.Contains(m.selectors, revocation.SVID(svid)) {
+				rest := "none was seen elsewhere alone"
+				if n := len(m.others); n > 0 {
+					rest = fmt.Sprintf("%d seen elsewhere alone would go on", n)
+				}
 				out = append(out, Narrower{[]revocation.Selector{revocation.SVID(svid)}, fmt.Sprintf(
-					"only one SVID got credentials from %s, this one of %s; %d seen elsewhere alone would go on. It doesn't do if the attacker can get another SVID",
-					m.seenFrom, id, len(m.others))})
+					"only one SVID got credentials from %s, this one of %s; %s. It doesn't do if the attacker can get another SVID",
+					m.seenFrom, id, rest)})
 			}
 		}
 	}

@@ -119,7 +119,7 @@ func (f *Follower) relayed(rv feed.Relayed) (feed.Verifier, error) {
 	bad := func(a string) bool { return token.ValidateAudience(a) != nil }
 	if len(rv.Path) == 0 || len(rv.Path) > feed.MaxPath || !f.delivered(rv.Acked) ||
 		rv.Bound < MinStaleness || rv.Bound > MaxStaleness || rv.LastAnswerAge < 0 ||
-		slices.ContainsFunc(rv.Path, func(s string) bool { return !validInstance(s) }) ||
+		slices.ContainsFunc(rv.Path, func(s string) bool { return !feed.ValidInstance(s) }) ||
 		len(rv.Audiences) > maxAudiences || slices.ContainsFunc(rv.Audiences, bad) {
 		return feed.Verifier{}, ErrFeedRejected.because("a relay report with an impossible entry")
 	}

@@ -137,7 +137,9 @@ func TestLockOnSVIDOutlivesTheEnd(t *testing.T) {
 		t.Errorf("the SVID has expired, and there stand %+v", locks)
 	}
 	_, err = w.b.Lift(ctx, w.operator(), rec.Seq, "r", "")
-	refused(t, err, broker.ErrNotStanding)
+	if refused(t, err, broker.ErrNotStanding); !strings.Contains(err.Error(), "ended by itself at "+stolen.Leaf.NotAfter.UTC().Format(time.RFC3339)) {
+		t.Error(err)
+	}
 }
 
 // Where nobody knows when an SVID expires its lock stands until it is lifted, over
@@ -279,6 +281,13 @@ func TestLiftRevivesNothing(t *testing.T) {
 	}
 	_, err = lift(first.Seq, "again")
 	refused(t, err, broker.ErrNotStanding)
+	if want := fmt.Sprintf("lifted already: number %d, by %s at %s", rec.Seq, w.operator().Actor(), noon.Format(time.RFC3339)); !strings.Contains(err.Error(), want) {
+		t.Errorf("%v, without %q", err, want)
+	}
+	_, err = lift(w.revoke(broker.LockNone, selector(t, "audience:orders")).Seq, "nothing to lift")
+	if refused(t, err, broker.ErrNotStanding); !strings.Contains(err.Error(), "locked nobody") {
+		t.Error(err)
+	}
 	w.admitted(c, false, "after the lift of the first of two locks")
 	w.restart()
 	w.admitted(c, false, "after a restart")

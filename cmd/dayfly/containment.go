@@ -146,7 +146,7 @@ func beyond(c *dayflyv1.Containment, now time.Time) []*dayflyv1.AffectedAudience
 // complete is nil once nobody accepts what was revoked; what no feed reaches counts
 // until it has expired. Else it is the error that gives exit code 3.
 func (a *app) complete(sequence uint64, c *dayflyv1.Containment) error {
-	show := fmt.Sprintf("dayfly revocations show %d --watch", sequence)
+	show := fmt.Sprintf("dayfly revocations show %d --watch", sequence) + a.sameWay()
 	if !c.GetContained() {
 		return failf(exitIncomplete, show, "revocation %d is recorded, but not contained everywhere yet", sequence)
 	}
@@ -166,7 +166,7 @@ func (a *app) writeContainment(w io.Writer, r *dayflyv1.Revocation, c *dayflyv1.
 		if r.GetTime() != nil && c.GetContainedAt() != nil {
 			after = " after " + span(max(0, c.GetContainedAt().AsTime().Sub(r.GetTime().AsTime())))
 		}
-		fmt.Fprintf(w, "%s%s: %s.\n", a.paint(a.stdout, green, "CONTAINED"), after, sum)
+		fmt.Fprintf(w, "%s%s: %s.%s\n", a.paint(a.stdout, green, "CONTAINED"), after, sum, slowest(r, c))
 	case c.GetContained():
 		fmt.Fprintf(w, "%s in the feed (%s), but not beyond it.\n", a.paint(a.stdout, yellow, "CONTAINED"), sum)
 	default:
@@ -182,6 +182,24 @@ func (a *app) writeContainment(w io.Writer, r *dayflyv1.Revocation, c *dayflyv1.
 		writeAudiences(w, "AUDIENCE", open)
 	}
 	a.writeUsesAfter(w, c.GetUsesAfter())
+}
+
+// slowest names the verifier that containment waited for, where there was a choice. Who
+// came later than that waits for nobody.
+func slowest(r *dayflyv1.Revocation, c *dayflyv1.Containment) string {
+	var last *dayflyv1.Receipt
+	for _, x := range c.GetReceipts() {
+		if x.GetSince() == nil || c.GetContainedAt() == nil || x.GetSince().AsTime().After(c.GetContainedAt().AsTime()) {
+			continue
+		}
+		if last == nil || x.GetSince().AsTime().After(last.GetSince().AsTime()) {
+			last = x
+		}
+	}
+	if last == nil || len(c.GetReceipts()) < 2 || r.GetTime() == nil {
+		return ""
+	}
+	return fmt.Sprintf(" Slowest: %s, %s after %s.", clean(last.GetIdentity()), stateName(last.GetState()), span(max(0, last.GetSince().AsTime().Sub(r.GetTime().AsTime()))))
 }
 
 // writeUsesAfter lists who still presents what is revoked, and who still accepts it.

@@ -491,7 +491,7 @@ func pendingOf(sequence uint64) *dayflyv1.Containment {
 func containedOf(sequence uint64) *dayflyv1.Containment {
 	c := pendingOf(sequence)
 	c.Confirmed, c.Pending, c.Closed, c.Contained, c.ContainedAt = 1, 0, 1, true, timestamppb.Now()
-	c.Receipts[1].State, c.Receipts[1].Since = dayflyv1.ReceiptState_RECEIPT_STATE_CLOSED, timestamppb.Now()
+	c.Receipts[1].State, c.Receipts[1].Since = dayflyv1.ReceiptState_RECEIPT_STATE_CLOSED, c.ContainedAt
 	return c
 }
 
