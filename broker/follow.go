@@ -67,6 +67,7 @@ type storedVerifier struct {
 	Identity     string        `json:"identity"`
 	Instance     string        `json:"instance"`
 	Via          string        `json:"via,omitempty"`
+	Claimed      string        `json:"claimed,omitempty"`
 	Audiences    []string      `json:"audiences,omitempty"`
 	Bound        time.Duration `json:"bound"`
 	AcceptsStale bool          `json:"accepts_stale,omitempty"`
@@ -78,7 +79,7 @@ type storedVerifier struct {
 
 func observe(v feed.Verifier) Observation {
 	return storedVerifier{
-		v.ID.Identity, v.ID.Instance, v.ID.Via, v.Audiences, v.Bound, v.AcceptsStale,
+		v.ID.Identity, v.ID.Instance, v.ID.Via, v.Claimed, v.Audiences, v.Bound, v.AcceptsStale,
 		v.Acked.Era, v.Acked.Seq, v.Acked.Sum[:], v.Gone,
 	}.observation()
 }
@@ -126,8 +127,8 @@ func (b *Broker) loadRoster(ctx context.Context) error {
 			return err
 		}
 		v := feed.Verifier{
-			ID:        feed.VerifierID{Identity: s.Identity, Instance: s.Instance, Via: s.Via},
-			Audiences: s.Audiences, Bound: s.Bound, AcceptsStale: s.AcceptsStale,
+			ID:      feed.VerifierID{Identity: s.Identity, Instance: s.Instance, Via: s.Via},
+			Claimed: s.Claimed, Audiences: s.Audiences, Bound: s.Bound, AcceptsStale: s.AcceptsStale,
 			Acked: feed.Position{Era: s.Era, Seq: s.Seq}, Answered: now, Gone: s.Gone,
 		}
 		copy(v.Acked.Sum[:], s.Sum)

@@ -129,7 +129,7 @@ func (f *Follower) relayed(rv feed.Relayed) (feed.Verifier, error) {
 			Identity: f.id.Identity, Instance: rv.Path[last],
 			Via: strings.Join(append([]string{f.id.Instance}, rv.Path[:last]...), "/"),
 		},
-		Audiences: rv.Audiences, Bound: rv.Bound, AcceptsStale: rv.AcceptsStale, Acked: rv.Acked,
+		Claimed: rv.Identity, Audiences: rv.Audiences, Bound: rv.Bound, AcceptsStale: rv.AcceptsStale, Acked: rv.Acked,
 		// The report was under way for a while: later than it was, which is safe.
 		Answered: f.b.cfg.Boot().Add(-min(rv.LastAnswerAge, forgetAfter)), Gone: rv.Gone,
 	}, nil

@@ -111,7 +111,7 @@ func (a *app) progress(since time.Time) func(*dayflyv1.Containment) {
 				continue
 			}
 			known[key] = r.GetState()
-			a.notef("%8s  %s  %s", span(a.now().Sub(since)), a.state(a.stderr, r.GetState()), clean(r.GetIdentity()))
+			a.notef("%8s  %s  %s", span(a.now().Sub(since)), a.state(a.stderr, r.GetState()), clean(receiptName(r)))
 		}
 	}
 }
@@ -199,7 +199,7 @@ func slowest(r *dayflyv1.Revocation, c *dayflyv1.Containment) string {
 	if last == nil || len(c.GetReceipts()) < 2 || r.GetTime() == nil {
 		return ""
 	}
-	return fmt.Sprintf(" Slowest: %s, %s after %s.", clean(last.GetIdentity()), stateName(last.GetState()), span(max(0, last.GetSince().AsTime().Sub(r.GetTime().AsTime()))))
+	return fmt.Sprintf(" Slowest: %s, %s after %s.", clean(receiptName(last)), stateName(last.GetState()), span(max(0, last.GetSince().AsTime().Sub(r.GetTime().AsTime()))))
 }
 
 // writeUsesAfter lists who still presents what is revoked, and who still accepts it.
@@ -213,14 +213,32 @@ func (a *app) writeUsesAfter(w io.Writer, uses []*dayflyv1.UseAfter) {
 		if u.GetMore() {
 			more = " and more"
 		}
-		row(w, u.GetVerifier(), strconv.FormatUint(u.GetRefused(), 10), strconv.FormatUint(u.GetAcceptedUnaware(), 10), strconv.FormatUint(u.GetAcceptedKnowing(), 10),
+		row(w, verifierName(u.GetVerifier(), u.GetClaimedIdentity()), strconv.FormatUint(u.GetRefused(), 10), strconv.FormatUint(u.GetAcceptedUnaware(), 10), strconv.FormatUint(u.GetAcceptedKnowing(), 10),
 			at(u.GetLastSeen()), orDash(strings.Join(u.GetPeers(), ",")), orDash(strings.Join(u.GetAddresses(), ","))+more)
 	})
 	for _, u := range uses {
 		if u.GetAcceptedKnowing() > 0 {
-			fmt.Fprintf(w, "%s %s accepted what it knew to be revoked: it doesn't do its job. Call its owner.\n", a.paint(a.stdout, red, "BROKEN VERIFIER:"), clean(u.GetVerifier()))
+			fmt.Fprintf(w, "%s %s accepted what it knew to be revoked: it doesn't do its job. Call its owner.\n", a.paint(a.stdout, red, "BROKEN VERIFIER:"), clean(verifierName(u.GetVerifier(), u.GetClaimedIdentity())))
 		}
 	}
+}
+
+// verifierName is who a verifier is: what it proved to the broker, or what a relay says
+// that it proved there. A relay's word is shown as one.
+func verifierName(proven, claimed string) string {
+	if claimed == "" {
+		return proven
+	}
+	return claimed + ", by the word of " + proven
+}
+
+// receiptName is the same of a receipt, and tells one that a relay doesn't name from the
+// relay itself.
+func receiptName(r *dayflyv1.Receipt) string {
+	if r.GetClaimedIdentity() == "" && len(r.GetVia()) > 0 {
+		return "unnamed, beside " + r.GetIdentity()
+	}
+	return verifierName(r.GetIdentity(), r.GetClaimedIdentity())
 }
 
 func (a *app) writeReceipts(w io.Writer, receipts []*dayflyv1.Receipt) {
@@ -242,6 +260,6 @@ func (a *app) writeReceipts(w io.Writer, receipts []*dayflyv1.Receipt) {
 		if len(r.GetVia()) > 0 {
 			instance += " via " + strings.Join(r.GetVia(), ", ")
 		}
-		row(w, stateName(r.GetState()), r.GetIdentity(), instance, orDash(strings.Join(r.GetAudiences(), ",")), when)
+		row(w, stateName(r.GetState()), receiptName(r), instance, orDash(strings.Join(r.GetAudiences(), ",")), when)
 	}
 }

@@ -42,7 +42,10 @@ func ValidInstance(s string) bool {
 
 // A Verifier is one entry of the roster.
 type Verifier struct {
-	ID        VerifierID
+	ID VerifierID
+	// Claimed is the SPIFFE ID that it proved to the relay it stands behind, by the word of
+	// the relays between; nothing is decided by it.
+	Claimed   string
 	Audiences []string
 	// Bound is its staleness bound, at most the largest that any entry may have.
 	Bound time.Duration
