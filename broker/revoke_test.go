@@ -238,6 +238,26 @@ func TestReissueCut(t *testing.T) {
 			t.Errorf("cut %s, want %s", rec.Details.LockCut, want)
 		}
 	})
+	t.Run("our clock was set back, and we began anew", func(t *testing.T) {
+		w := newWorld(t)
+		w.clock.set(time.Hour)
+		issued := w.clock.Now()
+		stolen := dated(w, "payments", issued)
+		w.issue(stolen, "orders")
+		w.issue(dated(w, "other", issued), "orders")
+		w.clock.set(-time.Hour)
+		w.restart()
+		rec := w.revoke(broker.LockReissue, revocation.Identity(id("payments")))
+		if want := issued.Add(broker.ClockSkew); !rec.Details.LockCut.Equal(want) {
+			t.Errorf("cut %s, want %s: when the last credential was issued, and the skew", rec.Details.LockCut, want)
+		}
+		w.clock.set(time.Hour) // as NTP does at last
+		w.admitted(stolen, false, "the SVID from before")
+		w.admitted(dated(w, "payments", issued.Add(broker.ClockSkew+time.Second)), true, "a new one")
+		if rec := w.revoke(broker.LockReissue, revocation.Identity(id("nobody"))); rec.Details.LockCut.After(w.clock.Now().Add(broker.ClockSkew)) {
+			t.Errorf("an identity without any has the cut %s", rec.Details.LockCut)
+		}
+	})
 	t.Run("a subtree", func(t *testing.T) {
 		w := newWorld(t)
 		ahead := noon.Add(20 * time.Minute)

@@ -24,18 +24,25 @@ type seenSVIDs struct {
 const maxSeen = 100_000
 
 func (s *seenSVIDs) note(id spiffeid.ID, leaf *x509.Certificate) {
+	s.noteNotBefore(id, leaf.NotBefore)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.notAfter == nil || len(s.notAfter) >= maxSeen {
+		s.notAfter = map[token.Thumbprint]time.Time{}
+	}
+	s.notAfter[token.ThumbprintOf(leaf)] = leaf.NotAfter
+}
+
+// noteNotBefore notes that an identity has an SVID whose NotBefore may be as late as t.
+func (s *seenSVIDs) noteNotBefore(id spiffeid.ID, t time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.notBefore == nil || len(s.notBefore) >= maxSeen {
 		s.notBefore = map[spiffeid.ID]time.Time{{}: newestOf(s.notBefore)}
 	}
-	if s.notAfter == nil || len(s.notAfter) >= maxSeen {
-		s.notAfter = map[token.Thumbprint]time.Time{}
+	if t.After(s.notBefore[id]) {
+		s.notBefore[id] = t
 	}
-	if leaf.NotBefore.After(s.notBefore[id]) {
-		s.notBefore[id] = leaf.NotBefore
-	}
-	s.notAfter[token.ThumbprintOf(leaf)] = leaf.NotAfter
 }
 
 func newestOf(times map[spiffeid.ID]time.Time) time.Time {
