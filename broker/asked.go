@@ -15,11 +15,11 @@ const (
 // An Asked is one question that policy was asked, and its answer: what it takes to ask
 // another policy the same. It never holds a credential.
 type Asked struct {
-	Action Action    `json:"action"`
-	Time   time.Time `json:"time"`
+	Action      Action    `json:"action"`
+	Time        time.Time `json:"time"`
 	Attestation string    `json:"attestation"` // "x509" or "jwt"
 	SVID        AskedSVID `json:"svid"`
-	Peer        string     `json:"peer,omitempty"` // with its port
+	Peer        string    `json:"peer,omitempty"` // with its port
 
 	Audience string        `json:"audience,omitempty"`
 	Scopes   []string      `json:"scopes,omitempty"`
