@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/dayflyhq/dayfly/broker"
+	"github.com/dayflyhq/dayfly/broker/attest"
 	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -74,9 +75,12 @@ func NewServer(cfg Config) (*Server, error) {
 		return nil, errors.New("rpc: Broker, SVIDs, Bundle and TrustDomains are required")
 	}
 	cfg.setDefaults()
-	auth := &authenticator{cfg.Bundle, cfg.TrustDomains, cfg.Now}
-	h := &handlers{broker: cfg.Broker, log: cfg.Log, now: cfg.Now, caller: auth.caller, bundlesChanged: cfg.BundlesChanged, stopping: make(chan struct{})}
-	creds := auth.transport(cfg.SVIDs)
+	auth, err := attest.New(attest.Config{X509: cfg.Bundle, TrustDomains: cfg.TrustDomains, Now: cfg.Now})
+	if err != nil {
+		return nil, err
+	}
+	h := &handlers{broker: cfg.Broker, log: cfg.Log, now: cfg.Now, caller: certified(auth), bundlesChanged: cfg.BundlesChanged, stopping: make(chan struct{})}
+	creds := newTransport(auth, cfg.SVIDs)
 	srv := h.server(append(cfg.Options, grpc.Creds(creds)))
 	srv.open = creds.open
 	dayflyv1.RegisterTokenServiceServer(srv.Server, &tokenService{handlers: h})
