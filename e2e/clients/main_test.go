@@ -70,6 +70,16 @@ func (b *box) issue(t *testing.T, id spiffeid.ID, req sdk.Request) *sdk.Credenti
 	return must(client.Issue(t.Context(), req))(t)
 }
 
+// dayfly runs the command as an identity, and returns what it printed.
+func (b *box) dayfly(t *testing.T, id spiffeid.ID, args ...string) (string, error) {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), filepath.Join(bin, "dayfly"), args...)
+	cmd.Env = append(os.Environ(), "SPIFFE_ENDPOINT_SOCKET="+must(b.TD.Workload(id))(t),
+		"DAYFLY_BROKER="+b.Info.GRPC, "DAYFLY_BROKER_ID="+sandbox.Broker.String())
+	out, err := cmd.CombinedOutput()
+	return string(out), err
+}
+
 // must unwraps a result, or ends the test: must(f())(t).
 func must[T any](v T, err error) func(testing.TB) T {
 	return func(t testing.TB) T {
