@@ -12,7 +12,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -67,6 +66,8 @@ type Announcement struct {
 	ID         string `json:"id"`
 	GRPC       string `json:"grpc"`
 	Public     string `json:"public"`
+	HTTPSSVID  string `json:"https_svid"`
+	HTTPS      string `json:"https"`
 	Admin      string `json:"admin"`
 	BreakGlass string `json:"break_glass"`
 }
@@ -120,26 +121,17 @@ func New(cfg Config) (_ *Sandbox, err error) {
 	if out, err := init.CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("making a store: %w: %s", err, out)
 	}
-	public, err := freePort()
+	https, err := freePort()
 	if err != nil {
 		return nil, err
 	}
-	s.Issuer = "http://" + public
-	return s, s.writeBrokerConfig(net.JoinHostPort(cmp.Or(cfg.Host, "127.0.0.1"), "0"), public, "127.0.0.1:0")
-}
-
-// freePort finds a loopback address that nobody listens on. The issuer must name its port
-// before the broker takes it, so it is one that the kernel gives to nobody who asks for
-// any: on Linux those begin at 32768.
-func freePort() (string, error) {
-	for range 100 {
-		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 10000+rand.IntN(20000)))
-		if err != nil {
-			continue
-		}
-		return l.Addr().String(), l.Close()
+	if err := s.makeWebCertificate(); err != nil {
+		return nil, fmt.Errorf("making a web certificate: %w", err)
 	}
-	return "", errors.New("finding a free port: a hundred were taken")
+	s.Issuer = "https://" + https
+	return s, s.writeBrokerConfig(Announcement{
+		GRPC: net.JoinHostPort(cmp.Or(cfg.Host, "127.0.0.1"), "0"), HTTPS: https, HTTPSSVID: "127.0.0.1:0", Public: "127.0.0.1:0", Admin: "127.0.0.1:0",
+	})
 }
 
 // PolicyDir is the folder that the broker's policy is read from.
@@ -153,11 +145,12 @@ func (s *Sandbox) AuditPath() string { return filepath.Join(s.Dir, "audit.log") 
 
 func (s *Sandbox) brokerConfig() string { return filepath.Join(s.Dir, "broker.yaml") }
 
-func (s *Sandbox) writeBrokerConfig(grpc, public, admin string) error {
+func (s *Sandbox) writeBrokerConfig(at Announcement) error {
 	socket, err := s.TD.Workload(Broker)
 	if err != nil {
 		return err
 	}
+	cert, key := s.webCertificate()
 	yaml := fmt.Sprintf(`issuer: %s
 store: %q
 policy: %q
@@ -166,10 +159,14 @@ workload_api: %q
 listen:
   grpc: %s
   public: %s
+  https_svid: %s
+  https: %s
+  https_certificate: %q
+  https_key: %q
   admin: %s
   break_glass: %q
 shutdown_grace: 5s
-%s`, s.Issuer, s.StorePath(), s.PolicyDir(), s.AuditPath(), socket, grpc, public, admin, filepath.Join(s.Dir, "break-glass.sock"), s.cfg.BrokerConfig)
+%s`, s.Issuer, s.StorePath(), s.PolicyDir(), s.AuditPath(), socket, at.GRPC, at.Public, at.HTTPSSVID, at.HTTPS, cert, key, at.Admin, filepath.Join(s.Dir, "break-glass.sock"), s.cfg.BrokerConfig)
 	return os.WriteFile(s.brokerConfig(), []byte(yaml), 0o600)
 }
 
@@ -201,7 +198,7 @@ func (s *Sandbox) AwaitBroker(ctx context.Context) error {
 	if err := json.Unmarshal(line, &s.Info); err != nil {
 		return fmt.Errorf("reading the broker's announcement: %w", err)
 	}
-	return s.writeBrokerConfig(s.Info.GRPC, s.Info.Public, s.Info.Admin)
+	return s.writeBrokerConfig(s.Info)
 }
 
 // BrokerEnded is closed when the broker's process has ended, however it did.
