@@ -2,6 +2,7 @@ package clients_test
 
 import (
 	"fmt"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -68,6 +69,13 @@ func (b *box) issue(t *testing.T, id spiffeid.ID, req sdk.Request) *sdk.Credenti
 	t.Helper()
 	client := must(b.Client(t.Context(), id, b.Info.GRPC))(t)
 	return must(client.Issue(t.Context(), req))(t)
+}
+
+// http returns a client that verifies the issuer by its web certificate and shows the
+// identity's X.509-SVID; none with the zero ID.
+func (b *box) http(t *testing.T, id spiffeid.ID) *http.Client {
+	t.Helper()
+	return must(b.HTTP(t.Context(), id))(t)
 }
 
 // dayfly runs the command as an identity, and returns what it printed.

@@ -55,7 +55,7 @@ entitlements:
 // back, which dayfly says.
 func TestMinIO(t *testing.T) {
 	b := newBox(t, "", minioData)
-	m := startMinIO(t, b.Issuer)
+	m := startMinIO(t, b)
 	ctx := t.Context()
 	root := m.client(t, credentials.NewStaticV4(m.user, m.password, ""))
 	if err := root.MakeBucket(ctx, "orders", minio.MakeBucketOptions{}); err != nil {
@@ -228,13 +228,17 @@ func (m *minioServer) assumeRaw(token, role string, duration time.Duration) *cre
 	})
 }
 
-// startMinIO starts a MinIO that trusts an issuer, as docs/federation/minio.md says.
-func startMinIO(t *testing.T, issuer string) *minioServer {
+// startMinIO starts a MinIO that trusts the issuer, as docs/federation/minio.md says.
+func startMinIO(t *testing.T, b *box) *minioServer {
 	t.Helper()
 	m := &minioServer{addr: freePort(t), user: "root-of-test", password: rand.Text(), secret: rand.Text()}
 	var log bytes.Buffer
-	cmd := exec.Command(minioBinary(t), "server", "--quiet", "--address", m.addr, t.TempDir())
-	discovery := issuer + "/.well-known/openid-configuration"
+	certs := t.TempDir()
+	if err := errors.Join(os.Mkdir(filepath.Join(certs, "CAs"), 0o700), os.Link(b.WebCA(), filepath.Join(certs, "CAs", "issuer.pem"))); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(minioBinary(t), "server", "--quiet", "--certs-dir", certs, "--address", m.addr, t.TempDir())
+	discovery := b.Issuer + "/.well-known/openid-configuration"
 	cmd.Env = append(os.Environ(), "HOME="+t.TempDir(),
 		"MINIO_ROOT_USER="+m.user, "MINIO_ROOT_PASSWORD="+m.password, "MINIO_BROWSER=off", "MINIO_UPDATE=off",
 		"MINIO_IDENTITY_OPENID_CONFIG_URL_WRITER="+discovery, "MINIO_IDENTITY_OPENID_ROLE_POLICY_WRITER=readwrite",

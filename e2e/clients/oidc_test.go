@@ -8,13 +8,15 @@ import (
 	"github.com/dayflyhq/dayfly/e2e/sandbox"
 	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/dayflyhq/dayfly/sdk"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
 // TestGoOIDC: a verifier that knows the issuer's name and nothing else finds the keys,
 // follows their rotation, and refuses what isn't for it.
 func TestGoOIDC(t *testing.T) {
 	b := newBox(t, "key_rotation: 1s\n", "")
-	provider := must(oidc.NewProvider(t.Context(), b.Issuer))(t)
+	ctx := oidc.ClientContext(t.Context(), b.http(t, spiffeid.ID{}))
+	provider := must(oidc.NewProvider(ctx, b.Issuer))(t)
 	verifier := provider.Verifier(&oidc.Config{ClientID: "orders"})
 
 	keys := map[string]bool{}
@@ -22,7 +24,7 @@ func TestGoOIDC(t *testing.T) {
 	for len(keys) < 3 {
 		cred := b.issue(t, sandbox.Payments, sdk.Request{Audience: "orders"})
 		raw := cred.Token.Reveal()
-		got, err := verifier.Verify(t.Context(), raw)
+		got, err := verifier.Verify(ctx, raw)
 		if err != nil {
 			t.Fatalf("after %d keys: %v", len(keys), err)
 		}
@@ -46,19 +48,19 @@ func TestGoOIDC(t *testing.T) {
 		}
 	}
 	// A key that no longer signs is there for as long as what it signed may live.
-	if _, err := must(oidc.NewProvider(t.Context(), b.Issuer))(t).Verifier(&oidc.Config{ClientID: "orders"}).Verify(t.Context(), first); err != nil {
+	if _, err := must(oidc.NewProvider(ctx, b.Issuer))(t).Verifier(&oidc.Config{ClientID: "orders"}).Verify(ctx, first); err != nil {
 		t.Errorf("a new verifier, of a token from two keys ago: %v", err)
 	}
 
-	if _, err := provider.Verifier(&oidc.Config{ClientID: "ledger"}).Verify(t.Context(), first); err == nil {
+	if _, err := provider.Verifier(&oidc.Config{ClientID: "ledger"}).Verify(ctx, first); err == nil {
 		t.Error("accepted for another audience")
 	}
 	tampered := first[:len(first)-8] + strings.Repeat("A", 8)
-	if _, err := verifier.Verify(t.Context(), tampered); err == nil {
+	if _, err := verifier.Verify(ctx, tampered); err == nil {
 		t.Error("accepted with another signature")
 	}
 	other := newBox(t, "", "")
-	if _, err := verifier.Verify(t.Context(), other.issue(t, sandbox.Payments, sdk.Request{Audience: "orders"}).Token.Reveal()); err == nil {
+	if _, err := verifier.Verify(ctx, other.issue(t, sandbox.Payments, sdk.Request{Audience: "orders"}).Token.Reveal()); err == nil {
 		t.Error("accepted from another issuer")
 	}
 }

@@ -1,6 +1,7 @@
 package clients_test
 
 import (
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -31,7 +32,8 @@ func TestVault(t *testing.T) {
 	}))(t)
 	t.Cleanup(func() { v.Cleanup(t.Context()) })
 	v.write(t, logical.UpdateOperation, "config", map[string]any{
-		"oidc_discovery_url": b.Issuer, "bound_issuer": b.Issuer, "jwt_supported_algs": []string{"ES256"},
+		"oidc_discovery_url": b.Issuer, "oidc_discovery_ca_pem": string(must(os.ReadFile(b.WebCA()))(t)),
+		"bound_issuer": b.Issuer, "jwt_supported_algs": []string{"ES256"},
 	})
 	v.write(t, logical.CreateOperation, "role/payments", map[string]any{
 		"role_type": "jwt", "bound_audiences": []string{"vault"}, "bound_subject": sandbox.Payments.String(), "user_claim": "sub",
