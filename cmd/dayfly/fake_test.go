@@ -450,6 +450,9 @@ func (f *fake) Revoke(ctx context.Context, r *dayflyv1.RevokeRequest) (*dayflyv1
 		},
 		Containment: pendingOf(sequence),
 	}
+	if what == "spiffe://example.org/cloud" {
+		resp.Containment = &dayflyv1.Containment{Sequence: sequence, Contained: true} // nobody follows the feed
+	}
 	if what == "spiffe://example.org/used" {
 		resp.Containment.UsesAfter = []*dayflyv1.UseAfter{
 			{Verifier: ordersID.String(), Refused: 12, AcceptedUnaware: 3, LastSeen: timestamppb.Now(), Peers: []string{paymentsID.String()}, Addresses: []string{"203.0.113.9", "\x1b[2J"}, More: true},
