@@ -103,7 +103,7 @@ func (p *policy) Decide(_ context.Context, q broker.Question) (broker.Decision, 
 }
 
 func yes(q broker.Question) broker.Decision {
-	d := broker.Decision{Allow: true, Scopes: q.Scopes, TTL: broker.DefaultTTL, Rule: "test"}
+	d := broker.Decision{Allow: true, Scopes: q.Scopes, TTL: broker.DefaultTTL, Rule: "test", Revision: "sha256:test"}
 	if len(q.Scopes) == 0 {
 		d.Scopes = []string{"read"}
 	}

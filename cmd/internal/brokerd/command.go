@@ -142,8 +142,8 @@ func checkCommand(name string) *cobra.Command {
 			return cobra.MaximumNArgs(1)(cmd, args)
 		},
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if output != "text" && output != "json" {
-				return config.UsageError{Err: fmt.Errorf("--output is text or json, not %q", output)}
+			if err := checkOutput(output); err != nil {
+				return err
 			}
 			if file != "" {
 				if _, err := load(file); err != nil {
@@ -168,6 +168,13 @@ func checkCommand(name string) *cobra.Command {
 	return cmd
 }
 
+func checkOutput(output string) error {
+	if output != "text" && output != "json" {
+		return config.UsageError{Err: fmt.Errorf("--output is text or json, not %q", output)}
+	}
+	return nil
+}
+
 func printGood(w io.Writer, output, file string) error {
 	if output == "json" {
 		return printJSON(w, map[string]string{"config": file})
@@ -179,7 +186,10 @@ func printGood(w io.Writer, output, file string) error {
 // printReport shows what a check found; nothing for one that read nothing.
 func printReport(w io.Writer, output string, r boltstore.Report) error {
 	if output == "json" {
-		return printJSON(w, r)
+		return printJSON(w, struct {
+			boltstore.Report
+			Good bool `json:"good"`
+		}{r, r.Good()})
 	}
 	fmt.Fprintf(w, "schema        %d\nhead          %s\nhorizon       %s\nrecords       %d, and %d dropped above the horizon\ngrants        %d\nobservations  %d\n",
 		r.Schema, r.Head, r.Horizon, r.Records, r.Dropped, r.Grants, r.Observations)
@@ -188,6 +198,11 @@ func printReport(w io.Writer, output string, r boltstore.Report) error {
 	}
 	if r.More > 0 {
 		fmt.Fprintf(w, "problem       and %d more\n", r.More)
+	}
+	if r.Good() {
+		fmt.Fprintln(w, "verdict       good")
+	} else {
+		fmt.Fprintln(w, "verdict       NOT good: don't serve it, restore a backup")
 	}
 	return nil
 }
