@@ -93,7 +93,7 @@ func (a *app) startDev(ctx context.Context, box *sandbox.Sandbox, exe string) (s
 	}
 	return fmt.Sprintf(devText, filepath.Dir(exe), box.Info.GRPC, sandbox.Broker, agent, alice,
 		services["web"].URL, sandbox.Payments, orders, services["orders"].URL, services["ledger"].URL,
-		box.PolicyDir(), box.AuditPath(), box.Info.Public, box.Info.Admin, box.Info.BreakGlass, bob, os.Getpid(), box.AgentHTTP(sandbox.Payments)), nil
+		box.PolicyDir(), box.AuditPath(), box.Info.Public, box.Info.Admin, box.Info.BreakGlass, bob, os.Getpid(), box.AgentHTTP(sandbox.Payments), box.AgentPID(sandbox.Payments)), nil
 }
 
 const devText = `A whole dayfly is running; Ctrl-C ends it, or: kill %[17]d. In another terminal:
@@ -103,6 +103,9 @@ const devText = `A whole dayfly is running; Ctrl-C ends it, or: kill %[17]d. In 
   export DAYFLY_BROKER_ID=%[3]s
   export DAYFLY_AGENT=%[4]s            # payments' agent
   export SPIFFE_ENDPOINT_SOCKET=%[5]s  # you are the operator alice
+  export BOB=%[16]s                     # for a second person
+  export BREAK_GLASS=unix://%[15]s
+  export AGENT_PID=%[19]d               # kill -STOP freezes payments' agent, kill -CONT thaws it
 
 As the workload payments, through its agent:
 
@@ -115,7 +118,7 @@ As orders, exchange payments' token for one of ledger:
 
   dayfly token get --audience orders | SPIFFE_ENDPOINT_SOCKET=%[8]s DAYFLY_AGENT= dayfly token exchange --audience ledger | dayfly token inspect
 
-As the security team:
+As the security team (docs/incident.md goes through it all):
 
   dayfly grants list
   dayfly policy explain --dir %[11]s --as %[7]s --audience web
@@ -127,7 +130,7 @@ As the security team:
 
 Everything takes two persons: alice proposes, and bob confirms.
 
-  dayfly revoke --everything --reason "trying it" --yes || SPIFFE_ENDPOINT_SOCKET=%[16]s dayfly revoke --everything --reason "trying it" --yes
+  dayfly revoke --everything --reason "trying it" --yes || SPIFFE_ENDPOINT_SOCKET=$BOB dayfly revoke --everything --reason "trying it" --yes
 
 orders  %[9]s   (mTLS)
 ledger  %[10]s   (mTLS)
@@ -135,5 +138,5 @@ policy  %[11]s   (edit it: it is reloaded)
 audit   %[12]s
 public  http://%[13]s/jwks.json
 admin   http://%[14]s/metrics
-break-glass  dayfly locks --break-glass unix://%[15]s
+break-glass  dayfly locks --break-glass $BREAK_GLASS
 `
