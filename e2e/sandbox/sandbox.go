@@ -304,6 +304,9 @@ func (s *Sandbox) Client(ctx context.Context, id spiffeid.ID, address string) (*
 	return c, nil
 }
 
+// AgentPID is the process of the agent of an identity.
+func (s *Sandbox) AgentPID(id spiffeid.ID) int { return s.agents[id].cmd.Process.Pid }
+
 // AgentHTTP returns the path of the socket on which the agent of an identity speaks HTTP.
 func (s *Sandbox) AgentHTTP(id spiffeid.ID) string {
 	return filepath.Join(s.Dir, filepath.Base(id.Path())+"-http.sock")
