@@ -26,11 +26,10 @@ import (
 
 const (
 	// DefaultJWKSMaxAge is how long a reader may keep keys when
-	// PublicConfig.JWKSMaxAge is zero: as long as a revoked key may go unnoticed by
-	// those who only read the JWK set.
-	DefaultJWKSMaxAge = 60 * time.Second
+	// PublicConfig.JWKSMaxAge is zero.
+	DefaultJWKSMaxAge = keys.DefaultJWKSMaxAge
 	// MaxJWKSMaxAge is the longest that may be configured.
-	MaxJWKSMaxAge = 5 * time.Minute
+	MaxJWKSMaxAge = keys.MaxJWKSMaxAge
 )
 
 // PublicConfig describes the public handler. Issuer and Keys must be set.
