@@ -124,8 +124,8 @@ func (c *PublicConfig) validate() (string, error) {
 	if c.Keys == nil {
 		errs = append(errs, errors.New("no source of keys"))
 	}
-	if c.Algorithm != token.ES256 && c.Algorithm != token.EdDSA {
-		errs = append(errs, fmt.Errorf("algorithm %q is neither %s nor %s", c.Algorithm, token.ES256, token.EdDSA))
+	if !c.Algorithm.Valid() {
+		errs = append(errs, fmt.Errorf("algorithm %q is none of %s, %s and %s", c.Algorithm, token.ES256, token.EdDSA, token.RS256))
 	}
 	if c.JWKSMaxAge < time.Second || c.JWKSMaxAge > MaxJWKSMaxAge {
 		errs = append(errs, fmt.Errorf("max-age %v: at least 1s, at most %v", c.JWKSMaxAge, MaxJWKSMaxAge))

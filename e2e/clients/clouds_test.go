@@ -56,6 +56,8 @@ func TestDiscoveryForClouds(t *testing.T) {
 	for _, algorithm := range []string{"ES256", "RS256"} {
 		t.Run(algorithm, func(t *testing.T) {
 			b := newBox(t, "algorithm: "+algorithm+"\n", data)
+			orders := must(b.StartService(t.Context(), sandbox.ServiceConfig{ID: sandbox.Orders, Audience: "orders", Feed: b.client(t, sandbox.Orders)}))(t)
+			must(b.Call(t.Context(), sandbox.Payments, orders, b.issue(t, sandbox.Payments, sdk.Request{Audience: "orders"}).Token))(t) // our own verifier
 			document := getJSON(t, b, b.Issuer+"/.well-known/openid-configuration")
 			keys := getJSON(t, b, document["jwks_uri"].(string))["keys"].([]any)
 			for _, c := range clouds {

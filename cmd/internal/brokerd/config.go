@@ -50,7 +50,7 @@ type Config struct {
 	// JWKSMaxAge is the max-age of the public documents: how long a reader may use its
 	// copy of the JWK set, and so for how long a key is published before it signs.
 	JWKSMaxAge time.Duration `yaml:"jwks_max_age"`
-	// Algorithm of new signing keys, ES256 or EdDSA.
+	// Algorithm of new signing keys: ES256, EdDSA or RS256.
 	Algorithm token.Algorithm `yaml:"algorithm"`
 	// Traces is the URL of an OTLP/gRPC collector; empty: no traces.
 	Traces   string     `yaml:"traces"`
@@ -123,7 +123,7 @@ func (c *Config) Validate() error {
 	wrong(c.MaxTTL < time.Second || c.MaxTTL > token.MaxTTL, "max_ttl", "is between 1s and the hard cap of 1h")
 	wrong(c.KeyRotation < keys.MinRotateEvery || c.KeyRotation > keys.DefaultRotateEvery, "key_rotation", "is between 1s and 12h")
 	wrong(c.JWKSMaxAge < time.Second || c.JWKSMaxAge > keys.MaxJWKSMaxAge || c.JWKSMaxAge%time.Second != 0, "jwks_max_age", "is in whole seconds, between 1s and 5m")
-	wrong(c.Algorithm != token.ES256 && c.Algorithm != token.EdDSA, "algorithm", "is ES256 or EdDSA")
+	wrong(!c.Algorithm.Valid(), "algorithm", "is ES256, EdDSA or RS256")
 	if c.Traces != "" {
 		u, err := url.Parse(c.Traces)
 		wrong(err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https", "traces", "is an http or https URL, such as http://127.0.0.1:4317")
