@@ -12,15 +12,16 @@ import (
 // a hundred thousand.
 func (p *parser) dataset() *dataset {
 	d := &dataset{
-		audiences:    p.audiences,
-		entitlements: p.entitlements,
-		exchange:     p.exchange,
-		operators:    p.operators,
-		verifiers:    p.verifiers,
-		limits:       p.limits,
-		lift:         p.lift,
-		names:        map[string][]string{},
-		places:       p.places,
+		audiences:     p.audiences,
+		entitlements:  p.entitlements,
+		exchange:      p.exchange,
+		operators:     p.operators,
+		verifiers:     p.verifiers,
+		introspectors: p.introspectors,
+		limits:        p.limits,
+		lift:          p.lift,
+		names:         map[string][]string{},
+		places:        p.places,
 	}
 	for name, a := range p.audiences {
 		for _, pattern := range a.Identities {
@@ -33,6 +34,7 @@ func (p *parser) dataset() *dataset {
 		item("exchange", object(p.exchange, func(t table[entitlement]) *ast.Term { return object(t, targetsTerm) })),
 		item("operators", object(p.operators, setTerm)),
 		item("verifiers", object(p.verifiers, verifierTerm)),
+		item("introspectors", object(p.introspectors, setTerm)),
 		item("limits", object(p.limits, limitsTerm)),
 		item("lift", ast.ObjectTerm(
 			item("two_person", ast.BooleanTerm(p.lift.twoPerson)),
@@ -70,6 +72,10 @@ func (d *dataset) match(in Input, patterns []string) string {
 		has = func(p string) bool { _, ok := d.exchange[p][in.ParentAudience][in.Audience]; return ok }
 	case ActionFollow, ActionRelay, ActionReport:
 		has = func(p string) bool { _, ok := d.verifiers[p]; return ok }
+	case ActionIntrospect:
+		has = func(p string) bool { _, ok := d.introspectors[p]; return ok }
+	case ActionGiveBack:
+		return "" // everybody's own
 	default:
 		has = func(p string) bool { _, ok := d.operators[p]; return ok }
 	}
@@ -168,6 +174,7 @@ func limitsTerm(l Limits) *ast.Term {
 	return ast.ObjectTerm(
 		item("issue_per_second", int64Term(int64(l.IssuePerSecond))),
 		item("live_grants", int64Term(int64(l.LiveGrants))),
+		item("give_backs_per_minute", int64Term(int64(l.GiveBacksPerMinute))),
 	)
 }
 

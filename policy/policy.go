@@ -216,7 +216,7 @@ func (g *generation) decide(ctx context.Context, cfg Config, in Input, opts ...r
 		return Decision{}, fmt.Errorf("%w: %w", ErrEvaluation, err)
 	}
 	d.Names = f.names
-	if in.Action == ActionIssue || in.Action == ActionExchange {
+	if in.Action == ActionIssue || in.Action == ActionExchange || in.Action == ActionGiveBack {
 		d.Limits = g.data.limitsOf(f.patterns).stricter(d.Limits)
 	} else {
 		d.Limits = Limits{}

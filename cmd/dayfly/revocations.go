@@ -17,20 +17,24 @@ func (a *app) revocationsCmd() *cobra.Command {
 }
 
 func (a *app) revocationsListCmd() *cobra.Command {
-	var limit int
+	var (
+		limit     int
+		givenBack bool
+	)
 	cmd := &cobra.Command{
 		Use:     "list",
 		Short:   "List revocations, newest first",
-		Example: "  dayfly revocations list --limit 10\n  dayfly revocations list --output json",
+		Example: "  dayfly revocations list --limit 10\n  dayfly revocations list --given-back\n  dayfly revocations list --output json",
 		Args:    noArgs,
-		RunE:    func(cmd *cobra.Command, _ []string) error { return a.revocationsList(cmd.Context(), limit) },
+		RunE:    func(cmd *cobra.Command, _ []string) error { return a.revocationsList(cmd.Context(), limit, givenBack) },
 	}
 	addLimit(cmd.Flags(), &limit)
+	cmd.Flags().BoolVar(&givenBack, "given-back", false, "also credentials that their holders gave back early")
 	a.conn.addBreakGlass(cmd.Flags())
 	return cmd
 }
 
-func (a *app) revocationsList(ctx context.Context, limit int) error {
+func (a *app) revocationsList(ctx context.Context, limit int, givenBack bool) error {
 	client, err := a.dialOperator(ctx)
 	if err != nil {
 		return err
@@ -41,7 +45,7 @@ func (a *app) revocationsList(ctx context.Context, limit int) error {
 	all.NextPageToken, err = pages(limit, func(size int32, page string) (int, string, error) {
 		ctx, cancel := a.call(ctx)
 		defer cancel()
-		resp, err := service.ListRevocations(ctx, &dayflyv1.ListRevocationsRequest{PageSize: size, PageToken: page})
+		resp, err := service.ListRevocations(ctx, &dayflyv1.ListRevocationsRequest{PageSize: size, PageToken: page, GivenBack: givenBack})
 		all.Revocations = append(all.Revocations, resp.GetRevocations()...)
 		return len(resp.GetRevocations()), resp.GetNextPageToken(), err
 	})

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/dayflyhq/dayfly/broker"
 	"github.com/dayflyhq/dayfly/broker/keys"
 	"github.com/dayflyhq/dayfly/broker/web"
 	"github.com/dayflyhq/dayfly/cmd/internal/config"
@@ -37,6 +38,9 @@ type Config struct {
 	Listen       Listen                 `yaml:"listen,required"`
 	// MaxTTL is a lower cap on the life of tokens than the hard one of 1 h.
 	MaxTTL time.Duration `yaml:"max_ttl"`
+	// MaxRevocations is a lower maximum of the set of revocations, for give-backs, than
+	// 100,000.
+	MaxRevocations int `yaml:"max_revocations"`
 	// KeyRotation is how long a signing key signs.
 	KeyRotation time.Duration `yaml:"key_rotation"`
 	// Algorithm of new signing keys, ES256 or EdDSA.
@@ -66,7 +70,7 @@ type Listen struct {
 
 // Defaults returns the configuration that a file is read over.
 func Defaults() Config {
-	return Config{KeyRotation: 12 * time.Hour, MaxTTL: token.MaxTTL, Algorithm: token.ES256, ShutdownGrace: 10 * time.Second}
+	return Config{KeyRotation: 12 * time.Hour, MaxTTL: token.MaxTTL, MaxRevocations: broker.MaxRevocations, Algorithm: token.ES256, ShutdownGrace: 10 * time.Second}
 }
 
 // Validate checks what the types don't: all that could be wrong with a value whatever
@@ -91,6 +95,7 @@ func (c *Config) Validate() error {
 		check(workloadapi.ValidateAddress(c.WorkloadAPI), "workload_api")
 	}
 	wrong(c.MaxTTL < time.Second || c.MaxTTL > token.MaxTTL, "max_ttl", "is between 1s and the hard cap of 1h")
+	wrong(c.MaxRevocations < 1 || c.MaxRevocations > broker.MaxRevocations, "max_revocations", fmt.Sprintf("is between 1 and %d", broker.MaxRevocations))
 	wrong(c.KeyRotation < keys.MinRotateEvery || c.KeyRotation > keys.DefaultRotateEvery, "key_rotation", "is between 1s and 12h")
 	wrong(c.Algorithm != token.ES256 && c.Algorithm != token.EdDSA, "algorithm", "is ES256 or EdDSA")
 	if c.Traces != "" {
