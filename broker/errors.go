@@ -62,7 +62,8 @@ var (
 	ErrInvalidRequest = &Refusal{Invalid, "INVALID_REQUEST", "the request is malformed", "see the message for the field", nil}
 	ErrTokenTooLarge  = &Refusal{Invalid, "TOKEN_TOO_LARGE", "the token would be too large", "ask for fewer or shorter scopes, or exchange fewer times", nil}
 
-	ErrSVIDExpired = &Refusal{Unauthenticated, "SVID_EXPIRED", "the SVID of this connection has expired", "fetch the current SVID and connect again", nil}
+	ErrSVIDExpired   = &Refusal{Unauthenticated, "SVID_EXPIRED", "the SVID of this connection has expired", "fetch the current SVID and connect again", nil}
+	ErrNoCertificate = &Refusal{Denied, "BINDING_NEEDS_CERTIFICATE", "a token bound to a certificate needs a caller with one, and this one showed a JWT-SVID", "authenticate with an X.509-SVID over mTLS, or ask for another binding", nil}
 
 	ErrPolicyDenied = &Refusal{Denied, "POLICY_DENIED", "policy does not allow this", "dayfly policy explain shows which rule decided", nil}
 	ErrPolicyFailed = &Refusal{Unavailable, "POLICY_UNAVAILABLE", "policy could not be evaluated, so nothing is allowed", "try again; if it lasts, the broker's log says why", nil}

@@ -32,7 +32,7 @@ func (b *Broker) exchange(ctx context.Context, c Caller, req Request) (*Credenti
 	if err := b.checkWorkload(c); err != nil {
 		return nil, e, err
 	}
-	b.seen.note(c.ID, c.Leaf)
+	b.seen.note(c)
 	parent, err := b.subject(ctx, c, req.Subject)
 	if parent != nil {
 		e.Parent = parent.Grant().String()
@@ -53,7 +53,7 @@ func (b *Broker) exchange(ctx context.Context, c Caller, req Request) (*Credenti
 	if err != nil {
 		return nil, e, err
 	}
-	want, err := b.narrow(req, d)
+	want, err := b.narrow(c, req, d)
 	if err != nil {
 		return nil, e, err
 	}

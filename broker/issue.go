@@ -51,7 +51,7 @@ func (b *Broker) issue(ctx context.Context, c Caller, req Request) (*Credential,
 	if err := b.checkWorkload(c); err != nil {
 		return nil, e, err
 	}
-	b.seen.note(c.ID, c.Leaf)
+	b.seen.note(c)
 	d, err := b.decide(ctx, Question{
 		Action: ActionIssue, Caller: c, Time: b.cfg.Now(),
 		Audience: req.Audience, Scopes: req.Scopes, TTL: req.TTL, Binding: req.Binding,
@@ -60,7 +60,7 @@ func (b *Broker) issue(ctx context.Context, c Caller, req Request) (*Credential,
 	if err != nil {
 		return nil, e, err
 	}
-	want, err := b.narrow(req, d)
+	want, err := b.narrow(c, req, d)
 	if err != nil {
 		return nil, e, err
 	}
@@ -103,7 +103,7 @@ type terms struct {
 }
 
 // narrow applies the caps to policy's answer: Go code holds them, not Rego.
-func (b *Broker) narrow(req Request, d Decision) (terms, error) {
+func (b *Broker) narrow(c Caller, req Request, d Decision) (terms, error) {
 	scopes, err := token.NormalizeScopes(d.Scopes)
 	if err != nil {
 		return terms{}, ErrPolicyFailed.because("policy grants scopes that no token can have: %v", err)
@@ -121,6 +121,9 @@ func (b *Broker) narrow(req Request, d Decision) (terms, error) {
 	}
 	if req.Binding != "" {
 		t.binding = t.binding.Stricter(req.Binding)
+	}
+	if t.binding == token.BindingX5T && c.Leaf == nil {
+		return terms{}, ErrNoCertificate
 	}
 	return t, nil
 }
@@ -279,7 +282,8 @@ func (b *Broker) admissible(c Caller, parent *token.Token, key token.KeyID, now 
 	s := b.state
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	if l := s.locked(c.ID, c.thumbprint(), c.Leaf.NotBefore, b.cfg.Now()); l != nil {
+	attested, _ := c.Attested()
+	if l := s.locked(c.ID, c.thumbprint(), attested, b.cfg.Now()); l != nil {
 		return feed.Position{}, lockedRefusal(l)
 	}
 	if _, ok := s.keys[key]; !ok || s.set.KeyRevoked(key) {

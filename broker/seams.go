@@ -12,14 +12,31 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
-// A Caller is whoever a connection proved to be, and nothing that a request says.
+// A Caller is whoever it proved to be, and nothing else that a request says. A workload
+// has either Leaf or JWT.
 type Caller struct {
 	ID   spiffeid.ID
-	Leaf *x509.Certificate // X.509-SVID of the connection; nil over the break-glass socket
+	Leaf *x509.Certificate // X.509-SVID of the connection; nil for a JWT-SVID and over the break-glass socket
+	JWT  *JWTSVID          // what it showed instead of a certificate
 	Peer netip.AddrPort    // invalid on a unix socket
 	// Local names the caller of the break-glass socket, "break-glass:uid=0". Policy is
 	// not asked for it, and the records say so.
 	Local string
+}
+
+// A JWTSVID is what is known of a caller without a certificate: whoever holds the
+// document is taken for its subject until it expires.
+type JWTSVID struct{ IssuedAt, Expires time.Time }
+
+// Attested says from when to when the caller's SVID is good. Both are zero without one.
+func (c Caller) Attested() (from, until time.Time) {
+	switch {
+	case c.Leaf != nil:
+		return c.Leaf.NotBefore, c.Leaf.NotAfter
+	case c.JWT != nil:
+		return c.JWT.IssuedAt, c.JWT.Expires
+	}
+	return time.Time{}, time.Time{}
 }
 
 // Actor is how the records name the caller.
@@ -37,7 +54,13 @@ func (c Caller) thumbprint() token.Thumbprint {
 	return token.ThumbprintOf(c.Leaf)
 }
 
-func (c Caller) certificate() [32]byte { return sha256.Sum256(c.Leaf.Raw) }
+// certificate is zero for a caller without one.
+func (c Caller) certificate() [32]byte {
+	if c.Leaf == nil {
+		return [32]byte{}
+	}
+	return sha256.Sum256(c.Leaf.Raw)
+}
 
 // An Action is what policy is asked about.
 type Action string
@@ -152,22 +175,24 @@ func PrivateSigner(pub token.PublicKey, key crypto.Signer) Signer {
 // An AuditEntry is one decision, denial or operator's call. It never holds a
 // credential.
 type AuditEntry struct {
-	Time     time.Time `json:"time"`
-	Action   Action    `json:"action"`
-	Actor    string    `json:"actor"`
-	Peer     string    `json:"peer,omitempty"`
-	Outcome  string    `json:"outcome"` // "allowed", "refused", "proposed" or "alarm"
-	Reason   string    `json:"reason,omitempty"`
-	Message  string    `json:"message,omitempty"`
-	Rule     string    `json:"rule,omitempty"`
-	Audience string    `json:"audience,omitempty"`
-	Scopes   []string  `json:"scopes,omitempty"`
-	Grant    string    `json:"grant,omitempty"`
-	Parent   string    `json:"parent,omitempty"`
-	Sequence uint64    `json:"sequence,omitempty"`
-	Selector []string  `json:"selectors,omitempty"`
-	Lock     LockMode  `json:"lock,omitempty"`
-	Why      string    `json:"why,omitempty"` // the operator's own words
+	Time   time.Time `json:"time"`
+	Action Action    `json:"action"`
+	Actor  string    `json:"actor"`
+	Peer   string    `json:"peer,omitempty"`
+	// Attestation is "jwt" where the actor showed a JWT-SVID, and not a certificate.
+	Attestation string   `json:"attestation,omitempty"`
+	Outcome     string   `json:"outcome"` // "allowed", "refused", "proposed" or "alarm"
+	Reason      string   `json:"reason,omitempty"`
+	Message     string   `json:"message,omitempty"`
+	Rule        string   `json:"rule,omitempty"`
+	Audience    string   `json:"audience,omitempty"`
+	Scopes      []string `json:"scopes,omitempty"`
+	Grant       string   `json:"grant,omitempty"`
+	Parent      string   `json:"parent,omitempty"`
+	Sequence    uint64   `json:"sequence,omitempty"`
+	Selector    []string `json:"selectors,omitempty"`
+	Lock        LockMode `json:"lock,omitempty"`
+	Why         string   `json:"why,omitempty"` // the operator's own words
 	// ProposedBy is the first of two persons; Actor is the second.
 	ProposedBy string `json:"proposed_by,omitempty"`
 	Alert      bool   `json:"alert,omitempty"`

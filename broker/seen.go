@@ -1,7 +1,6 @@
 package broker
 
 import (
-	"crypto/x509"
 	"sync"
 	"time"
 
@@ -9,8 +8,8 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
-// seenSVIDs remembers of each identity the newest NotBefore, for the cut of a reissue
-// lock (an SVID issuer's clock may be ahead of ours), and of each SVID when it expires,
+// seenSVIDs remembers of each identity the newest NotBefore (a JWT-SVID's iat), for
+// the cut of a reissue lock (an SVID issuer's clock may be ahead of ours), and of each SVID when it expires,
 // until when a lock on it must stand.
 type seenSVIDs struct {
 	mu        sync.Mutex
@@ -23,7 +22,8 @@ type seenSVIDs struct {
 // until its lock is lifted. Both err on the side of refusing.
 const maxSeen = 100_000
 
-func (s *seenSVIDs) note(id spiffeid.ID, leaf *x509.Certificate) {
+func (s *seenSVIDs) note(c Caller) {
+	from, until := c.Attested()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.notBefore == nil || len(s.notBefore) >= maxSeen {
@@ -32,10 +32,12 @@ func (s *seenSVIDs) note(id spiffeid.ID, leaf *x509.Certificate) {
 	if s.notAfter == nil || len(s.notAfter) >= maxSeen {
 		s.notAfter = map[token.Thumbprint]time.Time{}
 	}
-	if leaf.NotBefore.After(s.notBefore[id]) {
-		s.notBefore[id] = leaf.NotBefore
+	if from.After(s.notBefore[c.ID]) {
+		s.notBefore[c.ID] = from
 	}
-	s.notAfter[token.ThumbprintOf(leaf)] = leaf.NotAfter
+	if c.Leaf != nil {
+		s.notAfter[c.thumbprint()] = until
+	}
 }
 
 func newestOf(times map[spiffeid.ID]time.Time) time.Time {

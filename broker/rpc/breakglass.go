@@ -9,6 +9,7 @@ import (
 	"syscall"
 
 	"github.com/dayflyhq/dayfly/broker"
+	"github.com/dayflyhq/dayfly/broker/attest"
 	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
@@ -45,11 +46,11 @@ func (local) AuthType() string { return "unix" }
 func localCaller(ctx context.Context) (broker.Caller, error) {
 	p, ok := peer.FromContext(ctx)
 	if !ok {
-		return broker.Caller{}, errNoSVID
+		return broker.Caller{}, attest.ErrNoSVID
 	}
 	l, ok := p.AuthInfo.(local)
 	if !ok {
-		return broker.Caller{}, errNoSVID
+		return broker.Caller{}, attest.ErrNoSVID
 	}
 	return broker.Caller{Local: fmt.Sprintf("break-glass:uid=%d", l.uid)}, nil
 }

@@ -67,11 +67,11 @@ func text(e ast.Expr) string {
 	return s
 }
 
-// brokerRefusals reads every Refusal that the core and this adapter declare.
+// brokerRefusals reads every Refusal that the core, the adapters and what they share declare.
 func brokerRefusals(t *testing.T) []*broker.Refusal {
 	t.Helper()
 	var out []*broker.Refusal
-	for _, room := range []string{"..", "."} {
+	for _, room := range []string{"..", "../attest", "../web", "."} {
 		for path, f := range files(t, room) {
 			ast.Inspect(f, func(n ast.Node) bool {
 				lit, ok := n.(*ast.CompositeLit)

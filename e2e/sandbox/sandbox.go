@@ -66,6 +66,8 @@ type Announcement struct {
 	ID         string `json:"id"`
 	GRPC       string `json:"grpc"`
 	Public     string `json:"public"`
+	HTTPSSVID  string `json:"https_svid"`
+	HTTPS      string `json:"https"`
 	Admin      string `json:"admin"`
 	BreakGlass string `json:"break_glass"`
 }
@@ -75,6 +77,8 @@ type Sandbox struct {
 	Dir  string
 	TD   *spiffetest.TrustDomain
 	Info Announcement // of the broker, once it was started
+	// Issuer is the iss of every token: a URL at which the broker answers, once started.
+	Issuer string
 
 	cfg     Config
 	broker  *process
@@ -117,8 +121,17 @@ func New(cfg Config) (_ *Sandbox, err error) {
 	if out, err := init.CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("making a store: %w: %s", err, out)
 	}
-	host := net.JoinHostPort(cmp.Or(cfg.Host, "127.0.0.1"), "0")
-	return s, s.writeBrokerConfig(host, host, "127.0.0.1:0")
+	https, err := freePort()
+	if err != nil {
+		return nil, err
+	}
+	if err := s.makeWebCertificate(); err != nil {
+		return nil, fmt.Errorf("making a web certificate: %w", err)
+	}
+	s.Issuer = "https://" + https
+	return s, s.writeBrokerConfig(Announcement{
+		GRPC: net.JoinHostPort(cmp.Or(cfg.Host, "127.0.0.1"), "0"), HTTPS: https, HTTPSSVID: "127.0.0.1:0", Public: "127.0.0.1:0", Admin: "127.0.0.1:0",
+	})
 }
 
 // PolicyDir is the folder that the broker's policy is read from.
@@ -132,12 +145,13 @@ func (s *Sandbox) AuditPath() string { return filepath.Join(s.Dir, "audit.log") 
 
 func (s *Sandbox) brokerConfig() string { return filepath.Join(s.Dir, "broker.yaml") }
 
-func (s *Sandbox) writeBrokerConfig(grpc, public, admin string) error {
+func (s *Sandbox) writeBrokerConfig(at Announcement) error {
 	socket, err := s.TD.Workload(Broker)
 	if err != nil {
 		return err
 	}
-	yaml := fmt.Sprintf(`issuer: http://127.0.0.1
+	cert, key := s.webCertificate()
+	yaml := fmt.Sprintf(`issuer: %s
 store: %q
 policy: %q
 audit: %q
@@ -145,10 +159,14 @@ workload_api: %q
 listen:
   grpc: %s
   public: %s
+  https_svid: %s
+  https: %s
+  https_certificate: %q
+  https_key: %q
   admin: %s
   break_glass: %q
 shutdown_grace: 5s
-%s`, s.StorePath(), s.PolicyDir(), s.AuditPath(), socket, grpc, public, admin, filepath.Join(s.Dir, "break-glass.sock"), s.cfg.BrokerConfig)
+%s`, s.Issuer, s.StorePath(), s.PolicyDir(), s.AuditPath(), socket, at.GRPC, at.Public, at.HTTPSSVID, at.HTTPS, cert, key, at.Admin, filepath.Join(s.Dir, "break-glass.sock"), s.cfg.BrokerConfig)
 	return os.WriteFile(s.brokerConfig(), []byte(yaml), 0o600)
 }
 
@@ -180,7 +198,7 @@ func (s *Sandbox) AwaitBroker(ctx context.Context) error {
 	if err := json.Unmarshal(line, &s.Info); err != nil {
 		return fmt.Errorf("reading the broker's announcement: %w", err)
 	}
-	return s.writeBrokerConfig(s.Info.GRPC, s.Info.Public, s.Info.Admin)
+	return s.writeBrokerConfig(s.Info)
 }
 
 // BrokerEnded is closed when the broker's process has ended, however it did.

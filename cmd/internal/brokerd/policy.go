@@ -75,8 +75,10 @@ func input(q broker.Question) policy.Input {
 }
 
 func caller(c broker.Caller, now time.Time) policy.Caller {
-	return policy.Caller{
-		ID: c.ID, Attestation: policy.AttestationX509, SVIDSerial: c.Leaf.SerialNumber.Text(16),
-		SVIDAge: now.Sub(c.Leaf.NotBefore), SVIDRemaining: c.Leaf.NotAfter.Sub(now),
+	from, until := c.Attested()
+	out := policy.Caller{ID: c.ID, Attestation: policy.AttestationJWT, SVIDAge: now.Sub(from), SVIDRemaining: until.Sub(now)}
+	if c.Leaf != nil {
+		out.Attestation, out.SVIDSerial = policy.AttestationX509, c.Leaf.SerialNumber.Text(16)
 	}
+	return out
 }

@@ -4,6 +4,7 @@ package brokerd
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -17,6 +18,7 @@ import (
 
 	"github.com/dayflyhq/dayfly/agent"
 	"github.com/dayflyhq/dayfly/broker"
+	"github.com/dayflyhq/dayfly/broker/attest"
 	"github.com/dayflyhq/dayfly/broker/boltstore"
 	"github.com/dayflyhq/dayfly/broker/keys"
 	"github.com/dayflyhq/dayfly/broker/rpc"
@@ -29,6 +31,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 	"golang.org/x/sync/errgroup"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 )
@@ -45,7 +48,10 @@ func Init(path string, now time.Time) error {
 type Announcement struct {
 	ID         string `json:"id"` // SPIFFE ID, to be pinned by clients
 	GRPC       string `json:"grpc"`
+	GRPCJWT    string `json:"grpc_jwt,omitempty"`
 	Public     string `json:"public,omitempty"`
+	HTTPSSVID  string `json:"https_svid,omitempty"`
+	HTTPS      string `json:"https,omitempty"`
 	Admin      string `json:"admin,omitempty"`
 	BreakGlass string `json:"break_glass,omitempty"`
 }
@@ -68,10 +74,16 @@ func Serve(ctx context.Context, cfg Config, out, stderr io.Writer) error {
 	identity := agent.NewIdentity(cfg.WorkloadAPI, log)
 	asking, stop := context.WithCancel(context.WithoutCancel(ctx))
 	asked := make(chan error, 1)
-	go func() { asked <- identity.Run(asking) }()
+	jwts := &jwtBundles{addr: cfg.WorkloadAPI, log: log}
+	go func() {
+		var both errgroup.Group
+		both.Go(func() error { return identity.Run(asking) })
+		both.Go(func() error { return jwts.run(asking) })
+		asked <- both.Wait()
+	}()
 	defer func() { stop(); <-asked }() // after the last call has returned
 	for {
-		d := &daemon{cfg: &cfg, log: log, audit: audit, svids: identity, out: out}
+		d := &daemon{cfg: &cfg, log: log, audit: audit, svids: identity, jwts: jwts, out: out}
 		err := d.run(ctx)
 		if ctx.Err() != nil || !errors.Is(err, broker.ErrStoreClosed) {
 			return err
@@ -91,6 +103,7 @@ type daemon struct {
 	log   *slog.Logger
 	audit *auditLog
 	svids *agent.Identity
+	jwts  *jwtBundles
 	out   io.Writer
 
 	id       spiffeid.ID // of the first SVID; set before keys are checked
@@ -101,6 +114,7 @@ type daemon struct {
 	registry *prometheus.Registry
 	metrics  *metrics
 	traces   traces
+	web      *webCertificate // nil: no listener with one
 }
 
 func (d *daemon) run(ctx context.Context) (err error) {
@@ -359,33 +373,100 @@ func (d *daemon) startLocal(r *running) error {
 // startPublic serves those who come over the network. Health says so once the function
 // it returns is called.
 func (d *daemon) startPublic(r *running) (serving func(), err error) {
-	main, err := rpc.NewServer(rpc.Config{
+	domains := append([]spiffeid.TrustDomain{d.id.TrustDomain()}, d.cfg.TrustDomains...)
+	cfg := rpc.Config{
 		Broker: d.broker, SVIDs: d.svids, Bundle: d.svids, BundlesChanged: d.svids.Changed, Log: d.log, Options: d.traces.serverOptions(),
-		TrustDomains: append([]spiffeid.TrustDomain{d.id.TrustDomain()}, d.cfg.TrustDomains...),
+		TrustDomains: domains,
+	}
+	main, err := rpc.NewServer(cfg)
+	if err != nil {
+		return nil, err
+	}
+	servers := []*rpc.Server{main}
+	if err := d.startGRPC(r, main, &d.cfg.Listen.GRPC); err != nil {
+		return nil, err
+	}
+	if d.cfg.Listen.GRPCJWT != "" {
+		proxied, err := d.proxied(cfg)
+		if err != nil {
+			return nil, err
+		}
+		servers = append(servers, proxied)
+		if err := d.startGRPC(r, proxied, &d.cfg.Listen.GRPCJWT); err != nil {
+			return nil, err
+		}
+	}
+	serving = func() {
+		for _, s := range servers {
+			s.Health.SetServingStatus("", healthpb.HealthCheckResponse_SERVING)
+		}
+	}
+	return serving, d.startWeb(r, domains)
+}
+
+func (d *daemon) startGRPC(r *running, s *rpc.Server, addr *string) error {
+	s.Health.SetServingStatus("", healthpb.HealthCheckResponse_NOT_SERVING)
+	l, err := listenTCP(addr)
+	if err != nil {
+		return err
+	}
+	r.start(grpcServer(s, l))
+	return nil
+}
+
+// proxied is the gRPC server for callers with a JWT-SVID.
+func (d *daemon) proxied(cfg rpc.Config) (*rpc.Server, error) {
+	for _, td := range d.cfg.GRPCJWTTrustDomains {
+		if !slices.Contains(cfg.TrustDomains, td) {
+			return nil, fmt.Errorf("grpc_jwt_trust_domains: %s is neither the broker's own trust domain nor one of trust_domains", td.Name())
+		}
+	}
+	cfg.TrustDomains, cfg.JWT = d.cfg.GRPCJWTTrustDomains, d.jwts
+	return rpc.NewJWTServer(cfg)
+}
+
+// startWeb serves the public documents and OAuth.
+func (d *daemon) startWeb(r *running, domains []spiffeid.TrustDomain) error {
+	attestor, err := attest.New(attest.Config{X509: d.svids, JWT: d.jwts, TrustDomains: domains, Audience: d.cfg.Issuer})
+	if err != nil {
+		return err
+	}
+	h, err := web.Public(web.PublicConfig{
+		Issuer: d.cfg.Issuer, Keys: d.broker.Keys, Algorithm: d.cfg.Algorithm, Broker: d.broker, Attestor: attestor, MutualTLS: d.cfg.MutualTLSURL,
+		TracerProvider: d.traces.tracer(), Log: d.log,
 	})
 	if err != nil {
-		return nil, err
+		return err
 	}
-	main.Health.SetServingStatus("", healthpb.HealthCheckResponse_NOT_SERVING)
-	l, err := listenTCP(&d.cfg.Listen.GRPC)
-	if err != nil {
-		return nil, err
+	at := &d.cfg.Listen
+	if at.HTTPS != "" {
+		if d.web, err = newWebCertificate(at.HTTPSCertificate, at.HTTPSKey, d.log); err != nil {
+			return err
+		}
+		r.group.Go(func() error { return d.web.run(r.core, webCertificateEvery) })
 	}
-	r.start(grpcServer(main, l))
-	serving = func() { main.Health.SetServingStatus("", healthpb.HealthCheckResponse_SERVING) }
-	if d.cfg.Listen.Public == "" {
-		return serving, nil
+	for _, listener := range []struct {
+		addr *string
+		tls  func() *tls.Config
+	}{
+		{&at.Public, func() *tls.Config { return nil }},
+		{&at.HTTPSSVID, func() *tls.Config { return tlsconfig.TLSServerConfig(d.svids) }},
+		{&at.HTTPS, func() *tls.Config { return &tls.Config{GetCertificate: d.web.get} }},
+	} {
+		if *listener.addr == "" {
+			continue
+		}
+		l, err := listenTCP(listener.addr)
+		if err != nil {
+			return err
+		}
+		cfg := listener.tls()
+		if cfg != nil {
+			attest.OptionalTLS(cfg)
+		}
+		r.start(webServer(func(ctx context.Context) error { return web.ServeTLS(ctx, l, cfg, h, d.log) }))
 	}
-	h, err := web.Public(web.PublicConfig{Issuer: d.cfg.Issuer, Keys: d.broker.Keys, Algorithm: d.cfg.Algorithm, TracerProvider: d.traces.tracer(), Log: d.log})
-	if err != nil {
-		return nil, err
-	}
-	public, err := listenTCP(&d.cfg.Listen.Public)
-	if err != nil {
-		return nil, err
-	}
-	r.start(webServer(func(ctx context.Context) error { return web.Serve(ctx, public, h, d.log) }))
-	return serving, nil
+	return nil
 }
 
 func grpcServer(s *rpc.Server, l net.Listener) server {
@@ -422,6 +503,11 @@ func (d *daemon) problems() []web.Problem {
 	case st.Err != nil:
 		out = append(out, web.Problem{Reason: "POLICY_STALE", Message: "the policy folder is broken; the last good policy is in force", Warning: true})
 	}
+	if d.web != nil {
+		if what := d.web.problem(time.Now()); what != "" {
+			out = append(out, web.Problem{Reason: "WEB_CERTIFICATE", Message: what, Hint: "renew the files of listen.https_certificate and listen.https_key: they are read again by themselves", Warning: true})
+		}
+	}
 	if d.broker.ClockOff() {
 		out = append(out, web.Problem{Reason: "CLOCK_OFF", Message: "this clock is behind the newest record of the log", Hint: "check the clock's synchronisation", Warning: true})
 	}
@@ -430,8 +516,8 @@ func (d *daemon) problems() []web.Problem {
 
 func (d *daemon) announce() {
 	at := d.cfg.Listen
-	a := Announcement{ID: d.id.String(), GRPC: at.GRPC, Public: at.Public, Admin: at.Admin, BreakGlass: at.BreakGlass}
-	d.log.Info("serving", "id", a.ID, "grpc", a.GRPC, "public", a.Public, "admin", a.Admin, "break_glass", a.BreakGlass)
+	a := Announcement{ID: d.id.String(), GRPC: at.GRPC, GRPCJWT: at.GRPCJWT, Public: at.Public, HTTPSSVID: at.HTTPSSVID, HTTPS: at.HTTPS, Admin: at.Admin, BreakGlass: at.BreakGlass}
+	d.log.Info("serving", "id", a.ID, "grpc", a.GRPC, "grpc_jwt", a.GRPCJWT, "public", a.Public, "https_svid", a.HTTPSSVID, "https", a.HTTPS, "admin", a.Admin, "break_glass", a.BreakGlass)
 	if line, err := json.Marshal(a); err == nil {
 		fmt.Fprintf(d.out, "%s\n", line)
 	}
