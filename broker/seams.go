@@ -79,6 +79,7 @@ const (
 	ActionList             Action = "list"
 	ActionPlan             Action = "plan"
 	ActionGiveBack         Action = "give_back"
+	ActionIntrospect       Action = "introspect"
 	ActionBackup           Action = "backup"  // over the break-glass socket only
 	ActionRestore          Action = "restore" // audited at the first start after it
 )
@@ -92,7 +93,8 @@ type Question struct {
 	Scopes   []string
 	TTL      time.Duration
 	Binding  token.Binding // "" leaves it to policy
-	// Parent is the presented token of an exchange, or the one to be given back.
+	// Parent is the presented token of an exchange, or the one to be given back or
+	// introspected.
 	Parent *token.Claims
 	// Selectors and Lock are those of a revocation.
 	Selectors []string
