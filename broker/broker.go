@@ -385,11 +385,15 @@ func (b *Broker) checkWorkload(c Caller) error {
 	return b.checkSVID(c)
 }
 
-// decide asks policy; break-glass is not asked.
-func (b *Broker) decide(ctx context.Context, q Question) (Decision, error) {
+// decide asks policy, and writes question and answer into the entry; break-glass is not
+// asked.
+func (b *Broker) decide(ctx context.Context, q Question, e *AuditEntry) (Decision, error) {
 	if q.Caller.Local != "" {
-		return Decision{Allow: true, Rule: "break-glass"}, nil
+		e.Rule = "break-glass"
+		return Decision{Allow: true, Rule: e.Rule}, nil
 	}
+	e.Rule = ""
+	e.Asked = append(e.Asked, AskedOf(q))
 	d, err := b.cfg.Policy.Decide(ctx, q)
 	if errors.Is(err, ErrNoPolicy) {
 		return Decision{}, ErrNoPolicy
@@ -398,6 +402,8 @@ func (b *Broker) decide(ctx context.Context, q Question) (Decision, error) {
 		b.cfg.Log.ErrorContext(ctx, "policy could not be evaluated", "action", q.Action, "caller", q.Caller.Actor(), "err", err)
 		return Decision{}, ErrPolicyFailed
 	}
+	e.Rule, e.Revision = d.Rule, d.Revision
+	e.Asked[len(e.Asked)-1].Answer = answer(d)
 	if !d.Allow {
 		r := *ErrPolicyDenied
 		if d.Message != "" {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/dayflyhq/dayfly/proto/revocation"
@@ -48,8 +49,7 @@ func (b *Broker) exchange(ctx context.Context, c Caller, req Request) (*Credenti
 	d, err := b.decide(ctx, Question{
 		Action: ActionExchange, Caller: c, Time: b.cfg.Now(), Parent: &parent.Claims,
 		Audience: req.Audience, Scopes: req.Scopes, TTL: req.TTL, Binding: req.Binding,
-	})
-	e.Rule = d.Rule
+	}, &e)
 	if err != nil {
 		return nil, e, err
 	}
@@ -64,7 +64,7 @@ func (b *Broker) exchange(ctx context.Context, c Caller, req Request) (*Credenti
 }
 
 // narrowScopes keeps to the parent's scopes: what was asked for must all be there;
-// of a default set, what is there. Scopes are compared whole, as names.
+// of a default set, what is there, unless that is nothing. Scopes are compared whole, as names.
 func narrowScopes(asked, granted, parent []string) ([]string, error) {
 	within := func(s string) bool { return slices.Contains(parent, s) }
 	if len(asked) > 0 {
@@ -78,6 +78,10 @@ func narrowScopes(asked, granted, parent []string) ([]string, error) {
 		if within(s) {
 			out = append(out, s)
 		}
+	}
+	if len(granted) > 0 && len(out) == 0 {
+		// A token without any would be refused by whom it is for, and nobody would know why.
+		return nil, ErrScopeWiderParent.because("the subject token has none of the scopes that policy gives: %s", strings.Join(granted, " "))
 	}
 	return out, nil
 }

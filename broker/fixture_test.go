@@ -103,7 +103,7 @@ func (p *policy) Decide(_ context.Context, q broker.Question) (broker.Decision, 
 }
 
 func yes(q broker.Question) broker.Decision {
-	d := broker.Decision{Allow: true, Scopes: q.Scopes, TTL: broker.DefaultTTL, Rule: "test"}
+	d := broker.Decision{Allow: true, Scopes: q.Scopes, TTL: broker.DefaultTTL, Rule: "test", Revision: "sha256:test"}
 	if len(q.Scopes) == 0 {
 		d.Scopes = []string{"read"}
 	}
@@ -229,6 +229,7 @@ type world struct {
 
 	mu       sync.Mutex
 	noSigner bool
+	spreadIn time.Duration // of the signing key
 	audit    []broker.AuditEntry
 	auditErr error
 	logs     []string
@@ -366,7 +367,9 @@ func (w *world) signer() (broker.Signer, bool) {
 	if w.noSigner {
 		return broker.Signer{}, false
 	}
-	return broker.PrivateSigner(w.public, w.key), true
+	s := broker.PrivateSigner(w.public, w.key)
+	s.SpreadIn = w.spreadIn
+	return s, true
 }
 
 func (w *world) record(e broker.AuditEntry) error {

@@ -89,8 +89,7 @@ func (b *Broker) giveBack(ctx context.Context, c Caller, secret token.Secret, e 
 	if err := b.worthIt(g); err != nil {
 		return Record{}, err
 	}
-	d, err := b.decide(ctx, Question{Action: ActionGiveBack, Caller: c, Time: b.cfg.Now(), Parent: &t.Claims})
-	e.Rule = d.Rule
+	d, err := b.decide(ctx, Question{Action: ActionGiveBack, Caller: c, Time: b.cfg.Now(), Parent: &t.Claims}, e)
 	if err != nil {
 		return Record{}, err
 	}

@@ -82,9 +82,7 @@ func (b *Broker) introspect(ctx context.Context, c Caller, secret token.Secret, 
 		e.Alert = errors.Is(err, ErrSubjectUnknown)
 		return nil, inactive(err, true)
 	}
-	d, err := b.decide(ctx, Question{Action: ActionIntrospect, Caller: c, Time: b.cfg.Now(), Audience: t.Audience, Parent: &t.Claims})
-	e.Rule = d.Rule
-	if err != nil {
+	if _, err := b.decide(ctx, Question{Action: ActionIntrospect, Caller: c, Time: b.cfg.Now(), Audience: t.Audience, Parent: &t.Claims}, e); err != nil {
 		return nil, inactive(err, true)
 	}
 	// Only now: a stranger costs no write.

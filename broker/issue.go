@@ -55,8 +55,7 @@ func (b *Broker) issue(ctx context.Context, c Caller, req Request) (*Credential,
 	d, err := b.decide(ctx, Question{
 		Action: ActionIssue, Caller: c, Time: b.cfg.Now(),
 		Audience: req.Audience, Scopes: req.Scopes, TTL: req.TTL, Binding: req.Binding,
-	})
-	e.Rule = d.Rule
+	}, &e)
 	if err != nil {
 		return nil, e, err
 	}
@@ -156,7 +155,7 @@ func (b *Broker) grant(ctx context.Context, c Caller, t terms, limits Limits, pa
 		if err != nil {
 			return nil, e, err
 		}
-		e.Grant, e.Scopes = g.ID().String(), g.Scopes
+		e.Grant, e.Scopes, e.TTL, e.Binding = g.ID().String(), g.Scopes, g.Expires.Sub(g.IssuedAt), g.Binding
 		unsigned, err := token.Encode(b.claims(g), key.Public.Algorithm)
 		if err != nil {
 			if errors.Is(err, token.ErrTooLarge) {
@@ -243,9 +242,12 @@ func (b *Broker) prepare(c Caller, t terms, parent *token.Token) (*Grant, Signer
 		return nil, Signer{}, err
 	}
 	now := b.cfg.Now().UTC().Truncate(time.Second)
-	key, ok := b.cfg.Signer()
+	key, ok := b.signer()
 	if !ok {
 		return nil, key, ErrNoSigningKey
+	}
+	if err := b.checkSpread(key, t.audience); err != nil {
+		return nil, key, err
 	}
 	position, err := b.admissible(c, parent, key.Public.ID, now)
 	if err != nil {
@@ -274,6 +276,28 @@ func (b *Broker) prepare(c Caller, t terms, parent *token.Token) (*Grant, Signer
 	}
 	g.Lineage = append(g.Lineage, token.Member{Identity: c.ID, Grant: id, Key: key.Public.ID, SVID: c.thumbprint()})
 	return g, key, nil
+}
+
+// signer returns the current signing key, and notes which one that is: it stays in the
+// JWK set as long as a token that it signed may live.
+func (b *Broker) signer() (Signer, bool) {
+	key, ok := b.cfg.Signer()
+	if ok {
+		b.state.signs(key.Public.ID, b.cfg.Boot())
+	}
+	return key, ok
+}
+
+// checkSpread refuses an audience that may not know the signing key yet: those who only
+// read the JWK set, and those of whom nobody says how they verify.
+func (b *Broker) checkSpread(key Signer, audience string) error {
+	if key.SpreadIn <= 0 {
+		return nil
+	}
+	if a, ok := b.cfg.Policy.Audience(audience); ok && (a.VerifiedBy == VerifiedByFeed || a.VerifiedBy == VerifiedByIntrospection) {
+		return nil
+	}
+	return ErrKeyNotSpread.with(retryAfter, roundUp(key.SpreadIn).String())
 }
 
 // admissible is the snapshot: the head, the locks, the parent and the key, all of

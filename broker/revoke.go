@@ -58,8 +58,7 @@ func (b *Broker) revoke(ctx context.Context, c Caller, req Revoke, e *AuditEntry
 		action = ActionRevokeEverything
 	}
 	e.Action = action
-	d, err := b.decide(ctx, Question{Action: action, Caller: c, Time: b.cfg.Now(), Selectors: texts(req.Selectors), Lock: req.Lock})
-	e.Rule = d.Rule
+	d, err := b.decide(ctx, Question{Action: action, Caller: c, Time: b.cfg.Now(), Selectors: texts(req.Selectors), Lock: req.Lock}, e)
 	if err != nil {
 		return Record{}, err
 	}
@@ -275,12 +274,12 @@ func (b *Broker) lift(ctx context.Context, c Caller, number uint64, reason, key 
 	if err := b.checkSVID(c); err != nil {
 		return Record{}, err
 	}
-	d, mayPropose := b.decide(ctx, Question{Action: ActionLift, Caller: c, Time: b.cfg.Now()})
-	e.Rule = d.Rule
+	d, mayPropose := b.decide(ctx, Question{Action: ActionLift, Caller: c, Time: b.cfg.Now()}, e)
 	var confirm Decision
 	mayConfirm := mayPropose
 	if d.SecondPerson.Required {
-		confirm, mayConfirm = b.decide(ctx, Question{Action: ActionLiftConfirm, Caller: c, Time: b.cfg.Now()})
+		confirm, mayConfirm = b.decide(ctx, Question{Action: ActionLiftConfirm, Caller: c, Time: b.cfg.Now()}, e)
+		e.Rule = d.Rule // until it has confirmed
 	}
 	if mayPropose != nil && mayConfirm != nil {
 		return Record{}, mayPropose
@@ -344,7 +343,7 @@ func (b *Broker) May(ctx context.Context, c Caller, action Action) error {
 	e := b.entry(action, c)
 	err := b.checkSVID(c)
 	if err == nil {
-		_, err = b.decide(ctx, Question{Action: action, Caller: c, Time: b.cfg.Now()})
+		_, err = b.decide(ctx, Question{Action: action, Caller: c, Time: b.cfg.Now()}, &e)
 	}
 	if err != nil {
 		return b.refuse(e, err)

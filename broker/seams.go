@@ -80,8 +80,9 @@ const (
 	ActionPlan             Action = "plan"
 	ActionGiveBack         Action = "give_back"
 	ActionIntrospect       Action = "introspect"
-	ActionBackup           Action = "backup"  // over the break-glass socket only
-	ActionRestore          Action = "restore" // audited at the first start after it
+	ActionBackup           Action = "backup"    // over the break-glass socket only
+	ActionRestore          Action = "restore"   // audited at the first start after it
+	ActionHandOver         Action = "hand_over" // over the break-glass socket only
 )
 
 // A Question is put to policy at every request.
@@ -120,9 +121,10 @@ type Decision struct {
 	Limits Limits
 	// SecondPerson is for lifts and for revocations of everything.
 	SecondPerson SecondPerson
-	// Rule and Data say what decided, for the audit.
-	Rule string
-	Data []string
+	// Rule and Data say what decided, Revision of which policy, for the audit.
+	Rule     string
+	Data     []string
+	Revision string
 }
 
 // SecondPerson is what policy says of calls that take two persons. It is set whatever
@@ -137,11 +139,19 @@ type SecondPerson struct {
 	Confirmers []string
 }
 
+// How an audience verifies. The feed's verifiers learn a key at once, and who introspects
+// asks this broker; the others have what they last read of the JWK set.
+const (
+	VerifiedByFeed          = "feed"
+	VerifiedByIntrospection = "introspection"
+	VerifiedByExternal      = "external"
+)
+
 // An Audience is what policy data declares of one.
 type Audience struct {
 	Name       string
 	Owner      string
-	VerifiedBy string // "feed", "introspection" or "external"
+	VerifiedBy string // VerifiedByFeed, VerifiedByIntrospection or VerifiedByExternal
 	// MaxStaleness is the largest bound its verifiers may have; 0: no limit of its own.
 	MaxStaleness time.Duration
 	Fallback     Fallback
@@ -166,12 +176,15 @@ type Policy interface {
 // A Signer signs with a key that is published.
 type Signer struct {
 	Public token.PublicKey
-	Sign   func(token.Unsigned) (token.Secret, error)
+	// SpreadIn is how long those who only read the JWK set may still use a copy without
+	// this key; zero: each has it.
+	SpreadIn time.Duration
+	Sign     func(token.Unsigned) (token.Secret, error)
 }
 
 // PrivateSigner makes a Signer of a private key.
 func PrivateSigner(pub token.PublicKey, key crypto.Signer) Signer {
-	return Signer{pub, func(u token.Unsigned) (token.Secret, error) { return u.Sign(key) }}
+	return Signer{Public: pub, Sign: func(u token.Unsigned) (token.Secret, error) { return u.Sign(key) }}
 }
 
 // An AuditEntry is one decision, denial or operator's call. It never holds a
@@ -187,15 +200,22 @@ type AuditEntry struct {
 	Reason      string   `json:"reason,omitempty"`
 	Message     string   `json:"message,omitempty"`
 	Rule        string   `json:"rule,omitempty"`
+	Revision    string   `json:"revision,omitempty"` // of the policy that decided
 	Audience    string   `json:"audience,omitempty"`
 	Scopes      []string `json:"scopes,omitempty"`
-	Grant       string   `json:"grant,omitempty"`
-	Parent      string   `json:"parent,omitempty"`
-	Sequence    uint64   `json:"sequence,omitempty"`
-	Selector    []string `json:"selectors,omitempty"`
-	Lock        LockMode `json:"lock,omitempty"`
-	Why         string   `json:"why,omitempty"` // the operator's own words
+	// TTL and Binding are of what was given, or can't be released; see Asked for what
+	// was asked for.
+	TTL      time.Duration `json:"ttl_ns,omitempty"`
+	Binding  token.Binding `json:"binding,omitempty"`
+	Grant    string        `json:"grant,omitempty"`
+	Parent   string        `json:"parent,omitempty"`
+	Sequence uint64        `json:"sequence,omitempty"`
+	Selector []string      `json:"selectors,omitempty"`
+	Lock     LockMode      `json:"lock,omitempty"`
+	Why      string        `json:"why,omitempty"` // the operator's own words
 	// ProposedBy is the first of two persons; Actor is the second.
 	ProposedBy string `json:"proposed_by,omitempty"`
 	Alert      bool   `json:"alert,omitempty"`
+	// Asked are the questions that policy was asked for this, with its answers.
+	Asked []Asked `json:"asked,omitempty"`
 }

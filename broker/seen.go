@@ -24,19 +24,27 @@ const maxSeen = 100_000
 
 func (s *seenSVIDs) note(c Caller) {
 	from, until := c.Attested()
+	s.noteNotBefore(c.ID, from)
+	if c.Leaf == nil {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.notAfter == nil || len(s.notAfter) >= maxSeen {
+		s.notAfter = map[token.Thumbprint]time.Time{}
+	}
+	s.notAfter[c.thumbprint()] = until
+}
+
+// noteNotBefore notes that an identity has an SVID whose NotBefore may be as late as t.
+func (s *seenSVIDs) noteNotBefore(id spiffeid.ID, t time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.notBefore == nil || len(s.notBefore) >= maxSeen {
 		s.notBefore = map[spiffeid.ID]time.Time{{}: newestOf(s.notBefore)}
 	}
-	if s.notAfter == nil || len(s.notAfter) >= maxSeen {
-		s.notAfter = map[token.Thumbprint]time.Time{}
-	}
-	if from.After(s.notBefore[c.ID]) {
-		s.notBefore[c.ID] = from
-	}
-	if c.Leaf != nil {
-		s.notAfter[c.thumbprint()] = until
+	if t.After(s.notBefore[id]) {
+		s.notBefore[id] = t
 	}
 }
 

@@ -3,6 +3,7 @@ package e2e_test
 import (
 	"bufio"
 	"context"
+	"encoding/json"
 	"io"
 	"net"
 	"net/http"
@@ -34,7 +35,7 @@ func TestDemo(t *testing.T) {
 var exported = regexp.MustCompile(`(?m)^  export ([A-Z_]+)="?([^\s"]+)`)
 
 // TestDevCommandsWork pastes every dayfly command that dev prints into a shell, and asks
-// the agent over HTTP as its curl does.
+// the agent over HTTP as its curl does; what curl is to ask the issuer, it asks.
 func TestDevCommandsWork(t *testing.T) {
 	tmp := shortTemp(t)
 	ctx, stop := context.WithTimeout(t.Context(), 2*time.Minute)
@@ -75,6 +76,7 @@ func TestDevCommandsWork(t *testing.T) {
 	if resp.StatusCode != http.StatusOK {
 		t.Errorf("GET %s over the agent's socket: %s %s", m[2], resp.Status, body)
 	}
+	checkDevCurls(t, ctx, printed.String(), env)
 	ran := 0
 	for line := range strings.Lines(printed.String()) {
 		command, ok := strings.CutPrefix(line, "  dayfly ")
@@ -97,6 +99,39 @@ func TestDevCommandsWork(t *testing.T) {
 		t.Errorf("dev ended with exit code %d after Ctrl-C", code)
 	}
 	wantEmpty(t, tmp)
+}
+
+// checkDevCurls pastes every command for curl over HTTPS into a shell, and wants a token
+// of those that ask for one.
+func checkDevCurls(t *testing.T, ctx context.Context, printed string, env []string) {
+	t.Helper()
+	tokens, documents := 0, 0
+	for line := range strings.Lines(printed) {
+		command := strings.TrimSpace(line)
+		if !strings.HasPrefix(line, "  curl -s --cacert") {
+			continue
+		}
+		sh := exec.CommandContext(ctx, "sh", "-c", command)
+		sh.Env = env
+		out, err := sh.Output()
+		var answer map[string]any
+		if err == nil {
+			err = json.Unmarshal(out, &answer)
+		}
+		switch {
+		case err != nil:
+			t.Errorf("%s: %v\n%s", command, err, out)
+		case answer["access_token"] != nil:
+			tokens++
+		case answer["issuer"] != nil || answer["keys"] != nil:
+			documents++
+		default:
+			t.Errorf("%s: got %s", command, out)
+		}
+	}
+	if tokens != 3 || documents != 3 {
+		t.Errorf("curl got %d tokens and %d documents, want 3 and 3", tokens, documents)
+	}
 }
 
 // shortTemp is a temporary folder whose path leaves room for unix sockets.

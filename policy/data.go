@@ -84,6 +84,8 @@ type dataset struct {
 	limits        map[string]Limits
 	lift          lift
 
+	// templates are the audiences with placeholders, sorted.
+	templates []*template
 	// names maps a pattern to the audience names it answers to.
 	names map[string][]string
 	// places maps dataRef(path) to its file and line.
@@ -124,6 +126,7 @@ type parser struct {
 	introspectors map[string][]string
 	limits        map[string]Limits
 	lift          lift
+	templates     []*template
 	custom        map[string]ast.Value
 
 	places map[string]place
@@ -230,6 +233,10 @@ func (p *parser) parseAudiences(n *yaml.Node) {
 		if !p.claim(key, "audiences", name) {
 			return
 		}
+		if isTemplate(name) {
+			t, _ := parseTemplate(name) // checked above
+			p.templates = append(p.templates, t)
+		}
 		a := Audience{Name: name, VerifiedBy: VerifiedByFeed, MaxStaleness: defaultMaxStaleness, OnStale: OnStaleRefuse}
 		p.fields(v, "an audience", map[string]func(*yaml.Node){
 			"owner": func(n *yaml.Node) { a.Owner = p.str(n) },
@@ -250,6 +257,12 @@ func (p *parser) parseAudiences(n *yaml.Node) {
 func (p *parser) checkDeclaration(key *yaml.Node, a Audience) {
 	if a.Owner == "" {
 		p.failf(key, "audience %q has no owner: whom to ask when it breaks", a.Name)
+	}
+	if isTemplate(a.Name) {
+		if a.VerifiedBy != VerifiedByExternal || len(a.Identities) > 0 {
+			p.failf(key, "audience %q has placeholders: it needs \"verified_by: external\", and no identities", a.Name)
+		}
+		return
 	}
 	isID := strings.HasPrefix(a.Name, "spiffe://")
 	if isID && len(a.Identities) > 0 {
@@ -287,6 +300,10 @@ func (p *parser) parseExchange(n *yaml.Node) {
 		byParent := p.exchange[pattern]
 		p.mapping(v, "the audiences to exchange from", func(key, v *yaml.Node) {
 			if !p.audience(key) {
+				return
+			}
+			if isTemplate(key.Value) {
+				p.failf(key, "nobody answers to a name with placeholders, so it can't be exchanged from")
 				return
 			}
 			if byParent[key.Value] == nil {
@@ -373,8 +390,11 @@ func (p *parser) parseIntrospectors(n *yaml.Node) {
 // followed reads a list of audiences, or of "*" for all that are declared.
 func (p *parser) followed(n *yaml.Node) []string {
 	list := p.strings(n, func(s string) error {
-		if s == "*" {
+		switch {
+		case s == "*":
 			return nil
+		case isTemplate(s):
+			return fmt.Errorf("audience %q has placeholders: the feed has no verifiers of it", s)
 		}
 		return checkAudience(s)
 	})
@@ -612,6 +632,11 @@ func checkPattern(s string) error {
 }
 
 func checkAudience(s string) error {
+	if isTemplate(s) {
+		if _, err := parseTemplate(s); err != nil {
+			return err
+		}
+	}
 	if strings.HasPrefix(s, "spiffe://") {
 		if _, err := spiffeid.FromString(s); err != nil {
 			return fmt.Errorf("audience %q isn't a SPIFFE ID: %w", s, err)

@@ -47,7 +47,26 @@ func TestDataProblems(t *testing.T) {
 		"no owner":         {"audiences:\n  a: {identities: [spiffe://td/a]}\n", []string{`2: audience "a" has no owner`}},
 		"no identities":    {"audiences:\n  a: {owner: o}\n", []string{`2: audience "a" has no identities`}},
 		"external":         {"audiences:\n  a: {owner: o, verified_by: external}\n", nil},
-		"SPIFFE audience":  {"audiences:\n  spiffe://td/a: {owner: o}\n", nil},
+		"a template":       {"audiences:\n  \"m/{segment.1}:{trust_domain}/{path}\": {owner: o, verified_by: external}\n", nil},
+		"templates that are none": {`audiences:
+  "m/{segment}": {owner: o, verified_by: external}
+  "m/{segment.0}": {owner: o, verified_by: external}
+  "m/{segment.01}": {owner: o, verified_by: external}
+  "m/{segment.100}": {owner: o, verified_by: external}
+  "m/{name": {owner: o, verified_by: external}
+  "m/name}": {owner: o, verified_by: external}
+  "m/{}": {owner: o, verified_by: external}
+  "m/{{path}}": {owner: o, verified_by: external}
+  "spiffe://td/{path}": {owner: o, verified_by: external}
+  "{segment.1}{segment.2}": {owner: o, verified_by: external}
+  "{segment.1}-x.{segment.2}": {owner: o, verified_by: external}
+  "m {path}": {owner: o, verified_by: external}
+`, []string{`2: audience "m/{segment}": unknown placeholder {segment}`, "3: ", "4: ", "5: ", "6: ", "7: ", "8: ", "9: ", "10: ", "11: ", "12: ", "13: "}},
+		"a template that a feed verifies": {"audiences:\n  \"m/{path}\": {owner: o, identities: [spiffe://td/a]}\n", []string{`2: audience "m/{path}" has placeholders: it needs "verified_by: external"`}},
+		"a template to exchange from, or to follow": {"audiences:\n  \"m/{path}\": {owner: o, verified_by: external}\nexchange:\n  spiffe://td/x:\n    \"m/{path}\": {}\nverifiers:\n  spiffe://td/x: {follow: [\"m/{path}\"]}\n",
+			[]string{"5: nobody answers", "7: audience \"m/{path}\" has placeholders"}},
+		"an undeclared template": {"entitlements:\n  spiffe://td/x:\n    \"m/{path}\": {scopes: []}\n", []string{`3: audience "m/{path}" isn't declared`}},
+		"SPIFFE audience":        {"audiences:\n  spiffe://td/a: {owner: o}\n", nil},
 		"SPIFFE audience with identities": {"audiences:\n  spiffe://td/a: {owner: o, identities: [spiffe://td/b]}\n",
 			[]string{"only that identity answers to"}},
 		"a bad SPIFFE audience": {"audiences:\n  spiffe://TD/a: {owner: o}\n", []string{"isn't a SPIFFE ID"}},
@@ -255,7 +274,17 @@ test_exchange if testing.ask("spiffe://dayfly.test/ns/shop/orders", "exchange", 
 	"parent": {"audience": "orders", "scopes": ["ledger.read"], "lineage": []},
 }).allow
 `)
-	dir := written(t, map[string]string{"agree_test.rego": b.String()})
+	p := load(t, policy.Config{Dir: written(t, map[string]string{"more.yaml": templates})})
+	for i, in := range templateQuestions() {
+		e, err := p.Explain(t.Context(), in)
+		if err != nil {
+			t.Fatal(err)
+		}
+		asked := e.Input.(map[string]any)
+		fmt.Fprintf(&b, "\ntest_template_%d if {\n\tq := testing.question(%q, \"issue\", {\"audience\": %q})\n\tq.match == %q\n\tq.target == %q\n}\n",
+			i, in.Caller.ID, in.Audience, asked["match"], asked["target"])
+	}
+	dir := written(t, map[string]string{"agree_test.rego": b.String(), "more.yaml": templates})
 	var out strings.Builder
 	if _, err := policy.Test(t.Context(), dir, &out); err != nil {
 		t.Errorf("%v\n%s", err, &out)

@@ -36,6 +36,10 @@ type Decision struct {
 	// Names are the audience names that the caller answers to, sorted.
 	Names []string `json:"names,omitempty"`
 
+	// Template is the audience of the data, with placeholders, that gives the caller the
+	// name that it asked for; empty where the name itself is declared.
+	Template string `json:"template,omitempty"`
+
 	// Denials say why not, at least one where Allow is false.
 	Denials []Denial `json:"denials,omitempty"`
 
@@ -46,6 +50,10 @@ type Decision struct {
 	Data []string `json:"data,omitempty"`
 	// Generation is that of the policy that decided; see [Status].
 	Generation uint64 `json:"generation"`
+	// Revision names the policy that decided, over restarts and brokers: a digest of
+	// the folder, "sha256:..."; of a bundle, its manifest's revision and the digest,
+	// "v42@sha256:...".
+	Revision string `json:"revision,omitempty"`
 
 	paths [][]string
 }

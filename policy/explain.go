@@ -115,6 +115,9 @@ func (e Explanation) WriteText(w io.Writer) error {
 	if len(d.Names) > 0 {
 		fmt.Fprintf(&b, "  answers to  %s\n", strings.Join(d.Names, " "))
 	}
+	if d.Template != "" {
+		fmt.Fprintf(&b, "  template %s gives this caller its audience\n", d.Template)
+	}
 	for _, x := range d.Denials {
 		fmt.Fprintf(&b, "  %s: %s\n", x.Reason, x.Message)
 		if x.Hint != "" {

@@ -188,6 +188,7 @@ type facts struct {
 	patterns []string // that match the caller, most specific first
 	names    []string // audience names that the caller answers to
 	match    string   // the pattern whose entry decides; empty if there is none
+	target   string   // what the audience stands under: its name, or a template
 }
 
 // value is the input document. It is built as AST values, because converting a Go
@@ -204,6 +205,7 @@ func (in Input) value(f facts) ast.Value {
 	switch in.Action {
 	case ActionIssue, ActionExchange:
 		add("audience", ast.StringTerm(in.Audience))
+		add("target", ast.StringTerm(f.target))
 		if len(in.Scopes) > 0 {
 			add("scopes", stringsTerm(in.Scopes))
 		}

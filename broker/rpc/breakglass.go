@@ -32,6 +32,9 @@ func NewBreakGlass(cfg Config) (*Server, error) {
 	if cfg.Backup != nil {
 		dayflyv1.RegisterBackupServiceServer(srv.Server, &backupService{handlers: h, begin: cfg.Backup})
 	}
+	if cfg.Handover != nil {
+		dayflyv1.RegisterHandoverServiceServer(srv.Server, &handoverService{handlers: h, Handover: *cfg.Handover})
+	}
 	return srv, nil
 }
 

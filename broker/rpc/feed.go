@@ -273,6 +273,7 @@ func toReport(m *dayflyv1.UseReport) (broker.UseReport, error) {
 			Grant: u.GetGrant(), Fingerprint: u.GetFingerprint(), Key: u.GetKeyId(),
 			Peer: u.GetPeerIdentity(), Address: u.GetPeerAddress(), Accepted: u.GetAccepted(), Reason: u.GetRefusalReason(),
 			Count: u.GetCount(), First: u.GetFirstSeen().AsTime(), Last: u.GetLastSeen().AsTime(), Head: u.GetHead(), Era: u.GetEra(),
+			Claimed: u.GetVerifierIdentity(), ClaimedInstance: u.GetVerifierInstance(),
 		}
 	}
 	return r, nil

@@ -58,6 +58,8 @@ type Config struct {
 	Now          func() time.Time
 	// Backup begins a backup, over the break-glass socket; nil: there is none to have.
 	Backup func() (Backup, error)
+	// Handover lets the next process take over, over the break-glass socket; nil: none can.
+	Handover *Handover
 	// Options are added to the gRPC server: a stats handler for metrics and traces.
 	Options []grpc.ServerOption
 }

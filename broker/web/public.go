@@ -26,11 +26,10 @@ import (
 
 const (
 	// DefaultJWKSMaxAge is how long a reader may keep keys when
-	// PublicConfig.JWKSMaxAge is zero: as long as a revoked key may go unnoticed by
-	// those who only read the JWK set.
-	DefaultJWKSMaxAge = 60 * time.Second
+	// PublicConfig.JWKSMaxAge is zero.
+	DefaultJWKSMaxAge = keys.DefaultJWKSMaxAge
 	// MaxJWKSMaxAge is the longest that may be configured.
-	MaxJWKSMaxAge = 5 * time.Minute
+	MaxJWKSMaxAge = keys.MaxJWKSMaxAge
 )
 
 // PublicConfig describes the public handler. Issuer and Keys must be set.
@@ -213,7 +212,9 @@ type metadata map[string]any
 func (p *public) metadata() metadata {
 	m := metadata{
 		"issuer": p.cfg.Issuer, "jwks_uri": p.cfg.Issuer + "/jwks.json",
-		"response_types_supported": []string{}, "grant_types_supported": []string{},
+		// Nobody is sent here through a browser, so no response type can be used. But both
+		// standards want one and no empty list, and this is what clouds read elsewhere.
+		"response_types_supported": []string{"id_token"}, "grant_types_supported": []string{},
 		// RFC 8705 section 3.3: the x5t binding.
 		"tls_client_certificate_bound_access_tokens": true,
 	}

@@ -201,6 +201,31 @@ func (s *Sandbox) AwaitBroker(ctx context.Context) error {
 	return s.writeBrokerConfig(s.Info)
 }
 
+// TakeOver starts a process that takes over from the broker's, and returns once it serves
+// and the other has ended: with the exit error of that one.
+func (s *Sandbox) TakeOver(ctx context.Context) (err error) {
+	old := s.broker
+	s.closers = append(s.closers, old.kill)
+	if s.broker, err = s.spawn("broker", s.cfg.Broker, "serve", "--config", s.brokerConfig(), "--announce", "--take-over"); err != nil {
+		return err
+	}
+	if err := s.AwaitBroker(ctx); err != nil {
+		return err
+	}
+	select {
+	case <-old.done:
+		return old.err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// SetBrokerConfig is Config.BrokerConfig for the next start.
+func (s *Sandbox) SetBrokerConfig(more string) error {
+	s.cfg.BrokerConfig = more
+	return s.writeBrokerConfig(s.Info)
+}
+
 // BrokerEnded is closed when the broker's process has ended, however it did.
 func (s *Sandbox) BrokerEnded() <-chan struct{} { return s.broker.done }
 

@@ -19,6 +19,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/dayflyhq/dayfly/sdk/spiffetest"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 )
@@ -95,6 +96,26 @@ func (s *Sandbox) HTTP(ctx context.Context, id spiffeid.ID) (*http.Client, error
 	transport := &http.Transport{TLSClientConfig: cfg, ForceAttemptHTTP2: true}
 	s.closers = append(s.closers, transport.CloseIdleConnections)
 	return &http.Client{Transport: transport, Timeout: time.Minute}, nil
+}
+
+// SVIDFiles writes an identity's SVIDs for clients that read files, and returns the folder:
+// svid.pem, key.pem and bundle.pem, and in jwt-svid a JWT-SVID for the issuer. They expire:
+// call it again.
+func (s *Sandbox) SVIDFiles(id spiffeid.ID) (string, error) {
+	dir := filepath.Join(s.Dir, "svids", filepath.Base(id.Path()))
+	if err := s.TD.WritePEM(dir, id); err != nil {
+		return "", err
+	}
+	jwt, err := s.TD.IssueJWTSVID(id, []string{s.Issuer}, spiffetest.SVIDOptions{})
+	if err != nil {
+		return "", err
+	}
+	// Replaced whole: somebody may be reading it.
+	next := filepath.Join(dir, "jwt-svid.next")
+	if err := os.WriteFile(next, []byte(jwt), 0o600); err != nil {
+		return "", err
+	}
+	return dir, os.Rename(next, filepath.Join(dir, "jwt-svid"))
 }
 
 // freePort finds a loopback address that nobody listens on. The issuer must name its port

@@ -32,8 +32,8 @@ default consulted := []
 consulted := [path] if {
 	entry
 	path := {
-		"issue": ["entitlements", input.match, input.audience],
-		"exchange": ["exchange", input.match, object.get(input, ["parent", "audience"], ""), input.audience],
+		"issue": ["entitlements", input.match, input.target],
+		"exchange": ["exchange", input.match, object.get(input, ["parent", "audience"], ""), input.target],
 	}[input.action]
 }
 
@@ -51,13 +51,13 @@ consulted := [["introspectors", input.match]] if {
 granted := {
 	"allow": true,
 	"rule": "issue",
-	"data": [["entitlements", input.match, input.audience]],
+	"data": [["entitlements", input.match, input.target]],
 	"scopes": scopes,
 	"ttl_ns": ttl_ns,
 	"binding": binding,
 } if {
 	input.action == "issue"
-	e := data.dayfly.entitlements[input.match][input.audience]
+	e := data.dayfly.entitlements[input.match][input.target]
 	scopes := object.get(input, "scopes", e.default_scopes)
 	not exceeds(scopes, e)
 	ttl_ns := object.get(input, "ttl_ns", e.ttl_ns)
@@ -69,13 +69,13 @@ granted := {
 granted := {
 	"allow": true,
 	"rule": "exchange",
-	"data": [["exchange", input.match, input.parent.audience, input.audience]],
+	"data": [["exchange", input.match, input.parent.audience, input.target]],
 	"scopes": scopes,
 	"ttl_ns": ttl_ns,
 	"binding": binding,
 } if {
 	input.action == "exchange"
-	e := data.dayfly.exchange[input.match][input.parent.audience][input.audience]
+	e := data.dayfly.exchange[input.match][input.parent.audience][input.target]
 	scopes := object.get(input, "scopes", passed_on(e))
 	not exceeds(scopes, e)
 	not nothing_left(scopes, e)
@@ -105,9 +105,9 @@ bindable(binding) if binding != "x5t"
 bindable("x5t") if input.caller.attestation == "x509"
 
 # The entry once more, for those who are told why not.
-entry := data.dayfly.entitlements[input.match][input.audience] if input.action == "issue"
+entry := data.dayfly.entitlements[input.match][input.target] if input.action == "issue"
 
-entry := data.dayfly.exchange[input.match][input.parent.audience][input.audience] if input.action == "exchange"
+entry := data.dayfly.exchange[input.match][input.parent.audience][input.target] if input.action == "exchange"
 
 asks_credential if input.action in {"issue", "exchange"}
 
@@ -117,13 +117,13 @@ denials contains {
 	"hint": "check the spelling, or ask the policy's owner to declare it",
 } if {
 	asks_credential
-	not data.dayfly.audiences[input.audience]
+	not data.dayfly.audiences[input.target]
 }
 
 denials contains {
 	"reason": "no_entitlement",
 	"message": sprintf("%s isn't entitled to credentials for %q", [input.caller.id, input.audience]),
-	"hint": sprintf("ask %s, who owns the audience", [data.dayfly.audiences[input.audience].owner]),
+	"hint": sprintf("ask %s, who owns the audience", [data.dayfly.audiences[input.target].owner]),
 } if {
 	input.action == "issue"
 	not entry
@@ -135,7 +135,7 @@ denials contains {
 		"%s may not exchange a credential for %q into one for %q",
 		[input.caller.id, input.parent.audience, input.audience],
 	),
-	"hint": sprintf("ask %s, who owns the audience", [data.dayfly.audiences[input.audience].owner]),
+	"hint": sprintf("ask %s, who owns the audience", [data.dayfly.audiences[input.target].owner]),
 } if {
 	input.action == "exchange"
 	not entry

@@ -95,6 +95,33 @@ test_every_missing_scope_is_named if {
 	denial.metadata.scopes == "x y"
 }
 
+external := {"owner": "storage", "verified_by": "external", "identities": {}, "max_staleness_ns": 1, "on_stale": "refuse"}
+
+template := {
+	"scopes": {}, "default_scopes": [], "ttl_ns": minute, "max_ttl": "1m",
+	"binding": "none", "bindings": {"none": "none"},
+}
+
+by_template(id, audience) := decision if {
+	decision := testing.ask(id, "issue", {"audience": audience})
+		with data.dayfly.audiences as {"minio/{segment.1}": external, "minio/{segment.1}/{segment.2}": external, "minio/own": external}
+		with data.dayfly.entitlements as {"spiffe://td/*": {"minio/{segment.1}": template}}
+}
+
+why_not(id, audience) := {d.reason | some d in by_template(id, audience).denials}
+
+test_template_gives_each_its_own if {
+	by_template("spiffe://td/shop/web", "minio/shop").allow
+	by_template("spiffe://td/books", "minio/books").data == [["entitlements", "spiffe://td/*", "minio/{segment.1}"]]
+}
+
+test_template_gives_nobody_anothers if {
+	why_not("spiffe://td/shop/web", "minio/books") == {"audience_unknown"}
+	why_not("spiffe://td/shop/web", "minio/web") == {"audience_unknown"}
+	why_not("spiffe://td/own/web", "minio/own") == {"no_entitlement"}
+	why_not("spiffe://td/shop/web", "minio/shop/web") == {"no_entitlement"}
+}
+
 test_exchange if {
 	d := ask("spiffe://td/shop/orders", "exchange", {
 		"audience": "ledger",

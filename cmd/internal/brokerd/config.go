@@ -27,8 +27,10 @@ type Config struct {
 	Issuer string `yaml:"issuer,required"`
 	// Store is the bbolt file, which "dayfly-broker init" made.
 	Store string `yaml:"store,required"`
-	// Policy is the folder of Rego and data.
-	Policy string `yaml:"policy,required"`
+	// Policy is the folder of Rego and data. Either this or PolicyBundle.
+	Policy string `yaml:"policy"`
+	// PolicyBundle is where signed bundles of policy are fetched from.
+	PolicyBundle *PolicyBundle `yaml:"policy_bundle"`
 	// Audit is the file of audit records, rotated; "-" is standard error.
 	Audit string `yaml:"audit,required"`
 	// WorkloadAPI is the socket of the broker's own SVID; empty: SPIFFE_ENDPOINT_SOCKET.
@@ -49,6 +51,9 @@ type Config struct {
 	MaxRevocations int `yaml:"max_revocations"`
 	// KeyRotation is how long a signing key signs.
 	KeyRotation time.Duration `yaml:"key_rotation"`
+	// JWKSMaxAge is the max-age of the public documents: how long a reader may use its
+	// copy of the JWK set, and so for how long a key is published before it signs.
+	JWKSMaxAge time.Duration `yaml:"jwks_max_age"`
 	// Algorithm of new signing keys, ES256 or EdDSA.
 	Algorithm token.Algorithm `yaml:"algorithm"`
 	// Traces is the URL of an OTLP/gRPC collector; empty: no traces.
@@ -56,7 +61,9 @@ type Config struct {
 	LogLevel slog.Level `yaml:"log_level"`
 	// Disregard is a flag and no key of the file: the highest signed head that the log may
 	// lack, and why.
-	Disregard       feed.Position
+	Disregard feed.Position
+	// TakeOver is a flag too: see takeOver.
+	TakeOver        bool
 	DisregardReason string
 	// ShutdownGrace is how long calls under way may take when the broker stops.
 	ShutdownGrace time.Duration `yaml:"shutdown_grace"`
@@ -86,7 +93,7 @@ type Listen struct {
 
 // Defaults returns the configuration that a file is read over.
 func Defaults() Config {
-	return Config{KeyRotation: 12 * time.Hour, MaxTTL: token.MaxTTL, MaxRevocations: broker.MaxRevocations, Algorithm: token.ES256, ShutdownGrace: 10 * time.Second}
+	return Config{KeyRotation: 12 * time.Hour, JWKSMaxAge: keys.DefaultJWKSMaxAge, MaxTTL: token.MaxTTL, MaxRevocations: broker.MaxRevocations, Algorithm: token.ES256, ShutdownGrace: 10 * time.Second}
 }
 
 // Validate checks what the types don't: all that could be wrong with a value whatever
@@ -104,9 +111,11 @@ func (c *Config) Validate() error {
 		}
 	}
 	check(web.CheckIssuer(c.Issuer), "issuer")
-	for key, path := range map[string]string{"store": c.Store, "policy": c.Policy, "audit": c.Audit} {
+	for key, path := range map[string]string{"store": c.Store, "audit": c.Audit} {
 		wrong(path == "", key, "is empty: give it a path")
 	}
+	wrong(c.Policy == "" && c.PolicyBundle == nil, "policy", "is missing: give it the path of a folder, or set policy_bundle")
+	wrong(c.Policy != "" && c.PolicyBundle != nil, "policy_bundle", "stands beside policy: a broker has one source of policy")
 	if c.WorkloadAPI != "" {
 		check(workloadapi.ValidateAddress(c.WorkloadAPI), "workload_api")
 	}
@@ -118,6 +127,7 @@ func (c *Config) Validate() error {
 	wrong(c.MaxTTL < time.Second || c.MaxTTL > token.MaxTTL, "max_ttl", "is between 1s and the hard cap of 1h")
 	wrong(c.MaxRevocations < 1 || c.MaxRevocations > broker.MaxRevocations, "max_revocations", fmt.Sprintf("is between 1 and %d", broker.MaxRevocations))
 	wrong(c.KeyRotation < keys.MinRotateEvery || c.KeyRotation > keys.DefaultRotateEvery, "key_rotation", "is between 1s and 12h")
+	wrong(c.JWKSMaxAge < time.Second || c.JWKSMaxAge > keys.MaxJWKSMaxAge || c.JWKSMaxAge%time.Second != 0, "jwks_max_age", "is in whole seconds, between 1s and 5m")
 	wrong(c.Algorithm != token.ES256 && c.Algorithm != token.EdDSA, "algorithm", "is ES256 or EdDSA")
 	if c.Traces != "" {
 		u, err := url.Parse(c.Traces)

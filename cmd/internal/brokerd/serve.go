@@ -32,6 +32,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"golang.org/x/sync/errgroup"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 )
@@ -82,8 +83,21 @@ func Serve(ctx context.Context, cfg Config, out, stderr io.Writer) error {
 		asked <- both.Wait()
 	}()
 	defer func() { stop(); <-asked }() // after the last call has returned
+	ring, err := newKeyring(&cfg, identity, log)
+	if err != nil {
+		return err
+	}
+	var patience time.Duration // with a process that has the store; 0: the store's own
+	if cfg.TakeOver {
+		if err := takeOver(ctx, &cfg, ring, identity, log); err != nil {
+			return ended(ctx, err)
+		}
+		patience = cfg.ShutdownGrace + stopTimeout
+	}
+	ctx, yield := context.WithCancel(ctx) // ends too when another process takes over
+	defer yield()
 	for {
-		d := &daemon{cfg: &cfg, log: log, audit: audit, svids: identity, jwts: jwts, out: out}
+		d := &daemon{cfg: &cfg, log: log, audit: audit, svids: identity, jwts: jwts, ring: ring, out: out, stop: yield, patience: patience}
 		err := d.run(ctx)
 		if ctx.Err() != nil || !errors.Is(err, broker.ErrStoreClosed) {
 			return err
@@ -104,12 +118,16 @@ type daemon struct {
 	audit *auditLog
 	svids *agent.Identity
 	jwts  *jwtBundles
+	ring  *keyring
 	out   io.Writer
+	stop  func() // ends the process, as SIGTERM does
+	// patience is how long another process may keep the store; 0: as long as the store
+	// allows by itself.
+	patience time.Duration
 
 	id       spiffeid.ID // of the first SVID; set before keys are checked
 	store    *boltstore.Store
 	policy   *policy.Policy
-	ring     *keys.Ring
 	broker   *broker.Broker
 	registry *prometheus.Registry
 	metrics  *metrics
@@ -134,30 +152,27 @@ func (d *daemon) open(ctx context.Context) error {
 	d.registry = prometheus.NewRegistry()
 	d.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	d.metrics = newMetrics(d.registry)
-	d.policy, err = policy.Open(ctx, policy.Config{Dir: d.cfg.Policy, Log: d.log, OnReload: d.metrics.policyReloaded})
-	if err != nil {
-		return fmt.Errorf("loading policy from %s: %w", d.cfg.Policy, err)
+	source := policy.Config{Dir: d.cfg.Policy, Log: d.log, OnReload: d.metrics.policyReloaded}
+	if b := d.cfg.PolicyBundle; b != nil {
+		if source.Bundle, err = b.source(d.cfg.Store, d.svids); err != nil {
+			return err
+		}
+	}
+	if d.policy, err = policy.Open(ctx, source); err != nil {
+		return fmt.Errorf("loading policy: %w", err)
 	}
 	if d.traces, err = newTraces(ctx, d.cfg.Traces); err != nil {
 		return err
 	}
-	d.store, err = boltstore.Open(boltstore.Config{Path: d.cfg.Store, Log: d.log, OnCommit: d.metrics.committed})
+	d.store, err = boltstore.Open(boltstore.Config{Path: d.cfg.Store, LockTimeout: d.patience, Log: d.log, OnCommit: d.metrics.committed})
 	return err
 }
 
 func (d *daemon) assemble(ctx context.Context) error {
 	var err error
-	d.ring, err = keys.New(keys.Config{
-		Issuer: d.cfg.Issuer, Algorithm: d.cfg.Algorithm, RotateEvery: d.cfg.KeyRotation, Log: d.log,
-		SVID:    d.svids.GetX509SVID,
-		Publish: func(ctx context.Context, k feed.Key) error { return d.broker.PublishKey(ctx, k) },
-	})
-	if err != nil {
-		return err
-	}
 	d.broker, err = broker.New(broker.Config{
 		Issuer: d.cfg.Issuer, Store: d.store, Policy: decider{d.policy}, MaxTTL: d.cfg.MaxTTL, MaxRevocations: d.cfg.MaxRevocations,
-		Signer: d.signer,
+		Signer: d.ring.signer,
 		VerifyKey: func(k feed.Key, at time.Time) error {
 			return keys.VerifyKey(d.cfg.Issuer, k, d.svids, spiffeid.MatchID(d.id), at)
 		},
@@ -181,7 +196,9 @@ func (d *daemon) assemble(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	d.ring.publishTo(d.broker.PublishKey)
 	d.metrics.watch(d.broker, d.store)
+	d.metrics.watchPolicy(d.policy.Status)
 	if err := d.disregard(ctx); err != nil {
 		return err
 	}
@@ -205,18 +222,6 @@ func (d *daemon) disregard(ctx context.Context) error {
 		return fmt.Errorf("writing the audit: %w", err)
 	}
 	return nil
-}
-
-// signer is the ring's current key, for the broker.
-func (d *daemon) signer() (broker.Signer, bool) {
-	s, ok := d.ring.Current()
-	return broker.Signer{Public: s.Public, Sign: func(u token.Unsigned) (token.Secret, error) {
-		secret, err := s.Sign(u)
-		if errors.Is(err, keys.ErrRevoked) || errors.Is(err, keys.ErrReplaced) {
-			return token.Secret{}, broker.ErrNoSigningKey // it went while the grant was recorded
-		}
-		return secret, err
-	}}, ok
 }
 
 // serve runs everything until ctx ends or something fails, and stops in order: no new
@@ -268,9 +273,11 @@ func (d *daemon) start(r *running) error {
 	if err := d.startLocal(r); err != nil {
 		return err
 	}
-	if err := d.awaitSVID(r.edge); err != nil {
+	svid, err := awaitSVID(r.edge, d.svids, d.log)
+	if err != nil {
 		return err
 	}
+	d.id = svid.ID
 	if err := d.broker.CheckKeys(r.edge); err != nil {
 		return fmt.Errorf("checking the signing keys on record: %w", err)
 	}
@@ -278,7 +285,7 @@ func (d *daemon) start(r *running) error {
 	if err != nil {
 		return err
 	}
-	if err := d.ring.Rotate(r.edge); err != nil {
+	if err := d.ring.begin(r.edge, d.broker); err != nil {
 		return fmt.Errorf("publishing the first signing key: %w", err)
 	}
 	r.group.Go(func() error { return d.ring.Run(r.core) })
@@ -289,30 +296,30 @@ func (d *daemon) start(r *running) error {
 	return nil
 }
 
-// awaitSVID returns once the Workload API has given an SVID.
-func (d *daemon) awaitSVID(ctx context.Context) error {
+// awaitSVID returns the first SVID once the Workload API has given it.
+func awaitSVID(ctx context.Context, svids *agent.Identity, log *slog.Logger) (*x509svid.SVID, error) {
 	for {
-		changed := d.svids.Changed()
-		if svid, err := d.svids.GetX509SVID(); err == nil {
-			d.id = svid.ID
-			return nil
+		changed := svids.Changed()
+		if svid, err := svids.GetX509SVID(); err == nil {
+			return svid, nil
 		}
-		d.log.InfoContext(ctx, "waiting for an SVID from the workload api", "break_glass", d.cfg.Listen.BreakGlass)
+		log.InfoContext(ctx, "waiting for an SVID from the workload api")
 		select {
 		case <-changed:
 		case <-ctx.Done():
-			return ctx.Err()
+			return nil, ctx.Err()
 		}
 	}
 }
 
-// watchKeys tells the ring of a revoked key; it makes a new one.
+// watchKeys tells the ring of its revoked keys; it makes new ones.
 func (d *daemon) watchKeys(ctx context.Context) error {
 	for {
 		changed := d.broker.Changed()
-		if s, ok := d.ring.Current(); ok && d.broker.KeyRevoked(s.Public.ID) {
-			d.log.WarnContext(ctx, "the current signing key is revoked; making a new one", "key", s.Public.ID.String())
-			d.ring.Revoked(s.Public.ID)
+		for _, id := range d.ring.Own() {
+			if d.broker.KeyRevoked(id) && d.ring.Revoked(id) {
+				d.log.WarnContext(ctx, "a signing key is revoked", "key", id.String())
+			}
 		}
 		select {
 		case <-changed:
@@ -349,7 +356,7 @@ func (d *daemon) startLocal(r *running) error {
 		if err != nil {
 			return fmt.Errorf("listening for break-glass: %w", err)
 		}
-		glass, err := rpc.NewBreakGlass(rpc.Config{Broker: d.broker, Log: d.log, Backup: d.beginBackup})
+		glass, err := rpc.NewBreakGlass(rpc.Config{Broker: d.broker, Log: d.log, Backup: d.beginBackup, Handover: d.handover()})
 		if err != nil {
 			return errors.Join(err, l.Close())
 		}
@@ -432,7 +439,7 @@ func (d *daemon) startWeb(r *running, domains []spiffeid.TrustDomain) error {
 		return err
 	}
 	h, err := web.Public(web.PublicConfig{
-		Issuer: d.cfg.Issuer, Keys: d.broker.Keys, Algorithm: d.cfg.Algorithm, Broker: d.broker, Attestor: attestor, MutualTLS: d.cfg.MutualTLSURL,
+		Issuer: d.cfg.Issuer, Keys: d.broker.Keys, Algorithm: d.cfg.Algorithm, JWKSMaxAge: d.cfg.JWKSMaxAge, Broker: d.broker, Attestor: attestor, MutualTLS: d.cfg.MutualTLSURL,
 		TracerProvider: d.traces.tracer(), Log: d.log,
 	})
 	if err != nil {
@@ -494,14 +501,21 @@ func (d *daemon) problems() []web.Problem {
 			Hint:    broker.ErrLogBehind.Hint,
 		})
 	}
-	if _, ok := d.ring.Current(); !ok {
+	switch s, ok := d.ring.Current(); {
+	case !ok:
 		out = append(out, web.Problem{Reason: "NO_SIGNING_KEY", Message: "no signing key is published"})
+	case s.SpreadIn > 0:
+		out = append(out, web.Problem{
+			Reason:  broker.ErrKeyNotSpread.Reason,
+			Message: fmt.Sprintf("external audiences get no token for another %s: copies of the JWK set may be in use without the signing key", s.SpreadIn.Round(time.Second)),
+			Hint:    "it passes by itself; for a restart without it see docs/operations.md, A planned restart", Warning: true,
+		})
 	}
 	switch st := d.policy.Status(); {
 	case st.Generation == 0:
 		out = append(out, web.Problem{Reason: broker.ErrNoPolicy.Reason, Message: broker.ErrNoPolicy.Message, Hint: broker.ErrNoPolicy.Hint})
 	case st.Err != nil:
-		out = append(out, web.Problem{Reason: "POLICY_STALE", Message: "the policy folder is broken; the last good policy is in force", Warning: true})
+		out = append(out, web.Problem{Reason: "POLICY_STALE", Message: "what the source of policy has can't be taken; the last good policy is in force", Hint: "the log says what is wrong with it", Warning: true})
 	}
 	if d.web != nil {
 		if what := d.web.problem(time.Now()); what != "" {
