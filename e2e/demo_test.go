@@ -101,36 +101,38 @@ func TestDevCommandsWork(t *testing.T) {
 	wantEmpty(t, tmp)
 }
 
-// checkDevCurls pastes every command for curl over HTTPS into a shell, and wants a token
-// of those that ask for one.
+// checkDevCurls pastes every command for curl over HTTPS into a shell: those that dev
+// prints, and those of the documents. Each must be answered with what it asks for.
 func checkDevCurls(t *testing.T, ctx context.Context, printed string, env []string) {
 	t.Helper()
-	tokens, documents := 0, 0
-	for line := range strings.Lines(printed) {
-		command := strings.TrimSpace(line)
-		if !strings.HasPrefix(line, "  curl -s --cacert") {
-			continue
-		}
-		sh := exec.CommandContext(ctx, "sh", "-c", command)
-		sh.Env = env
-		out, err := sh.Output()
-		var answer map[string]any
-		if err == nil {
-			err = json.Unmarshal(out, &answer)
-		}
-		switch {
-		case err != nil:
-			t.Errorf("%s: %v\n%s", command, err, out)
-		case answer["access_token"] != nil:
-			tokens++
-		case answer["issuer"] != nil || answer["keys"] != nil:
-			documents++
-		default:
-			t.Errorf("%s: got %s", command, out)
+	const begin = "curl -s --cacert $DAYFLY_WEB_CA "
+	pages := must(filepath.Glob("../docs/*.md"))(t)
+	texts := map[string]string{"dayfly dev": printed}
+	for _, page := range pages {
+		texts[page] = strings.ReplaceAll(string(must(os.ReadFile(page))(t)), "\\\n", "")
+	}
+	ran := map[string]int{}
+	for where, text := range texts {
+		for line := range strings.Lines(text) {
+			command := strings.TrimSpace(line)
+			if !strings.HasPrefix(command, begin) {
+				continue
+			}
+			sh := exec.CommandContext(ctx, "sh", "-c", command)
+			sh.Env = env
+			out, err := sh.Output()
+			var answer map[string]any
+			if err == nil {
+				err = json.Unmarshal(out, &answer)
+			}
+			if asksToken := strings.Contains(command, "$DAYFLY_ISSUER/token "); err != nil || answer["error"] != nil || answer["code"] != nil || asksToken && answer["access_token"] == nil {
+				t.Errorf("%s: %s: %v\n%s", where, command, err, out)
+			}
+			ran[where]++
 		}
 	}
-	if tokens != 3 || documents != 3 {
-		t.Errorf("curl got %d tokens and %d documents, want 3 and 3", tokens, documents)
+	if ran["dayfly dev"] < 6 || ran["../docs/oauth.md"] < 6 {
+		t.Errorf("curl was run %v times", ran)
 	}
 }
 

@@ -162,9 +162,9 @@ func (l *Listen) Validate() error {
 			taken[at.addr] = at.key
 		}
 	}
-	for key, path := range map[string]string{"https_certificate": l.HTTPSCertificate, "https_key": l.HTTPSKey} {
-		if (path == "") != (l.HTTPS == "") {
-			problems = append(problems, config.Wrong(key, "and listen.https go together: a PEM file for the address"))
+	for _, file := range []struct{ key, path string }{{"https_certificate", l.HTTPSCertificate}, {"https_key", l.HTTPSKey}} {
+		if (file.path == "") != (l.HTTPS == "") {
+			problems = append(problems, config.Wrong(file.key, "and listen.https go together: a PEM file for the address"))
 		}
 	}
 	switch {
