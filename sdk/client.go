@@ -72,6 +72,12 @@ type Config struct {
 	// any other identity of the trust domain could collect tokens in its place.
 	BrokerID spiffeid.ID
 
+	// JWTSVID, if set, is asked in every call for a JWT-SVID for the broker's issuer and
+	// nobody else, which proves who calls where mTLS ends before the broker: Address is
+	// then what leads to its listener for them, and BrokerID who ends mTLS. Not for a
+	// unix socket.
+	JWTSVID func(context.Context) (string, error)
+
 	// Timeout is for a call whose context has no deadline. Zero means
 	// DefaultTimeout.
 	Timeout time.Duration
@@ -87,6 +93,9 @@ func (c *Config) validate() error {
 	if c.unix() {
 		if !strings.HasPrefix(c.Address, unixScheme+"/") {
 			errs = append(errs, fmt.Errorf("address %q: a socket is unix:// and an absolute path", c.Address))
+		}
+		if c.JWTSVID != nil {
+			errs = append(errs, errors.New("JWT-SVID: the kernel says who calls a unix socket"))
 		}
 		return errors.Join(errs...)
 	}
@@ -289,7 +298,7 @@ func (c *Client) dial() (*connection, error) {
 	if !c.cfg.unix() {
 		target, creds = "dns:///"+c.cfg.Address, credentials.NewTLS(c.tls(conn))
 	}
-	cc, err := grpc.NewClient(target,
+	options := []grpc.DialOption{
 		grpc.WithTransportCredentials(creds),
 		grpc.WithDisableServiceConfig(), // from DNS, which proves nothing
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(MaxReceiveBytes), grpc.MaxCallSendMsgSize(MaxSendBytes)),
@@ -298,13 +307,31 @@ func (c *Client) dial() (*connection, error) {
 			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.3, MaxDelay: maxRedial},
 			MinConnectTimeout: 5 * time.Second,
 		}),
-	)
+	}
+	if c.cfg.JWTSVID != nil {
+		options = append(options, grpc.WithPerRPCCredentials(jwtSVID(c.cfg.JWTSVID)))
+	}
+	cc, err := grpc.NewClient(target, options...)
 	if err != nil {
 		return nil, err
 	}
 	conn.cc = cc
 	return conn, nil
 }
+
+// jwtSVID shows a JWT-SVID in each call.
+type jwtSVID func(context.Context) (string, error)
+
+func (fetch jwtSVID) GetRequestMetadata(ctx context.Context, _ ...string) (map[string]string, error) {
+	s, err := fetch(ctx)
+	if err != nil {
+		return nil, status.Errorf(codes.Unavailable, "fetching a JWT-SVID: %v", err)
+	}
+	return map[string]string{"authorization": "Bearer " + s}, nil
+}
+
+// RequireTransportSecurity: it is a bearer document.
+func (jwtSVID) RequireTransportSecurity() bool { return true }
 
 // tls authorises the broker in VerifyConnection as well, because crypto/tls skips
 // VerifyPeerCertificate on a resumed session; there is no session cache either.

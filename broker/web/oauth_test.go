@@ -12,6 +12,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"reflect"
 	"strings"
 	"sync"
 	"testing"
@@ -53,6 +54,12 @@ type world struct {
 
 func newWorld(t testing.TB) *world {
 	t.Helper()
+	return newWorldOf(t, 0)
+}
+
+// newWorldOf starts a broker with a lower maximum of revocations.
+func newWorldOf(t testing.TB, maxRevocations int) *world {
+	t.Helper()
 	w := &world{t: t, td: spiffetest.ForTest(t, spiffetest.Config{TrustDomain: domain})}
 	w.set(func(q broker.Question) (broker.Decision, error) {
 		if q.Audience != "orders" && q.Audience != "ledger" && q.Audience != orders.String() {
@@ -64,7 +71,7 @@ func newWorld(t testing.TB) *world {
 		}
 		return broker.Decision{Allow: true, Scopes: scopes, TTL: 5 * time.Minute, Binding: q.Binding}, nil
 	})
-	w.start()
+	w.start(maxRevocations)
 	attestor, err := attest.New(attest.Config{X509: w.td, JWT: w.td, TrustDomains: []spiffeid.TrustDomain{domain}, Audience: issuer})
 	if err != nil {
 		t.Fatal(err)
@@ -87,7 +94,7 @@ func newWorld(t testing.TB) *world {
 }
 
 // start runs the broker, on a store in memory.
-func (w *world) start() {
+func (w *world) start(maxRevocations int) {
 	t := w.t
 	t.Helper()
 	start := time.Now().UTC()
@@ -100,7 +107,8 @@ func (w *world) start() {
 		t.Fatal(err)
 	}
 	w.b, err = broker.New(broker.Config{
-		Issuer: issuer, Policy: w, Store: storetest.Memory(t, storetest.Era(token.NextEra(0, start))),
+		MaxRevocations: maxRevocations,
+		Issuer:         issuer, Policy: w, Store: storetest.Memory(t, storetest.Era(token.NextEra(0, start))),
 		Signer: func() (broker.Signer, bool) { return broker.PrivateSigner(public, key), true },
 		VerifyKey: func(k feed.Key, at time.Time) error {
 			return keys.VerifyKey(issuer, k, w.td, spiffeid.MatchID(brokerID), at)
@@ -636,4 +644,42 @@ func TestPeerOfUnixSocket(t *testing.T) {
 		t.Errorf("%s, audited as %+v", resp.Status, e)
 	}
 	c.CloseIdleConnections()
+}
+
+// Both documents say where the endpoints are and how to authenticate there, and nothing
+// of an endpoint that isn't served.
+func TestDiscoveryOfOAuth(t *testing.T) {
+	w := newWorld(t)
+	attestor, err := attest.New(attest.Config{X509: w.td, JWT: w.td, TrustDomains: []spiffeid.TrustDomain{domain}, Audience: issuer})
+	if err != nil {
+		t.Fatal(err)
+	}
+	methods := []any{"spiffe_x509", "spiffe_jwt"}
+	for _, mutual := range []string{"", "https://mtls.example.org/d"} {
+		const base = "https://b.example.org/path"
+		h := mustPublic(t, web.PublicConfig{Issuer: base, Broker: w.b, Attestor: attestor, MutualTLS: mutual})
+		for _, path := range []string{"/path/.well-known/openid-configuration", "/.well-known/oauth-authorization-server/path"} {
+			m := decode(t, do(h, http.MethodGet, path))
+			if m["token_endpoint"] != base+"/token" || !reflect.DeepEqual(m["token_endpoint_auth_methods_supported"], methods) || m["tls_client_certificate_bound_access_tokens"] != true ||
+				!reflect.DeepEqual(m["grant_types_supported"], []any{"client_credentials", "urn:ietf:params:oauth:grant-type:token-exchange"}) {
+				t.Errorf("%s: %v", path, m)
+			}
+			aliases, _ := m["mtls_endpoint_aliases"].(map[string]any)
+			if (mutual == "") != (aliases == nil) || mutual != "" && aliases["token_endpoint"] != mutual+"/token" {
+				t.Errorf("%s: aliases %v with the base URL %q", path, aliases, mutual)
+			}
+		}
+		if r := do(h, http.MethodPost, "/path/token"); r.StatusCode != http.StatusBadRequest {
+			t.Errorf("the endpoint that is named answers %s", r.Status)
+		}
+	}
+	if m := decode(t, do(mustPublic(t, web.PublicConfig{}), http.MethodGet, "/.well-known/openid-configuration")); m["token_endpoint"] != nil {
+		t.Errorf("without a broker: %v", m)
+	}
+	if _, err := web.Public(web.PublicConfig{Issuer: issuer, Keys: w.b.Keys, Broker: w.b}); err == nil {
+		t.Error("a broker without an attestor is served")
+	}
+	if _, err := web.Public(web.PublicConfig{Issuer: issuer, Keys: w.b.Keys, Broker: w.b, Attestor: attestor, MutualTLS: "broker:1"}); err == nil {
+		t.Error("a base URL that is none is taken")
+	}
 }

@@ -74,6 +74,8 @@ type public struct {
 // message and hint. With a broker there are endpoints that want an authenticated client:
 //
 //	POST <issuer>/token    RFC 6749 section 4.4, RFC 8693
+//	POST <issuer>/introspect    RFC 7662
+//	POST <issuer>/revoke    RFC 7009
 func Public(cfg PublicConfig) (http.Handler, error) {
 	if cfg.Algorithm == "" {
 		cfg.Algorithm = token.ES256
@@ -111,6 +113,8 @@ func (p *public) endpoints() []oauthEndpoint {
 	}
 	return []oauthEndpoint{
 		{"/token", "token", p.token},
+		{"/introspect", "introspection", p.introspect},
+		{"/revoke", "revocation", p.revoke},
 	}
 }
 

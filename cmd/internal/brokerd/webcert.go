@@ -46,7 +46,7 @@ func (c *webCertificate) look() error {
 		return c.note(nil, fmt.Errorf("reading the web certificate's key: %w", err))
 	}
 	c.mu.Lock()
-	same := c.err == nil && bytes.Equal(cert, c.read[0]) && bytes.Equal(key, c.read[1])
+	same := c.current != nil && c.err == nil && bytes.Equal(cert, c.read[0]) && bytes.Equal(key, c.read[1])
 	c.read = [2][]byte{cert, key}
 	c.mu.Unlock()
 	if same {
