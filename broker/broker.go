@@ -69,6 +69,9 @@ type Config struct {
 	Audit func(AuditEntry) error
 	// MaxTTL is a lower cap than the hard one; 0: the hard cap.
 	MaxTTL time.Duration
+	// MaxRevocations is a lower maximum of the set than the constant, for give-backs; 0:
+	// the constant.
+	MaxRevocations int
 
 	Log  *slog.Logger        // nil: discard
 	Now  func() time.Time    // nil: time.Now
@@ -112,8 +115,14 @@ func New(cfg Config) (*Broker, error) {
 	if cfg.MaxTTL < 0 || cfg.MaxTTL > token.MaxTTL {
 		problems = append(problems, fmt.Errorf("broker: MaxTTL is at most the hard cap of %s", token.MaxTTL))
 	}
+	if cfg.MaxRevocations < 0 || cfg.MaxRevocations > MaxRevocations {
+		problems = append(problems, fmt.Errorf("broker: MaxRevocations is at most %d", MaxRevocations))
+	}
 	if err := errors.Join(problems...); err != nil {
 		return nil, err
+	}
+	if cfg.MaxRevocations == 0 {
+		cfg.MaxRevocations = MaxRevocations
 	}
 	if cfg.MaxTTL == 0 {
 		cfg.MaxTTL = token.MaxTTL

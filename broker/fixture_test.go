@@ -238,6 +238,8 @@ type world struct {
 	headErr  error
 	// disregard is what the next broker is told to disregard.
 	disregard feed.Position
+	// maxRevocations is a lower maximum of the next broker's set.
+	maxRevocations int
 
 	stop       func() // ends the broker and closes the store
 	stopBroker func() // ends the broker alone
@@ -321,8 +323,8 @@ func (w *world) newBroker() *broker.Broker {
 		VerifyHead: func(h feed.SignedHead) (feed.HeadStatement, error) {
 			return vouch.VerifyKeptHead(issuer, h, w.td, spiffeid.MatchID(brokerID), w.clock.Now())
 		},
-		Disregard: w.disregard,
-		Audit:     w.record, Log: slog.New(slog.NewJSONHandler(w, nil)),
+		Disregard: w.disregard, MaxRevocations: w.maxRevocations,
+		Audit: w.record, Log: slog.New(slog.NewJSONHandler(w, nil)),
 		Now: w.clock.Now, Boot: w.clock.Boot,
 	})
 	if err != nil {

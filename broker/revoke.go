@@ -12,7 +12,6 @@ import (
 	"github.com/dayflyhq/dayfly/proto/revocation"
 	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"golang.org/x/sync/singleflight"
 )
 
 // A Revoke is what an operator asks for: one atomic record, whatever it kills.
@@ -219,27 +218,32 @@ func (b *Broker) recordOnce(ctx context.Context, c Caller, key string, same func
 	if key == "" {
 		return b.append(ctx, next)
 	}
-	done := b.flight.DoChan(retryKey(c.Actor(), key), func() (any, error) {
+	rec, err := b.inOneFlight(ctx, retryKey(c.Actor(), key), func(ctx context.Context) (Record, error) {
 		if rec, ok := b.recorded(c, key); ok {
 			return rec, nil
 		}
-		// The work outlives a caller that gives up: others may wait for it.
-		return b.append(context.WithoutCancel(ctx), next)
+		return b.append(ctx, next)
 	})
-	var answer singleflight.Result
-	select {
-	case answer = <-done:
-	case <-ctx.Done():
-		return Record{}, ctx.Err()
+	if err != nil {
+		return Record{}, err
 	}
-	if answer.Err != nil {
-		return Record{}, answer.Err
-	}
-	rec := answer.Val.(Record)
 	if !same(rec) {
 		return Record{}, ErrIdempotencyReused
 	}
 	return rec, nil
+}
+
+// inOneFlight makes a record for all calls at once with the same key. The work outlives a
+// caller that gives up: others may wait for it.
+func (b *Broker) inOneFlight(ctx context.Context, key string, make func(context.Context) (Record, error)) (Record, error) {
+	done := b.flight.DoChan(key, func() (any, error) { return make(context.WithoutCancel(ctx)) })
+	select {
+	case answer := <-done:
+		rec, _ := answer.Val.(Record)
+		return rec, answer.Err
+	case <-ctx.Done():
+		return Record{}, ctx.Err()
+	}
 }
 
 // recorded returns the record that a key of the caller's made, or, where another
@@ -383,13 +387,14 @@ func (b *Broker) Revocation(seq uint64) (RevocationRecord, error) {
 	return b.state.withLift(rec), nil
 }
 
-// Revocations returns up to limit revocations below a number (0: the newest), newest first.
-func (b *Broker) Revocations(below uint64, limit int) []RevocationRecord {
+// Revocations returns up to limit revocations below a number (0: the newest), newest
+// first; those of grants that their holders gave back only where givenBack is set.
+func (b *Broker) Revocations(below uint64, limit int, givenBack bool) []RevocationRecord {
 	b.state.mu.RLock()
 	defer b.state.mu.RUnlock()
 	var numbers []uint64
 	for seq, rec := range b.state.records {
-		if rec.Revocation != nil && (below == 0 || seq < below) {
+		if rec.Revocation != nil && (below == 0 || seq < below) && (givenBack || !rec.Details.GivenBack) {
 			numbers = append(numbers, seq)
 		}
 	}

@@ -78,6 +78,8 @@ const (
 	ActionLiftConfirm      Action = "lift_confirm"
 	ActionList             Action = "list"
 	ActionPlan             Action = "plan"
+	ActionGiveBack         Action = "give_back"
+	ActionIntrospect       Action = "introspect"
 	ActionBackup           Action = "backup"    // over the break-glass socket only
 	ActionRestore          Action = "restore"   // audited at the first start after it
 	ActionHandOver         Action = "hand_over" // over the break-glass socket only
@@ -92,7 +94,8 @@ type Question struct {
 	Scopes   []string
 	TTL      time.Duration
 	Binding  token.Binding // "" leaves it to policy
-	// Parent is the presented token of an exchange.
+	// Parent is the presented token of an exchange, or the one to be given back or
+	// introspected.
 	Parent *token.Claims
 	// Selectors and Lock are those of a revocation.
 	Selectors []string
@@ -114,7 +117,7 @@ type Decision struct {
 	Message  string
 	Hint     string
 	Metadata map[string]string
-	// Limits of the caller are for issue and exchange.
+	// Limits of the caller are for issue, exchange and give_back.
 	Limits Limits
 	// SecondPerson is for lifts and for revocations of everything.
 	SecondPerson SecondPerson

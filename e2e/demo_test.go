@@ -85,12 +85,15 @@ func TestDevCommandsWork(t *testing.T) {
 		t.Errorf("GET %s over the agent's socket: %s %s", m[2], resp.Status, body)
 	}
 	checkDevCurls(t, ctx, printed, env)
+	checkRevokeCurl(t, ctx, env)
 	ran := 0
 	for line := range strings.Lines(printed) {
 		command, ok := strings.CutPrefix(line, "  dayfly ")
 		if !ok || strings.Contains(command, "curl") {
 			continue
 		}
+		// The number that revoke printed is one more: curl has given a token back.
+		command = strings.Replace(command, "lift 3 ", "lift 4 ", 1)
 		sh := exec.CommandContext(ctx, "sh", "-c", "dayfly "+command)
 		sh.Env = env
 		if out, err := sh.CombinedOutput(); err != nil {
@@ -109,11 +112,38 @@ func TestDevCommandsWork(t *testing.T) {
 	wantEmpty(t, tmp)
 }
 
+// What commands for curl over HTTPS begin with, and what one has that gives a token back.
+const begin, revokes = "curl -s --cacert $DAYFLY_WEB_CA ", "$DAYFLY_ISSUER/revoke "
+
+// checkRevokeCurl pastes the command of the documents that gives a token back.
+func checkRevokeCurl(t *testing.T, ctx context.Context, env []string) {
+	t.Helper()
+	page := strings.ReplaceAll(string(must(os.ReadFile("../docs/oauth.md"))(t)), "\\\n", "")
+	for line := range strings.Lines(page) {
+		command := strings.TrimSpace(line)
+		if !strings.HasPrefix(command, begin) || !strings.Contains(command, revokes) {
+			continue
+		}
+		sh := exec.CommandContext(ctx, "sh", "-c", command+" -w '%{http_code}'")
+		sh.Env = env
+		out, err := sh.CombinedOutput()
+		if err != nil || string(out) != "200" {
+			t.Errorf("%s: %v\n%s", command, err, out)
+		}
+		list := exec.CommandContext(ctx, "sh", "-c", "dayfly revocations list --given-back | grep 'given back'")
+		list.Env = env
+		if out, err := list.CombinedOutput(); err != nil {
+			t.Errorf("nothing was given back: %v\n%s", err, out)
+		}
+		return
+	}
+	t.Error("no command gives a token back")
+}
+
 // checkDevCurls pastes every command for curl over HTTPS into a shell: those that dev
 // prints, and those of the documents. Each must be answered with what it asks for.
 func checkDevCurls(t *testing.T, ctx context.Context, printed string, env []string) {
 	t.Helper()
-	const begin = "curl -s --cacert $DAYFLY_WEB_CA "
 	pages := must(filepath.Glob("../docs/*.md"))(t)
 	texts := map[string]string{"dayfly dev": printed}
 	for _, page := range pages {
@@ -123,7 +153,7 @@ func checkDevCurls(t *testing.T, ctx context.Context, printed string, env []stri
 	for where, text := range texts {
 		for line := range strings.Lines(text) {
 			command := strings.TrimSpace(line)
-			if !strings.HasPrefix(command, begin) {
+			if !strings.HasPrefix(command, begin) || strings.Contains(command, revokes) {
 				continue
 			}
 			sh := exec.CommandContext(ctx, "sh", "-c", command)
@@ -133,13 +163,14 @@ func checkDevCurls(t *testing.T, ctx context.Context, printed string, env []stri
 			if err == nil {
 				err = json.Unmarshal(out, &answer)
 			}
-			if asksToken := strings.Contains(command, "$DAYFLY_ISSUER/token "); err != nil || answer["error"] != nil || answer["code"] != nil || asksToken && answer["access_token"] == nil {
+			if asksToken := strings.Contains(command, "$DAYFLY_ISSUER/token "); err != nil || answer["error"] != nil || answer["code"] != nil || asksToken && answer["access_token"] == nil ||
+				strings.Contains(command, "$DAYFLY_ISSUER/introspect ") && answer["active"] != true {
 				t.Errorf("%s: %s: %v\n%s", where, command, err, out)
 			}
 			ran[where]++
 		}
 	}
-	if ran["dayfly dev"] < 6 || ran["../docs/oauth.md"] < 6 {
+	if ran["dayfly dev"] < 6 || ran["../docs/oauth.md"] < 7 {
 		t.Errorf("curl was run %v times", ran)
 	}
 }

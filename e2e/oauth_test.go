@@ -132,3 +132,52 @@ func postToken(t *testing.T, c *http.Client, base string, f url.Values) tokenAns
 	}
 	return a
 }
+
+// TestGivenBackOnBinaries: a token is good when asked about, until its holder gives it
+// back; then nothing accepts what derives from it.
+func TestGivenBackOnBinaries(t *testing.T) {
+	box := newBox(t)
+	ctx := t.Context()
+	payments, orders, ledger := must(box.HTTP(ctx, sandbox.Payments))(t), must(box.HTTP(ctx, sandbox.Orders))(t), must(box.HTTP(ctx, sandbox.Ledger))(t)
+	root := postToken(t, payments, box.Issuer, url.Values{"grant_type": {"client_credentials"}, "audience": {"orders"}}).Token
+	derived := postToken(t, orders, box.Issuer, url.Values{
+		"grant_type": {grantExchange}, "audience": {"ledger"}, "subject_token": {root}, "subject_token_type": {accessToken},
+	}).Token
+	active := func(c *http.Client, secret string) bool {
+		t.Helper()
+		resp := must(c.PostForm(box.Issuer+"/introspect", url.Values{"token": {secret}}))(t)
+		defer resp.Body.Close()
+		var a struct{ Active bool }
+		if err := json.NewDecoder(resp.Body).Decode(&a); err != nil || resp.StatusCode != http.StatusOK {
+			t.Fatalf("introspecting: %s, %v", resp.Status, err)
+		}
+		return a.Active
+	}
+	giveBack := func(c *http.Client, secret string) {
+		t.Helper()
+		resp := must(c.PostForm(box.Issuer+"/revoke", url.Values{"token": {secret}}))(t)
+		resp.Body.Close()
+		if resp.StatusCode != http.StatusOK {
+			t.Fatalf("giving back: %s", resp.Status)
+		}
+	}
+	giveBack(orders, root) // which isn't its own
+	if !active(orders, root) || !active(ledger, derived) {
+		t.Fatal("two good tokens are not active")
+	}
+	if active(ledger, root) || active(payments, root) {
+		t.Error("told somebody who may not ask")
+	}
+	giveBack(payments, root)
+	if active(orders, root) || active(ledger, derived) {
+		t.Error("given back, and active")
+	}
+	alice := dayflyv1.NewRevocationServiceClient(must(box.Client(ctx, sandbox.Alice, box.Info.GRPC))(t).Conn())
+	if list := must(alice.ListRevocations(ctx, &dayflyv1.ListRevocationsRequest{}))(t).GetRevocations(); len(list) != 0 {
+		t.Errorf("operators see %v", list)
+	}
+	list := must(alice.ListRevocations(ctx, &dayflyv1.ListRevocationsRequest{GivenBack: true}))(t).GetRevocations()
+	if len(list) != 1 || list[0].GetActor() != sandbox.Payments.String() || !list[0].GetGivenBack() {
+		t.Errorf("with give-backs they see %v", list)
+	}
+}

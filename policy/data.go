@@ -75,13 +75,14 @@ func (p place) String() string { return p.file + ":" + strconv.Itoa(p.line) }
 type dataset struct {
 	value ast.Object
 
-	audiences    map[string]Audience
-	entitlements table[entitlement]
-	exchange     map[string]table[entitlement]
-	operators    map[string][]string
-	verifiers    map[string]verifier
-	limits       map[string]Limits
-	lift         lift
+	audiences     map[string]Audience
+	entitlements  table[entitlement]
+	exchange      map[string]table[entitlement]
+	operators     map[string][]string
+	verifiers     map[string]verifier
+	introspectors map[string][]string
+	limits        map[string]Limits
+	lift          lift
 
 	// templates are the audiences with placeholders, sorted.
 	templates []*template
@@ -117,15 +118,16 @@ type parser struct {
 	file     string
 	problems *Problems
 
-	audiences    map[string]Audience
-	entitlements table[entitlement]
-	exchange     map[string]table[entitlement]
-	operators    map[string][]string
-	verifiers    map[string]verifier
-	limits       map[string]Limits
-	lift         lift
-	templates    []*template
-	custom       map[string]ast.Value
+	audiences     map[string]Audience
+	entitlements  table[entitlement]
+	exchange      map[string]table[entitlement]
+	operators     map[string][]string
+	verifiers     map[string]verifier
+	introspectors map[string][]string
+	limits        map[string]Limits
+	lift          lift
+	templates     []*template
+	custom        map[string]ast.Value
 
 	places map[string]place
 	// uses are mentions of audiences, checked once all files are read.
@@ -141,16 +143,17 @@ type use struct {
 // what could be read and adds every complaint to problems.
 func parseData(names []string, files map[string][]byte, problems *Problems) *dataset {
 	p := &parser{
-		problems:     problems,
-		audiences:    map[string]Audience{},
-		entitlements: table[entitlement]{},
-		exchange:     map[string]table[entitlement]{},
-		operators:    map[string][]string{},
-		verifiers:    map[string]verifier{},
-		limits:       map[string]Limits{},
-		lift:         lift{within: defaultConfirmWithin},
-		custom:       map[string]ast.Value{},
-		places:       map[string]place{},
+		problems:      problems,
+		audiences:     map[string]Audience{},
+		entitlements:  table[entitlement]{},
+		exchange:      map[string]table[entitlement]{},
+		operators:     map[string][]string{},
+		verifiers:     map[string]verifier{},
+		introspectors: map[string][]string{},
+		limits:        map[string]Limits{},
+		lift:          lift{within: defaultConfirmWithin},
+		custom:        map[string]ast.Value{},
+		places:        map[string]place{},
 	}
 	for _, name := range names {
 		p.file = name
@@ -208,14 +211,15 @@ func (p *parser) failf(n *yaml.Node, format string, args ...any) {
 
 func (p *parser) root(n *yaml.Node) {
 	p.fields(n, "policy data", map[string]func(*yaml.Node){
-		"audiences":    p.parseAudiences,
-		"entitlements": p.parseEntitlements,
-		"exchange":     p.parseExchange,
-		"operators":    p.parseOperators,
-		"verifiers":    p.parseVerifiers,
-		"limits":       p.parseLimits,
-		"lift":         p.parseLift,
-		"custom":       p.parseCustom,
+		"audiences":     p.parseAudiences,
+		"entitlements":  p.parseEntitlements,
+		"exchange":      p.parseExchange,
+		"operators":     p.parseOperators,
+		"verifiers":     p.parseVerifiers,
+		"introspectors": p.parseIntrospectors,
+		"limits":        p.parseLimits,
+		"lift":          p.parseLift,
+		"custom":        p.parseCustom,
 	})
 }
 
@@ -375,6 +379,15 @@ func (p *parser) parseVerifiers(n *yaml.Node) {
 	})
 }
 
+func (p *parser) parseIntrospectors(n *yaml.Node) {
+	p.patterns(n, "introspectors", func(pattern string, v *yaml.Node) {
+		if p.claim(v, "introspectors", pattern) {
+			p.introspectors[pattern] = p.followed(v)
+		}
+	})
+}
+
+// followed reads a list of audiences, or of "*" for all that are declared.
 func (p *parser) followed(n *yaml.Node) []string {
 	list := p.strings(n, func(s string) error {
 		switch {
@@ -400,8 +413,9 @@ func (p *parser) parseLimits(n *yaml.Node) {
 		}
 		var l Limits
 		p.fields(v, "limits", map[string]func(*yaml.Node){
-			"issue_per_second": func(n *yaml.Node) { l.IssuePerSecond = p.count(n) },
-			"live_grants":      func(n *yaml.Node) { l.LiveGrants = p.count(n) },
+			"issue_per_second":      func(n *yaml.Node) { l.IssuePerSecond = p.count(n) },
+			"live_grants":           func(n *yaml.Node) { l.LiveGrants = p.count(n) },
+			"give_backs_per_minute": func(n *yaml.Node) { l.GiveBacksPerMinute = p.count(n) },
 		})
 		p.limits[pattern] = l
 	})

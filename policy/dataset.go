@@ -13,16 +13,17 @@ import (
 // a hundred thousand.
 func (p *parser) dataset() *dataset {
 	d := &dataset{
-		audiences:    p.audiences,
-		entitlements: p.entitlements,
-		exchange:     p.exchange,
-		operators:    p.operators,
-		verifiers:    p.verifiers,
-		limits:       p.limits,
-		lift:         p.lift,
-		templates:    p.templates,
-		names:        map[string][]string{},
-		places:       p.places,
+		audiences:     p.audiences,
+		entitlements:  p.entitlements,
+		exchange:      p.exchange,
+		operators:     p.operators,
+		verifiers:     p.verifiers,
+		introspectors: p.introspectors,
+		limits:        p.limits,
+		lift:          p.lift,
+		templates:     p.templates,
+		names:         map[string][]string{},
+		places:        p.places,
 	}
 	slices.SortFunc(d.templates, func(a, b *template) int { return cmp.Compare(a.text, b.text) })
 	for name, a := range p.audiences {
@@ -36,6 +37,7 @@ func (p *parser) dataset() *dataset {
 		item("exchange", object(p.exchange, func(t table[entitlement]) *ast.Term { return object(t, targetsTerm) })),
 		item("operators", object(p.operators, setTerm)),
 		item("verifiers", object(p.verifiers, verifierTerm)),
+		item("introspectors", object(p.introspectors, setTerm)),
 		item("limits", object(p.limits, limitsTerm)),
 		item("lift", ast.ObjectTerm(
 			item("two_person", ast.BooleanTerm(p.lift.twoPerson)),
@@ -75,6 +77,10 @@ func (d *dataset) match(in Input, patterns []string) (match, target string) {
 		return d.entitled(in, patterns, func(p string) map[string]entitlement { return d.exchange[p][in.ParentAudience] })
 	case ActionFollow, ActionRelay, ActionReport:
 		has = func(p string) bool { _, ok := d.verifiers[p]; return ok }
+	case ActionIntrospect:
+		has = func(p string) bool { _, ok := d.introspectors[p]; return ok }
+	case ActionGiveBack:
+		return "", "" // everybody's own
 	default:
 		has = func(p string) bool { _, ok := d.operators[p]; return ok }
 	}
@@ -186,6 +192,7 @@ func limitsTerm(l Limits) *ast.Term {
 	return ast.ObjectTerm(
 		item("issue_per_second", int64Term(int64(l.IssuePerSecond))),
 		item("live_grants", int64Term(int64(l.LiveGrants))),
+		item("give_backs_per_minute", int64Term(int64(l.GiveBacksPerMinute))),
 	)
 }
 

@@ -26,7 +26,7 @@ type Decision struct {
 	TTL time.Duration `json:"ttl_ns,omitempty"`
 	// Binding is the stricter of what was asked for and what policy says.
 	Binding string `json:"binding,omitempty"`
-	// Limits of the caller, for issue and exchange; zero fields set none. They come
+	// Limits of the caller, for issue, exchange and give_back; zero fields set none. They come
 	// from the data, allowed or not. A rule may set lower ones and can't raise them.
 	Limits Limits `json:"limits"`
 	// SecondPerson is set for lift, lift_confirm and revoke_everything, allowed or
@@ -75,6 +75,8 @@ type Denial struct {
 type Limits struct {
 	IssuePerSecond int `json:"issue_per_second,omitempty"`
 	LiveGrants     int `json:"live_grants,omitempty"`
+	// GiveBacksPerMinute in place of the broker's default.
+	GiveBacksPerMinute int `json:"give_backs_per_minute,omitempty"`
 }
 
 // SecondPerson says whether one operator's call only proposes, and another's confirms.
@@ -155,6 +157,8 @@ func decodeLimits(v ast.Value) (Limits, error) {
 			l.IssuePerSecond = int(n)
 		case key == "live_grants":
 			l.LiveGrants = int(n)
+		case key == "give_backs_per_minute":
+			l.GiveBacksPerMinute = int(n)
 		default:
 			return errors.New("unknown key")
 		}
@@ -171,7 +175,10 @@ func (l Limits) stricter(m Limits) Limits {
 		}
 		return a
 	}
-	return Limits{lower(l.IssuePerSecond, m.IssuePerSecond), lower(l.LiveGrants, m.LiveGrants)}
+	return Limits{
+		lower(l.IssuePerSecond, m.IssuePerSecond), lower(l.LiveGrants, m.LiveGrants),
+		lower(l.GiveBacksPerMinute, m.GiveBacksPerMinute),
+	}
 }
 
 // check holds the answer against the question: policy narrows, it never widens.

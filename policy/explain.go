@@ -106,6 +106,9 @@ func (e Explanation) WriteText(w io.Writer) error {
 	if d.Limits.LiveGrants > 0 {
 		fmt.Fprintf(&b, "  limit    %d live grants\n", d.Limits.LiveGrants)
 	}
+	if d.Limits.GiveBacksPerMinute > 0 {
+		fmt.Fprintf(&b, "  limit    %d give-backs a minute\n", d.Limits.GiveBacksPerMinute)
+	}
 	if d.SecondPerson.Required {
 		fmt.Fprintf(&b, "  takes a second person within %s; may confirm: %s\n", shortDuration(d.SecondPerson.Within), strings.Join(d.SecondPerson.Confirmers, " "))
 	}

@@ -244,7 +244,7 @@ func (g *generation) decide(ctx context.Context, cfg Config, in Input, opts ...r
 	if isTemplate(f.target) {
 		d.Template = f.target
 	}
-	if in.Action == ActionIssue || in.Action == ActionExchange {
+	if in.Action == ActionIssue || in.Action == ActionExchange || in.Action == ActionGiveBack {
 		d.Limits = g.data.limitsOf(f.patterns).stricter(d.Limits)
 	} else {
 		d.Limits = Limits{}

@@ -95,8 +95,8 @@ func (c *Config) validate() error {
 	if u, err := url.Parse(c.Issuer); err != nil || u.Scheme == "" || u.Host == "" {
 		errs = append(errs, fmt.Errorf("issuer %q is not an absolute URL", c.Issuer))
 	}
-	if c.Algorithm != token.ES256 && c.Algorithm != token.EdDSA {
-		errs = append(errs, fmt.Errorf("algorithm %q is neither %s nor %s", c.Algorithm, token.ES256, token.EdDSA))
+	if !c.Algorithm.Valid() {
+		errs = append(errs, fmt.Errorf("algorithm %q is none of %s, %s and %s", c.Algorithm, token.ES256, token.EdDSA, token.RS256))
 	}
 	if c.RotateEvery < MinRotateEvery || c.RotateEvery > DefaultRotateEvery {
 		errs = append(errs, fmt.Errorf("key rotation every %v: at least %v, at most %v", c.RotateEvery, MinRotateEvery, DefaultRotateEvery))

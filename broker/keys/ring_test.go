@@ -147,11 +147,11 @@ func signs(t *testing.T, s keys.Signer) error {
 }
 
 func TestNewRefusesBadConfig(t *testing.T) {
-	_, err := keys.New(keys.Config{Issuer: "broker", Algorithm: "RS256", RotateEvery: 13 * time.Hour})
+	_, err := keys.New(keys.Config{Issuer: "broker", Algorithm: "PS256", RotateEvery: 13 * time.Hour})
 	if err == nil {
 		t.Fatal("accepted")
 	}
-	for _, want := range []string{"issuer", "RS256", "13h", "SVID", "publish"} {
+	for _, want := range []string{"issuer", "PS256", "13h", "SVID", "publish"} {
 		if !strings.Contains(err.Error(), want) {
 			t.Errorf("%q doesn't mention %q", err, want)
 		}
@@ -159,7 +159,7 @@ func TestNewRefusesBadConfig(t *testing.T) {
 }
 
 func TestSigns(t *testing.T) {
-	for _, alg := range []token.Algorithm{token.ES256, token.EdDSA} {
+	for _, alg := range []token.Algorithm{token.ES256, token.EdDSA, token.RS256} {
 		t.Run(string(alg), func(t *testing.T) {
 			p := &publisher{}
 			r, td := newRing(t, p, func(c *keys.Config) { c.Algorithm = alg })

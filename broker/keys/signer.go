@@ -6,6 +6,7 @@ import (
 	"crypto/ed25519"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/rsa"
 	"fmt"
 	"io"
 	"log/slog"
@@ -68,9 +69,12 @@ func generate(alg token.Algorithm) (*signingKey, error) {
 }
 
 func generatePrivate(alg token.Algorithm) (crypto.Signer, error) {
-	if alg == token.EdDSA {
+	switch alg {
+	case token.EdDSA:
 		_, private, err := ed25519.GenerateKey(rand.Reader)
 		return private, err
+	case token.RS256:
+		return rsa.GenerateKey(rand.Reader, token.RSABits)
 	}
 	return ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 }

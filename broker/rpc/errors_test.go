@@ -300,7 +300,7 @@ This page is generated from the code; a test keeps it so.
 	rows(&page, sorted(byName))
 	page.WriteString(`
 Metadata: "field" names the field of an INVALID_REQUEST; "policy_reason" is the policy's own reason of a POLICY_DENIED;
-"retry_after" is how long an ISSUE_RATE_LIMITED, a LIVE_GRANTS_LIMITED or a KEY_NOT_SPREAD_YET stands at least, as a Go
+"retry_after" is how long an ISSUE_RATE_LIMITED, a LIVE_GRANTS_LIMITED, a KEY_NOT_SPREAD_YET or a GIVE_BACK_... stands at least, as a Go
 duration ("1.5s"), and "limit" is what policy says; "lock", "mode" and "cut" describe the lock of an IDENTITY_LOCKED; "max_ttl" is the longest life that would be granted;
 "expires_at" and "confirmers" say until when a SECOND_PERSON_REQUIRED waits, and for whom.
 

@@ -54,6 +54,12 @@ type world struct {
 
 func newWorld(t testing.TB) *world {
 	t.Helper()
+	return newWorldOf(t, 0)
+}
+
+// newWorldOf starts a broker with a lower maximum of revocations.
+func newWorldOf(t testing.TB, maxRevocations int) *world {
+	t.Helper()
 	w := &world{t: t, td: spiffetest.ForTest(t, spiffetest.Config{TrustDomain: domain})}
 	w.set(func(q broker.Question) (broker.Decision, error) {
 		if q.Audience != "orders" && q.Audience != "ledger" && q.Audience != orders.String() {
@@ -65,7 +71,7 @@ func newWorld(t testing.TB) *world {
 		}
 		return broker.Decision{Allow: true, Scopes: scopes, TTL: 5 * time.Minute, Binding: q.Binding}, nil
 	})
-	w.start()
+	w.start(maxRevocations)
 	attestor, err := attest.New(attest.Config{X509: w.td, JWT: w.td, TrustDomains: []spiffeid.TrustDomain{domain}, Audience: issuer})
 	if err != nil {
 		t.Fatal(err)
@@ -88,7 +94,7 @@ func newWorld(t testing.TB) *world {
 }
 
 // start runs the broker, on a store in memory.
-func (w *world) start() {
+func (w *world) start(maxRevocations int) {
 	t := w.t
 	t.Helper()
 	start := time.Now().UTC()
@@ -101,7 +107,8 @@ func (w *world) start() {
 		t.Fatal(err)
 	}
 	w.b, err = broker.New(broker.Config{
-		Issuer: issuer, Policy: w, Store: storetest.Memory(t, storetest.Era(token.NextEra(0, start))),
+		MaxRevocations: maxRevocations,
+		Issuer:         issuer, Policy: w, Store: storetest.Memory(t, storetest.Era(token.NextEra(0, start))),
 		Signer: func() (broker.Signer, bool) { return broker.PrivateSigner(public, key), true },
 		VerifyKey: func(k feed.Key, at time.Time) error {
 			return keys.VerifyKey(issuer, k, w.td, spiffeid.MatchID(brokerID), at)

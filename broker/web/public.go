@@ -74,6 +74,8 @@ type public struct {
 // message and hint. With a broker there are endpoints that want an authenticated client:
 //
 //	POST <issuer>/token    RFC 6749 section 4.4, RFC 8693
+//	POST <issuer>/introspect    RFC 7662
+//	POST <issuer>/revoke    RFC 7009
 func Public(cfg PublicConfig) (http.Handler, error) {
 	if cfg.Algorithm == "" {
 		cfg.Algorithm = token.ES256
@@ -111,6 +113,8 @@ func (p *public) endpoints() []oauthEndpoint {
 	}
 	return []oauthEndpoint{
 		{"/token", "token", p.token},
+		{"/introspect", "introspection", p.introspect},
+		{"/revoke", "revocation", p.revoke},
 	}
 }
 
@@ -124,8 +128,8 @@ func (c *PublicConfig) validate() (string, error) {
 	if c.Keys == nil {
 		errs = append(errs, errors.New("no source of keys"))
 	}
-	if c.Algorithm != token.ES256 && c.Algorithm != token.EdDSA {
-		errs = append(errs, fmt.Errorf("algorithm %q is neither %s nor %s", c.Algorithm, token.ES256, token.EdDSA))
+	if !c.Algorithm.Valid() {
+		errs = append(errs, fmt.Errorf("algorithm %q is none of %s, %s and %s", c.Algorithm, token.ES256, token.EdDSA, token.RS256))
 	}
 	if c.JWKSMaxAge < time.Second || c.JWKSMaxAge > MaxJWKSMaxAge {
 		errs = append(errs, fmt.Errorf("max-age %v: at least 1s, at most %v", c.JWKSMaxAge, MaxJWKSMaxAge))

@@ -330,11 +330,11 @@ func TestPublicRefusesBadConfig(t *testing.T) {
 			t.Errorf("issuer %q: %v", iss, err)
 		}
 	}
-	_, err := web.Public(web.PublicConfig{Issuer: "x", Algorithm: "RS256", JWKSMaxAge: time.Hour})
+	_, err := web.Public(web.PublicConfig{Issuer: "x", Algorithm: "PS256", JWKSMaxAge: time.Hour})
 	if err == nil {
 		t.Fatal("accepted")
 	}
-	for _, want := range []string{"issuer", "RS256", "max-age 1h", "keys"} {
+	for _, want := range []string{"issuer", "PS256", "max-age 1h", "keys"} {
 		if !strings.Contains(err.Error(), want) {
 			t.Errorf("%q doesn't mention %q", err, want)
 		}

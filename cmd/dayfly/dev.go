@@ -61,7 +61,7 @@ const devFilesEvery = time.Minute
 // devFiles writes the SVIDs of those whom dev's commands speak as, and returns the folder.
 func devFiles(box *sandbox.Sandbox) (string, error) {
 	dir := ""
-	for _, id := range []spiffeid.ID{sandbox.Payments, sandbox.Orders} {
+	for _, id := range []spiffeid.ID{sandbox.Payments, sandbox.Orders, sandbox.Ledger} {
 		of, err := box.SVIDFiles(id)
 		if err != nil {
 			return "", fmt.Errorf("writing the SVIDs of %s: %w", id, err)

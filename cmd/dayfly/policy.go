@@ -127,10 +127,10 @@ would be allowed, 4 that it would be refused.`,
 	}
 	q.add(cmd)
 	f := cmd.Flags()
-	f.Lookup("audience").Usage = "`whom` the token would be for (required for issue and exchange)"
+	f.Lookup("audience").Usage = "`whom` the token would be for (required for issue and exchange), or is, for introspect"
 	f.StringVar(&q.dir, "dir", ".", "the policy `folder`, or a bundle")
 	f.StringVar(&q.as, "as", "", "SPIFFE `ID` that would ask (required)")
-	f.StringVar(&q.action, "action", string(policy.ActionIssue), "what it would ask for: issue, exchange, follow, relay, report, revoke, revoke_everything, lift, lift_confirm, list or plan")
+	f.StringVar(&q.action, "action", string(policy.ActionIssue), "what it would ask for: issue, exchange, follow, relay, report, revoke, revoke_everything, lift, lift_confirm, list, plan, give_back or introspect")
 	f.StringVar(&q.attestation, "attestation", policy.AttestationX509, "how it would prove its identity: x509 or jwt")
 	complete(cmd, "action", actions()...)
 	complete(cmd, "attestation", policy.AttestationX509, policy.AttestationJWT)
@@ -141,6 +141,7 @@ func actions() []string {
 	list := []policy.Action{
 		policy.ActionIssue, policy.ActionExchange, policy.ActionFollow, policy.ActionRelay, policy.ActionReport, policy.ActionRevoke,
 		policy.ActionRevokeEverything, policy.ActionLift, policy.ActionLiftConfirm, policy.ActionList, policy.ActionPlan,
+		policy.ActionGiveBack, policy.ActionIntrospect,
 	}
 	out := make([]string, len(list))
 	for i, x := range list {
@@ -163,12 +164,21 @@ func (q *question) input(now time.Time) (policy.Input, error) {
 		Caller: policy.Caller{ID: id, Attestation: q.attestation},
 		Time:   now,
 	}
-	if in.Action != policy.ActionIssue && in.Action != policy.ActionExchange {
+	switch in.Action {
+	case policy.ActionGiveBack: // as of a token of its own
+		in.Lineage = []policy.Member{{ID: id}}
+		return in, nil
+	case policy.ActionIssue, policy.ActionExchange, policy.ActionIntrospect:
+	default:
 		return in, nil
 	}
 	req, err := q.request()
 	if err != nil {
 		return policy.Input{}, err
+	}
+	if in.Action == policy.ActionIntrospect { // about a token for the audience
+		in.ParentAudience = req.Audience
+		return in, nil
 	}
 	in.Audience, in.Scopes, in.TTL, in.Binding = req.Audience, req.Scopes, req.TTL, string(req.Binding)
 	if in.Action == policy.ActionExchange {

@@ -1,12 +1,14 @@
 package clients_test
 
 import (
+	"errors"
 	"fmt"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/dayflyhq/dayfly/e2e/sandbox"
 	"github.com/dayflyhq/dayfly/sdk"
@@ -37,16 +39,20 @@ func testMain(m *testing.M) int {
 }
 
 // box is a dayfly made of the built commands, with its broker started.
-type box struct{ *sandbox.Sandbox }
+type box struct {
+	*sandbox.Sandbox
+	clients map[spiffeid.ID]*sdk.Client
+}
 
-// newBox starts one, with more of the broker's configuration and more policy data.
+// newBox starts one, with more of the broker's configuration and more policy data. Copies
+// of its JWK set are good for a second, so that outside audiences wait no longer for a key.
 func newBox(t *testing.T, brokerConfig, data string) *box {
 	t.Helper()
-	b := &box{must(sandbox.New(sandbox.Config{
+	b := &box{Sandbox: must(sandbox.New(sandbox.Config{
 		Broker:       []string{filepath.Join(bin, "dayfly-broker")},
 		Agent:        []string{filepath.Join(bin, "dayfly-agent")},
-		BrokerConfig: brokerConfig,
-	}))(t)}
+		BrokerConfig: "jwks_max_age: 1s\n" + brokerConfig,
+	}))(t), clients: map[spiffeid.ID]*sdk.Client{}}
 	t.Cleanup(func() {
 		if t.Failed() {
 			t.Log(b.Log("broker"))
@@ -67,11 +73,27 @@ func newBox(t *testing.T, brokerConfig, data string) *box {
 	return b
 }
 
-// issue gets a credential as an identity, by gRPC.
+// client is an identity's, by gRPC.
+func (b *box) client(t *testing.T, id spiffeid.ID) *sdk.Client {
+	t.Helper()
+	if b.clients[id] == nil {
+		b.clients[id] = must(b.Client(t.Context(), id, b.Info.GRPC))(t)
+	}
+	return b.clients[id]
+}
+
+// issue gets a credential as an identity, by gRPC, as soon as its key may sign for the
+// audience.
 func (b *box) issue(t *testing.T, id spiffeid.ID, req sdk.Request) *sdk.Credential {
 	t.Helper()
-	client := must(b.Client(t.Context(), id, b.Info.GRPC))(t)
-	return must(client.Issue(t.Context(), req))(t)
+	for {
+		cred, err := b.client(t, id).Issue(t.Context(), req)
+		var refused *sdk.Error
+		if !errors.As(err, &refused) || refused.Reason != "KEY_NOT_SPREAD_YET" {
+			return must(cred, err)(t)
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
 }
 
 // http returns a client that verifies the issuer by its web certificate and shows the

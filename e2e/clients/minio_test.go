@@ -92,8 +92,7 @@ func TestMinIO(t *testing.T) {
 		}
 		// Whoever has the client secret may sign whatever they like: that is what it is.
 		must(m.assumeRaw(forge(b.Issuer, m.secret), "", 0).Get())(t)
-		client := must(b.Client(ctx, sandbox.Reports, b.Info.GRPC))(t)
-		if _, err := client.Issue(ctx, sdk.Request{Audience: "minio-writer"}); !errors.Is(err, sdk.ErrPolicyDenied) {
+		if _, err := b.client(t, sandbox.Reports).Issue(ctx, sdk.Request{Audience: "minio-writer"}); !errors.Is(err, sdk.ErrPolicyDenied) {
 			t.Errorf("reports asked for payments' role: %v", err)
 		}
 	})
@@ -142,8 +141,7 @@ func TestMinIO(t *testing.T) {
 			t.Errorf("dayfly revoke: %v: %s", err, said)
 		}
 		put(t, wrote, nil) // and so it is
-		client := must(b.Client(ctx, sandbox.Payments, b.Info.GRPC))(t)
-		if _, err := client.Issue(ctx, sdk.Request{Audience: "minio-writer"}); !errors.Is(err, sdk.ErrIdentityLocked) {
+		if _, err := b.client(t, sandbox.Payments).Issue(ctx, sdk.Request{Audience: "minio-writer"}); !errors.Is(err, sdk.ErrIdentityLocked) {
 			t.Errorf("another token: %v", err)
 		}
 	})

@@ -53,8 +53,7 @@ func TestOAuth2(t *testing.T) {
 		return oauth2.ReuseTokenSourceWithExpiry(nil, perCall(func() (*oauth2.Token, error) { return cfg.Token(ctx) }), time.Second)
 	}
 	assertion := b.assertion(t, sandbox.Payments)
-	feed := must(b.Client(t.Context(), sandbox.Orders, b.Info.GRPC))(t)
-	orders := must(b.StartService(t.Context(), sandbox.ServiceConfig{ID: sandbox.Orders, Audience: "orders", Feed: feed}))(t)
+	orders := must(b.StartService(t.Context(), sandbox.ServiceConfig{ID: sandbox.Orders, Audience: "orders", Feed: b.client(t, sandbox.Orders)}))(t)
 
 	for name, source := range map[string]oauth2.TokenSource{
 		"X.509-SVID": ask(b.http(t, sandbox.Payments), nil),

@@ -3,6 +3,7 @@ package clients_test
 import (
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/coreos/go-oidc/v3/oidc"
 	"github.com/dayflyhq/dayfly/e2e/sandbox"
@@ -46,6 +47,7 @@ func TestGoOIDC(t *testing.T) {
 		if first == "" {
 			first = raw
 		}
+		time.Sleep(50 * time.Millisecond)
 	}
 	// A key that no longer signs is there for as long as what it signed may live.
 	if _, err := must(oidc.NewProvider(ctx, b.Issuer))(t).Verifier(&oidc.Config{ClientID: "orders"}).Verify(ctx, first); err != nil {

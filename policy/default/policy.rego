@@ -41,6 +41,11 @@ consulted := [["verifiers", input.match]] if verifier
 
 consulted := [["operators", input.match]] if operator
 
+consulted := [["introspectors", input.match]] if {
+	input.action == "introspect"
+	input.match != ""
+}
+
 # --- issue and exchange: a credential for an audience
 
 granted := {
@@ -265,6 +270,59 @@ denials contains {
 	some a in input.verifier.audiences
 	followable(a)
 	not stale_allowed(a)
+}
+
+# --- give_back: a holder ends its own credential. The broker's code checks the same.
+
+granted := {"allow": true, "rule": "give_back"} if {
+	input.action == "give_back"
+	holder == input.caller.id
+}
+
+holder := input.parent.lineage[count(input.parent.lineage) - 1].id if input.action == "give_back"
+
+denials contains {
+	"reason": "not_holder",
+	"message": sprintf("%s isn't the presenter of this credential", [input.caller.id]),
+	"hint": "only its presenter gives a credential back; operators revoke",
+} if {
+	input.action == "give_back"
+	not holder == input.caller.id
+}
+
+# --- introspect: whom a credential is for may ask about it, and who is listed
+
+granted := {"allow": true, "rule": "introspect_own", "data": [["audiences", input.parent.audience]]} if {
+	input.action == "introspect"
+	answers_to_it
+}
+
+granted := {"allow": true, "rule": "introspect", "data": [["introspectors", input.match]]} if {
+	input.action == "introspect"
+	not answers_to_it
+	listed
+}
+
+answers_to_it if input.parent.audience == input.caller.id
+
+answers_to_it if input.parent.audience in input.caller.names
+
+listed if data.dayfly.introspectors[input.match][input.parent.audience]
+
+listed if {
+	data.dayfly.introspectors[input.match]["*"]
+	data.dayfly.audiences[input.parent.audience]
+}
+
+denials contains {
+	"reason": "introspection_not_allowed",
+	"message": sprintf("%s may not introspect credentials for %q", [input.caller.id, input.parent.audience]),
+	"hint": "ask the policy's owner to list the audience under introspectors",
+	"metadata": {"audience": input.parent.audience},
+} if {
+	input.action == "introspect"
+	not answers_to_it
+	not listed
 }
 
 # --- operators

@@ -43,6 +43,11 @@ ask(id, action, more) := decision if {
 			"spiffe://td/shop/orders": {"follow": {"orders": true, "ledger": true}, "relay": true},
 			"spiffe://td/all": {"follow": {"*": true}, "relay": false},
 		}
+		with data.dayfly.introspectors as {
+			"spiffe://td/gateway": {"orders": true},
+			"spiffe://td/audit/*": {"*": true},
+			"spiffe://td/audit/off": {},
+		}
 		with data.dayfly.operators as {
 			"spiffe://td/ops/*": {"revoke": true, "list": true},
 			"spiffe://td/ops/intern": {},
@@ -170,6 +175,36 @@ test_operators if {
 	reasons("spiffe://td/ops/alice", "lift", {}) == {"operator_not_allowed"}
 	reasons("spiffe://td/ops/intern", "revoke", {}) == {"operator_not_allowed"}
 	reasons("spiffe://td/shop/web", "list", {}) == {"not_operator"}
+}
+
+held(id) := {"parent": {"audience": "orders", "scopes": [], "lineage": [
+	{"id": "spiffe://td/shop/web", "grant": "g1", "key_id": "k"},
+	{"id": id, "grant": "g2", "key_id": "k"},
+]}}
+
+test_only_the_holder_gives_back if {
+	ask("spiffe://td/shop/orders", "give_back", held("spiffe://td/shop/orders")).allow
+	reasons("spiffe://td/shop/web", "give_back", held("spiffe://td/shop/orders")) == {"not_holder"}
+	reasons("spiffe://td/shop/web", "give_back", {"parent": {"audience": "orders", "scopes": [], "lineage": []}}) == {"not_holder"}
+}
+
+sent_to(audience) := {"parent": {"audience": audience, "scopes": [], "lineage": []}}
+
+test_introspect if {
+	ask("spiffe://td/shop/orders", "introspect", sent_to("orders")).allow
+	ask("spiffe://td/books/a", "introspect", sent_to("ledger")).allow
+	ask("spiffe://td/shop/web", "introspect", sent_to("spiffe://td/shop/web")).allow
+	ask("spiffe://td/gateway", "introspect", sent_to("orders")).allow
+	ask("spiffe://td/audit/a", "introspect", sent_to("ledger")).allow
+	ask("spiffe://td/audit/a", "introspect", sent_to("orders")).data == [["introspectors", "spiffe://td/audit/*"]]
+}
+
+test_introspect_denials if {
+	reasons("spiffe://td/shop/web", "introspect", sent_to("orders")) == {"introspection_not_allowed"}
+	reasons("spiffe://td/shop/orders", "introspect", sent_to("ledger")) == {"introspection_not_allowed"}
+	reasons("spiffe://td/gateway", "introspect", sent_to("ledger")) == {"introspection_not_allowed"}
+	reasons("spiffe://td/audit/a", "introspect", sent_to("nowhere")) == {"introspection_not_allowed"}
+	reasons("spiffe://td/audit/off", "introspect", sent_to("orders")) == {"introspection_not_allowed"}
 }
 
 test_unknown_action_denies if {

@@ -62,6 +62,8 @@ match(id, action, _) := [p | some p in patterns(id); data.dayfly.verifiers[p]][0
 	action in {"follow", "relay", "report"}
 }
 
+match(id, "introspect", _) := [p | some p in patterns(id); data.dayfly.introspectors[p]][0]
+
 match(id, action, _) := [p | some p in patterns(id); data.dayfly.operators[p]][0] if {
 	action in {"revoke", "revoke_everything", "lift", "lift_confirm", "list", "plan"}
 }

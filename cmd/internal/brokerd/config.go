@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/dayflyhq/dayfly/broker"
 	"github.com/dayflyhq/dayfly/broker/keys"
 	"github.com/dayflyhq/dayfly/broker/web"
 	"github.com/dayflyhq/dayfly/cmd/internal/config"
@@ -45,12 +46,15 @@ type Config struct {
 	MutualTLSURL string `yaml:"mutual_tls_url"`
 	// MaxTTL is a lower cap on the life of tokens than the hard one of 1 h.
 	MaxTTL time.Duration `yaml:"max_ttl"`
+	// MaxRevocations is a lower maximum of the set of revocations, for give-backs, than
+	// 100,000.
+	MaxRevocations int `yaml:"max_revocations"`
 	// KeyRotation is how long a signing key signs.
 	KeyRotation time.Duration `yaml:"key_rotation"`
 	// JWKSMaxAge is the max-age of the public documents: how long a reader may use its
 	// copy of the JWK set, and so for how long a key is published before it signs.
 	JWKSMaxAge time.Duration `yaml:"jwks_max_age"`
-	// Algorithm of new signing keys, ES256 or EdDSA.
+	// Algorithm of new signing keys: ES256, EdDSA or RS256.
 	Algorithm token.Algorithm `yaml:"algorithm"`
 	// Traces is the URL of an OTLP/gRPC collector; empty: no traces.
 	Traces   string     `yaml:"traces"`
@@ -89,7 +93,7 @@ type Listen struct {
 
 // Defaults returns the configuration that a file is read over.
 func Defaults() Config {
-	return Config{KeyRotation: 12 * time.Hour, JWKSMaxAge: keys.DefaultJWKSMaxAge, MaxTTL: token.MaxTTL, Algorithm: token.ES256, ShutdownGrace: 10 * time.Second}
+	return Config{KeyRotation: 12 * time.Hour, JWKSMaxAge: keys.DefaultJWKSMaxAge, MaxTTL: token.MaxTTL, MaxRevocations: broker.MaxRevocations, Algorithm: token.ES256, ShutdownGrace: 10 * time.Second}
 }
 
 // Validate checks what the types don't: all that could be wrong with a value whatever
@@ -121,9 +125,10 @@ func (c *Config) Validate() error {
 	wrong(len(c.GRPCJWTTrustDomains) == 0 && c.Listen.GRPCJWT != "", "grpc_jwt_trust_domains", "is empty: with listen.grpc_jwt, say whose JWT-SVIDs are taken there")
 	wrong(len(c.GRPCJWTTrustDomains) > 0 && c.Listen.GRPCJWT == "", "grpc_jwt_trust_domains", "is of no use without listen.grpc_jwt")
 	wrong(c.MaxTTL < time.Second || c.MaxTTL > token.MaxTTL, "max_ttl", "is between 1s and the hard cap of 1h")
+	wrong(c.MaxRevocations < 1 || c.MaxRevocations > broker.MaxRevocations, "max_revocations", fmt.Sprintf("is between 1 and %d", broker.MaxRevocations))
 	wrong(c.KeyRotation < keys.MinRotateEvery || c.KeyRotation > keys.DefaultRotateEvery, "key_rotation", "is between 1s and 12h")
 	wrong(c.JWKSMaxAge < time.Second || c.JWKSMaxAge > keys.MaxJWKSMaxAge || c.JWKSMaxAge%time.Second != 0, "jwks_max_age", "is in whole seconds, between 1s and 5m")
-	wrong(c.Algorithm != token.ES256 && c.Algorithm != token.EdDSA, "algorithm", "is ES256 or EdDSA")
+	wrong(!c.Algorithm.Valid(), "algorithm", "is ES256, EdDSA or RS256")
 	if c.Traces != "" {
 		u, err := url.Parse(c.Traces)
 		wrong(err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https", "traces", "is an http or https URL, such as http://127.0.0.1:4317")

@@ -169,7 +169,7 @@ listen:
   break_glass: run/glass.sock
 max_ttl: 2h
 key_rotation: 13h
-algorithm: RS256
+algorithm: PS256
 trust_domains: ["Not A Domain"]
 log_level: chatty
 shutdown_grace: -1s
@@ -185,7 +185,7 @@ traces: 127.0.0.1:4317
 			"b.yaml:10: listen.break_glass: is an absolute path",
 			"b.yaml:11: max_ttl: is between 1s and the hard cap of 1h",
 			"b.yaml:12: key_rotation: is between 1s and 12h",
-			"b.yaml:13: algorithm: is ES256 or EdDSA",
+			"b.yaml:13: algorithm: is ES256, EdDSA or RS256",
 			"b.yaml:14: trust_domains[0]: ",
 			"b.yaml:15: log_level: ",
 			`b.yaml:16: shutdown_grace: "-1s" is negative`,
@@ -209,8 +209,8 @@ traces: 127.0.0.1:4317
 		"a number for a time":           {minimal + "shutdown_grace: 10\n", []string{`b.yaml:7: shutdown_grace: "10" isn't a duration`}},
 		"a key given twice":             {minimal + "store: /other\n", []string{"b.yaml:7: store: is given twice, first in line 2"}},
 		"a key of the agent's":          {minimal + "sockets:\n  grpc: /x\n", []string{`b.yaml:7: unknown key "sockets"`}},
-		"HS256 is no algorithm":         {minimal + "algorithm: HS256\n", []string{"b.yaml:7: algorithm: is ES256 or EdDSA"}},
-		"none is no algorithm":          {minimal + "algorithm: none\n", []string{"b.yaml:7: algorithm: is ES256 or EdDSA"}},
+		"HS256 is no algorithm":         {minimal + "algorithm: HS256\n", []string{"b.yaml:7: algorithm: is ES256, EdDSA or RS256"}},
+		"none is no algorithm":          {minimal + "algorithm: none\n", []string{"b.yaml:7: algorithm: is ES256, EdDSA or RS256"}},
 		"a folder and a bundle":         {minimal + bundled, []string{"b.yaml:7: policy_bundle: stands beside policy"}},
 		"a bundle over http":            {onlyBundle("https", "http"), []string{"b.yaml:7: policy_bundle.url: must begin with https"}},
 		"a bundle without keys":         {onlyBundle("{k1: /k1.pem}", "{}"), []string{"b.yaml:8: policy_bundle.keys: is empty"}},

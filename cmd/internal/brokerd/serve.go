@@ -171,7 +171,7 @@ func (d *daemon) open(ctx context.Context) error {
 func (d *daemon) assemble(ctx context.Context) error {
 	var err error
 	d.broker, err = broker.New(broker.Config{
-		Issuer: d.cfg.Issuer, Store: d.store, Policy: decider{d.policy}, MaxTTL: d.cfg.MaxTTL,
+		Issuer: d.cfg.Issuer, Store: d.store, Policy: decider{d.policy}, MaxTTL: d.cfg.MaxTTL, MaxRevocations: d.cfg.MaxRevocations,
 		Signer: d.ring.signer,
 		VerifyKey: func(k feed.Key, at time.Time) error {
 			return keys.VerifyKey(d.cfg.Issuer, k, d.svids, spiffeid.MatchID(d.id), at)
