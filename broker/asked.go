@@ -15,12 +15,11 @@ const (
 // An Asked is one question that policy was asked, and its answer: what it takes to ask
 // another policy the same. It never holds a credential.
 type Asked struct {
-	Action Action    `json:"action"`
-	Time   time.Time `json:"time"`
-	// Attestation is "x509" or "jwt". SVID is the certificate, absent for a JWT-SVID.
-	Attestation string     `json:"attestation"`
-	SVID        *AskedSVID `json:"svid,omitempty"`
-	Peer        string     `json:"peer,omitempty"` // with its port
+	Action      Action    `json:"action"`
+	Time        time.Time `json:"time"`
+	Attestation string    `json:"attestation"` // "x509" or "jwt"
+	SVID        AskedSVID `json:"svid"`
+	Peer        string    `json:"peer,omitempty"` // with its port
 
 	Audience string        `json:"audience,omitempty"`
 	Scopes   []string      `json:"scopes,omitempty"`
@@ -37,9 +36,9 @@ type Asked struct {
 	Answer *Answer `json:"answer,omitempty"`
 }
 
-// AskedSVID is what policy is told of a certificate.
+// AskedSVID is what policy is told of an SVID.
 type AskedSVID struct {
-	Serial    string    `json:"serial"` // hexadecimal
+	Serial    string    `json:"serial,omitempty"` // of a certificate, hexadecimal
 	NotBefore time.Time `json:"not_before"`
 	NotAfter  time.Time `json:"not_after"`
 }
@@ -80,9 +79,10 @@ func AskedOf(q Question) Asked {
 		Action: q.Action, Time: q.Time.UTC(), Attestation: attestedJWT,
 		Audience: q.Audience, Scopes: q.Scopes, TTL: q.TTL, Binding: q.Binding, Selectors: q.Selectors, Lock: q.Lock,
 	}
+	from, until := q.Caller.Attested()
+	a.SVID = AskedSVID{NotBefore: from.UTC(), NotAfter: until.UTC()}
 	if leaf := q.Caller.Leaf; leaf != nil {
-		a.Attestation = attestedX509
-		a.SVID = &AskedSVID{Serial: leaf.SerialNumber.Text(16), NotBefore: leaf.NotBefore.UTC(), NotAfter: leaf.NotAfter.UTC()}
+		a.Attestation, a.SVID.Serial = attestedX509, leaf.SerialNumber.Text(16)
 	}
 	if q.Caller.Peer.IsValid() {
 		a.Peer = q.Caller.Peer.String()

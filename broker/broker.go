@@ -350,15 +350,18 @@ func (b *Broker) entry(action Action, c Caller) AuditEntry {
 	if c.Peer.IsValid() {
 		e.Peer = c.Peer.Addr().String()
 	}
+	if c.JWT != nil {
+		e.Attestation = "jwt"
+	}
 	return e
 }
 
-// checkSVID refuses a caller whose SVID expired while its connection was open.
+// checkSVID refuses a caller whose SVID has expired, perhaps while its connection was open.
 func (b *Broker) checkSVID(c Caller) error {
 	if c.Local != "" {
 		return nil
 	}
-	if c.Leaf == nil || c.ID.IsZero() || b.cfg.Now().After(c.Leaf.NotAfter) {
+	if _, until := c.Attested(); c.ID.IsZero() || b.cfg.Now().After(until) {
 		return ErrSVIDExpired
 	}
 	return nil
@@ -367,8 +370,8 @@ func (b *Broker) checkSVID(c Caller) error {
 // checkWorkload is checkSVID for who wants a credential: break-glass has no identity to
 // issue to.
 func (b *Broker) checkWorkload(c Caller) error {
-	if c.Leaf == nil {
-		return ErrSVIDExpired.because("a credential needs an X.509-SVID")
+	if c.Local != "" {
+		return ErrSVIDExpired.because("a credential needs an SVID")
 	}
 	return b.checkSVID(c)
 }

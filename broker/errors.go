@@ -62,7 +62,8 @@ var (
 	ErrInvalidRequest = &Refusal{Invalid, "INVALID_REQUEST", "the request is malformed", "see the message for the field", nil}
 	ErrTokenTooLarge  = &Refusal{Invalid, "TOKEN_TOO_LARGE", "the token would be too large", "ask for fewer or shorter scopes, or exchange fewer times", nil}
 
-	ErrSVIDExpired = &Refusal{Unauthenticated, "SVID_EXPIRED", "the SVID of this connection has expired", "fetch the current SVID and connect again", nil}
+	ErrSVIDExpired   = &Refusal{Unauthenticated, "SVID_EXPIRED", "the SVID of this connection has expired", "fetch the current SVID and connect again", nil}
+	ErrNoCertificate = &Refusal{Denied, "BINDING_NEEDS_CERTIFICATE", "a token bound to a certificate needs a caller with one, and this one showed a JWT-SVID", "authenticate with an X.509-SVID over mTLS, or ask for another binding", nil}
 
 	ErrPolicyDenied = &Refusal{Denied, "POLICY_DENIED", "policy does not allow this", "dayfly policy explain shows which rule decided", nil}
 	ErrPolicyFailed = &Refusal{Unavailable, "POLICY_UNAVAILABLE", "policy could not be evaluated, so nothing is allowed", "try again; if it lasts, the broker's log says why", nil}
@@ -94,7 +95,9 @@ var (
 	ErrFull           = &Refusal{Unavailable, "STORE_FULL", "the store's disk is full: nothing can be recorded, so nothing is issued", "free space on the broker's disk; it goes on by itself", nil}
 	ErrStoreLost      = &Refusal{Unavailable, "STORE_UNAVAILABLE", "the store can't be written now", "try again; the broker reopens it by itself", nil}
 	ErrNoSigningKey   = &Refusal{Unavailable, "NO_SIGNING_KEY", "the broker has no published signing key yet", "try again in a moment", nil}
+	ErrKeyNotSpread   = &Refusal{Unavailable, "KEY_NOT_SPREAD_YET", "this audience may still use a copy of the JWK set without the signing key", "wait as long as retry_after says: the broker started without a successor's key, or its key was revoked", nil}
 	ErrLogBehind      = &Refusal{Unavailable, "LOG_BEHIND_SIGNED_HEAD", "a broker signed for a record that this broker's log lacks", "records were lost: an operator must look; see docs/operations.md, When a broker is silent", nil}
+	ErrForeignKey     = &Refusal{Denied, "KEY_NOT_VOUCHED_FOR", "no broker of this issuer vouches for the signing key", "the next process needs this one's issuer and an SVID of its SPIFFE ID", nil}
 	ErrBusy           = &Refusal{Unavailable, "BUSY", "revocations keep arriving faster than this request could be recorded", "try again", nil}
 	ErrRosterFull     = &Refusal{Exhausted, "ROSTER_FULL", "this identity has too many verifiers that may still accept tokens", "those that are gone leave once their staleness bound has passed", nil}
 	ErrForgotten      = &Refusal{Unavailable, "VERIFIER_FORGOTTEN", "this verifier was silent for so long that it left the roster", "follow anew; the library does so by itself", nil}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/dayflyhq/dayfly/proto/revocation"
@@ -32,7 +33,7 @@ func (b *Broker) exchange(ctx context.Context, c Caller, req Request) (*Credenti
 	if err := b.checkWorkload(c); err != nil {
 		return nil, e, err
 	}
-	b.seen.note(c.ID, c.Leaf)
+	b.seen.note(c)
 	parent, err := b.subject(ctx, c, req.Subject)
 	if parent != nil {
 		e.Parent = parent.Grant().String()
@@ -52,7 +53,7 @@ func (b *Broker) exchange(ctx context.Context, c Caller, req Request) (*Credenti
 	if err != nil {
 		return nil, e, err
 	}
-	want, err := b.narrow(req, d)
+	want, err := b.narrow(c, req, d)
 	if err != nil {
 		return nil, e, err
 	}
@@ -63,7 +64,7 @@ func (b *Broker) exchange(ctx context.Context, c Caller, req Request) (*Credenti
 }
 
 // narrowScopes keeps to the parent's scopes: what was asked for must all be there;
-// of a default set, what is there. Scopes are compared whole, as names.
+// of a default set, what is there, unless that is nothing. Scopes are compared whole, as names.
 func narrowScopes(asked, granted, parent []string) ([]string, error) {
 	within := func(s string) bool { return slices.Contains(parent, s) }
 	if len(asked) > 0 {
@@ -77,6 +78,10 @@ func narrowScopes(asked, granted, parent []string) ([]string, error) {
 		if within(s) {
 			out = append(out, s)
 		}
+	}
+	if len(granted) > 0 && len(out) == 0 {
+		// A token without any would be refused by whom it is for, and nobody would know why.
+		return nil, ErrScopeWiderParent.because("the subject token has none of the scopes that policy gives: %s", strings.Join(granted, " "))
 	}
 	return out, nil
 }

@@ -15,6 +15,7 @@ const (
 	MaxRelayed  = maxRelayed
 	MaxRoster   = maxRoster
 	MaxUses     = maxUses
+	MaxNamed    = maxNamed
 	MaxAfter    = maxAfter
 	GrantsKept  = grantsKept
 	RetryWindow = retryWindow

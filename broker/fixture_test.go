@@ -229,6 +229,7 @@ type world struct {
 
 	mu       sync.Mutex
 	noSigner bool
+	spreadIn time.Duration // of the signing key
 	audit    []broker.AuditEntry
 	auditErr error
 	logs     []string
@@ -364,7 +365,9 @@ func (w *world) signer() (broker.Signer, bool) {
 	if w.noSigner {
 		return broker.Signer{}, false
 	}
-	return broker.PrivateSigner(w.public, w.key), true
+	s := broker.PrivateSigner(w.public, w.key)
+	s.SpreadIn = w.spreadIn
+	return s, true
 }
 
 func (w *world) record(e broker.AuditEntry) error {

@@ -336,7 +336,7 @@ func TestAudit(t *testing.T) {
 		Grant: cred.Grant.ID().String(),
 		Asked: []broker.Asked{{
 			Action: broker.ActionIssue, Time: noon, Attestation: "x509", Peer: "192.0.2.7:4711", Audience: "orders",
-			SVID:   &broker.AskedSVID{Serial: c.Leaf.SerialNumber.Text(16), NotBefore: c.Leaf.NotBefore.UTC(), NotAfter: c.Leaf.NotAfter.UTC()},
+			SVID:   broker.AskedSVID{Serial: c.Leaf.SerialNumber.Text(16), NotBefore: c.Leaf.NotBefore.UTC(), NotAfter: c.Leaf.NotAfter.UTC()},
 			Answer: &broker.Answer{Allow: true, Scopes: []string{"read"}, TTL: 5 * time.Minute},
 		}},
 	}

@@ -161,11 +161,16 @@ func (all *issuers) place(id spiffeid.ID, limits Limits, life time.Duration, now
 const retryAfter = "retry_after"
 
 func limited(r *Refusal, limit int, of string, wait time.Duration) *Refusal {
+	return r.because("policy lets this identity have %d %s", limit, of).with("limit", strconv.Itoa(limit)).with(retryAfter, roundUp(wait).String())
+}
+
+// roundUp makes whole milliseconds of a wait, at least one.
+func roundUp(wait time.Duration) time.Duration {
 	wait = max(wait, time.Millisecond)
 	if rest := wait % time.Millisecond; rest > 0 {
 		wait += time.Millisecond - rest
 	}
-	return r.because("policy lets this identity have %d %s", limit, of).with("limit", strconv.Itoa(limit)).with(retryAfter, wait.String())
+	return wait
 }
 
 // issuer returns an identity's; the caller holds mu.
@@ -218,7 +223,9 @@ func (b *Broker) countRevoked(ctx context.Context, id spiffeid.ID, head uint64) 
 	return nil
 }
 
-// loadIssuers counts what is live on record, by one scan.
+// loadIssuers counts what is live on record, by one scan. On the way it notes what was
+// issued later than our clock now says: it was set back since, and an SVID was valid, so
+// its NotBefore past, when it got a credential.
 func (b *Broker) loadIssuers(ctx context.Context) error {
 	now, boot := b.cfg.Now(), b.cfg.Boot()
 	err := b.visitLive(ctx, GrantQuery{LiveAt: now}, func(g *Grant) {
@@ -226,6 +233,9 @@ func (b *Broker) loadIssuers(ctx context.Context) error {
 		b.issuers.mu.Lock()
 		b.issuers.issuer(g.Presenter()).granted.add(at, 1)
 		b.issuers.mu.Unlock()
+		if g.IssuedAt.After(now) {
+			b.seen.noteNotBefore(g.Presenter(), g.IssuedAt)
+		}
 	})
 	if err != nil {
 		return fmt.Errorf("counting live grants: %w", err)

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"os"
 	"strings"
@@ -67,10 +68,28 @@ func TestRemoteRelay(t *testing.T) {
 			if c.GetConfirmed() != 3 { // the verifier and the two relays
 				t.Errorf("contained with %d receipts: %v", c.GetConfirmed(), c)
 			}
+			// What the broker knows itself, and what the relay nearest to it says.
+			claimed := map[int]string{}
+			for _, r := range c.GetReceipts() {
+				if r.GetIdentity() != sandbox.Orders.String() {
+					t.Errorf("a receipt by the word of %s", r.GetIdentity())
+				}
+				claimed[len(r.GetVia())] = r.GetClaimedIdentity()
+			}
+			if want := map[int]string{0: "", 1: sandbox.Ledger.String(), 2: sandbox.Orders.String()}; !maps.Equal(claimed, want) {
+				t.Errorf("the receipts name %v, want %v", claimed, want)
+			}
 			break
 		}
 	}
 	wantRefused(t, box, sandbox.Payments, svc, cred, verify.TokenRevoked)
+	operateUntil(t, box, &dayflyv1.GetRevocationResponse{}, func(r *dayflyv1.GetRevocationResponse) bool {
+		uses := r.GetContainment().GetUsesAfter()
+		return len(uses) == 1 && uses[0].GetVerifier() == sandbox.Orders.String() && uses[0].GetClaimedIdentity() == sandbox.Orders.String() && uses[0].GetRefused() == 1
+	}, "revocations", "show", fmt.Sprint(seq))
+	if text, _ := operate(t, box, "revocations", "show", fmt.Sprint(seq)); !strings.Contains(text, sandbox.Ledger.String()+", by the word of "+sandbox.Orders.String()) {
+		t.Errorf("a claimed name isn't shown as one:\n%s", text)
+	}
 	cred = issue()
 	must(box.Call(ctx, sandbox.Payments, svc, cred.Token))(t)
 

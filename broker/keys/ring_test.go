@@ -72,8 +72,10 @@ func newRing(t *testing.T, p *publisher, change func(*keys.Config)) (*keys.Ring,
 	if err != nil {
 		t.Fatal(err)
 	}
+	begin := time.Now()
 	cfg := keys.Config{
 		Issuer:  issuer,
+		Boot:    func() feed.Instant { return feed.Instant(time.Since(begin)) },
 		SVID:    func() (*x509svid.SVID, error) { return svid, nil },
 		Publish: p.publish,
 	}
@@ -290,7 +292,7 @@ func TestPublishFailsThenRecovers(t *testing.T) {
 			t.Errorf("the old key, during the outage: %v", err)
 		}
 		p.setFail(nil)
-		time.Sleep(time.Minute)
+		time.Sleep(time.Minute + keys.SpreadAfter(keys.DefaultJWKSMaxAge))
 		synctest.Wait()
 		if got := mustCurrent(t, r); got.Public.ID == first.Public.ID {
 			t.Error("not rotated after the outage")
@@ -454,11 +456,17 @@ func TestAuthorityReplaced(t *testing.T) {
 		}
 		r.SVIDChanged(td)
 		synctest.Wait()
+		if got := mustCurrent(t, r).Public; got.ID != first.ID {
+			t.Fatal("the new key signs before it has spread")
+		}
+		time.Sleep(keys.SpreadAfter(keys.DefaultJWKSMaxAge))
+		synctest.Wait()
 		second := mustCurrent(t, r).Public
 		if second.ID == first.ID {
 			t.Fatal("the key of the old authority goes on")
 		}
 		r.SVIDChanged(td)
+		time.Sleep(keys.SpreadAfter(keys.DefaultJWKSMaxAge))
 		synctest.Wait()
 		if got := mustCurrent(t, r).Public; got.ID != second.ID {
 			t.Error("rotated twice")

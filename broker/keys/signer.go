@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"time"
 
 	"github.com/dayflyhq/dayfly/proto/token"
 )
@@ -17,6 +18,9 @@ import (
 // is printed, logged or marshalled it shows the key's ID only.
 type Signer struct {
 	Public token.PublicKey
+	// SpreadIn is how long readers of the JWK set may still use a copy without this key;
+	// zero: each has it.
+	SpreadIn time.Duration
 	// Sign completes a token that was encoded for this key's ID and algorithm. It
 	// returns ErrRevoked or ErrReplaced once the key may not sign any more.
 	Sign func(token.Unsigned) (token.Secret, error)

@@ -51,7 +51,7 @@ func (s *revocationService) Plan(ctx context.Context, m *dayflyv1.PlanRequest) (
 	}
 	for _, w := range plan.Workflows {
 		out.Workflows = append(out.Workflows, &dayflyv1.AffectedWorkflow{
-			Caller: w.Caller.String(), Callee: w.Audience, Verifier: w.Verifier, Count: w.Count,
+			Caller: w.Caller.String(), Callee: w.Audience, Verifier: w.Verifier, ClaimedVerifier: w.Claimed, Count: w.Count,
 			LastSeen: timestamp(w.Last), Fallback: fallbackMessage(w.Fallback),
 		})
 	}

@@ -81,10 +81,12 @@ func verifier(audiences []string, bound time.Duration, acceptsStale bool) policy
 }
 
 func caller(c broker.Caller, now time.Time) policy.Caller {
-	return policy.Caller{
-		ID: c.ID, Attestation: policy.AttestationX509, SVIDSerial: c.Leaf.SerialNumber.Text(16),
-		SVIDAge: now.Sub(c.Leaf.NotBefore), SVIDRemaining: c.Leaf.NotAfter.Sub(now),
+	from, until := c.Attested()
+	out := policy.Caller{ID: c.ID, Attestation: policy.AttestationJWT, SVIDAge: now.Sub(from), SVIDRemaining: until.Sub(now)}
+	if c.Leaf != nil {
+		out.Attestation, out.SVIDSerial = policy.AttestationX509, c.Leaf.SerialNumber.Text(16)
 	}
+	return out
 }
 
 // Question puts a recorded question as the broker put it: input, from the audit.
@@ -97,10 +99,8 @@ func Question(actor string, a broker.Asked) (policy.Input, error) {
 		Action: policy.Action(a.Action), Caller: policy.Caller{ID: id, Attestation: a.Attestation}, Time: a.Time, PeerAddress: a.Peer,
 		Audience: a.Audience, Scopes: a.Scopes, TTL: a.TTL, Binding: string(a.Binding), Selectors: a.Selectors, Lock: string(a.Lock),
 	}
-	if a.SVID != nil {
-		in.Caller.SVIDSerial = a.SVID.Serial
-		in.Caller.SVIDAge, in.Caller.SVIDRemaining = a.Time.Sub(a.SVID.NotBefore), a.SVID.NotAfter.Sub(a.Time)
-	}
+	in.Caller.SVIDSerial = a.SVID.Serial
+	in.Caller.SVIDAge, in.Caller.SVIDRemaining = a.Time.Sub(a.SVID.NotBefore), a.SVID.NotAfter.Sub(a.Time)
 	if p := a.Parent; p != nil {
 		in.ParentAudience, in.ParentScopes = p.Audience, p.Scopes
 		for _, m := range p.Lineage {

@@ -34,6 +34,24 @@ func TestLimitsReachTheBroker(t *testing.T) {
 	}
 }
 
+// Policy is told how a caller proved who it is.
+func TestAttestationReachesPolicy(t *testing.T) {
+	id := spiffeid.RequireFromString("spiffe://dayfly.test/ns/shop/orders")
+	td := spiffetest.ForTest(t, spiffetest.Config{TrustDomain: id.TrustDomain()})
+	svid, err := td.IssueSVID(id, spiffetest.SVIDOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	now := time.Now()
+	shown := &broker.JWTSVID{IssuedAt: now.Add(-time.Minute), Expires: now.Add(3 * time.Minute)}
+	if got, want := caller(broker.Caller{ID: id, JWT: shown}, now), (policy.Caller{ID: id, Attestation: policy.AttestationJWT, SVIDAge: time.Minute, SVIDRemaining: 3 * time.Minute}); got != want {
+		t.Errorf("with a JWT-SVID policy is told %+v, want %+v", got, want)
+	}
+	if got := caller(broker.Caller{ID: id, Leaf: svid.Certificates[0]}, now); got.Attestation != policy.AttestationX509 || got.SVIDSerial == "" {
+		t.Errorf("with a certificate policy is told %+v", got)
+	}
+}
+
 // What the audit records of a question is enough to ask it again, to the last detail.
 func TestQuestionsCanBeAskedAgain(t *testing.T) {
 	id := spiffeid.RequireFromString("spiffe://dayfly.test/ns/shop/orders")
@@ -57,8 +75,12 @@ func TestQuestionsCanBeAskedAgain(t *testing.T) {
 		{Action: broker.ActionFollow, Audiences: []string{"orders"}, MaxStaleness: time.Second, AcceptsStale: true},
 		{Action: broker.ActionRelay, MaxStaleness: time.Second},
 		{Action: broker.ActionList},
+		{Action: broker.ActionIssue, Audience: "orders", Caller: broker.Caller{ID: id, JWT: &broker.JWTSVID{IssuedAt: now.Add(-time.Minute), Expires: now.Add(time.Minute)}}},
 	} {
-		q.Caller, q.Time = caller, now
+		q.Time = now
+		if q.Caller.JWT == nil {
+			q.Caller = caller
+		}
 		line, err := json.Marshal(broker.AskedOf(q))
 		if err != nil {
 			t.Fatal(err)
