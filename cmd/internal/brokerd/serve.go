@@ -371,6 +371,7 @@ func (d *daemon) startPublic(r *running) (serving func(), err error) {
 	if err != nil {
 		return nil, err
 	}
+	d.metrics.watchConnections(main)
 	r.start(grpcServer(main, l))
 	serving = func() { main.Health.SetServingStatus("", healthpb.HealthCheckResponse_SERVING) }
 	if d.cfg.Listen.Public == "" {
