@@ -81,6 +81,8 @@ func TestLocksOnJWTSVIDs(t *testing.T) {
 	_, err := w.b.Issue(ctx, atCut, broker.Request{Audience: "orders"})
 	refused(t, err, broker.ErrLocked)
 	w.clock.advance(time.Second)
+	_, err = w.b.Issue(ctx, before, broker.Request{Audience: "orders"}) // it is good still, and older than the cut
+	refused(t, err, broker.ErrLocked)
 	after := w.jwtCaller("payments")
 	w.issue(after, "orders")
 	w.revoke(broker.LockQuarantine, revocation.Identity(before.ID))

@@ -67,7 +67,7 @@ var (
 
 	ErrPolicyDenied = &Refusal{Denied, "POLICY_DENIED", "policy does not allow this", "dayfly policy explain shows which rule decided", nil}
 	ErrPolicyFailed = &Refusal{Unavailable, "POLICY_UNAVAILABLE", "policy could not be evaluated, so nothing is allowed", "try again; if it lasts, the broker's log says why", nil}
-	ErrNoPolicy     = &Refusal{Unavailable, "NO_POLICY", "the broker's policy folder is empty or broken since it started, so nothing is allowed", "mend the folder (dayfly policy check DIR): the broker takes it up by itself", nil}
+	ErrNoPolicy     = &Refusal{Unavailable, "NO_POLICY", "the broker has had no good policy since it started, so nothing is allowed", "mend the folder (dayfly policy check DIR), or see why no bundle could be taken (its log): the broker takes it up by itself", nil}
 	ErrLocked       = &Refusal{Denied, "IDENTITY_LOCKED", "a standing lock refuses this identity", "the security team lifts it with: dayfly lift NUMBER --reason ...", nil}
 
 	ErrSubjectMalformed    = &Refusal{Invalid, "SUBJECT_TOKEN_MALFORMED", "the subject token is not a token of dayfly", "present the access token exactly as it was received", nil}

@@ -34,12 +34,10 @@ func TestDemo(t *testing.T) {
 
 var exported = regexp.MustCompile(`(?m)^  export ([A-Z_]+)="?([^\s"]+)`)
 
-// TestDevCommandsWork pastes every dayfly command that dev prints into a shell, and asks
-// the agent over HTTP as its curl does; what curl is to ask the issuer, it asks.
-func TestDevCommandsWork(t *testing.T) {
-	tmp := shortTemp(t)
-	ctx, stop := context.WithTimeout(t.Context(), 2*time.Minute)
-	defer stop()
+// startDev runs dayfly dev until ctx ends, and returns what it printed and the environment
+// that it has one export.
+func startDev(ctx context.Context, t *testing.T, tmp string) (*exec.Cmd, string, []string) {
+	t.Helper()
 	dev := exec.CommandContext(ctx, filepath.Join(bin, "dayfly"), "dev")
 	dev.Cancel = func() error { return dev.Process.Signal(os.Interrupt) }
 	dev.Env = append(os.Environ(), "TMPDIR="+tmp)
@@ -58,9 +56,19 @@ func TestDevCommandsWork(t *testing.T) {
 	for _, m := range exported.FindAllStringSubmatch(printed.String(), -1) {
 		env = append(env, m[1]+"="+os.Expand(m[2], os.Getenv))
 	}
-	m := regexp.MustCompile(`(?m)^  curl --unix-socket (\S+) '(\S+)'$`).FindStringSubmatch(printed.String())
+	return dev, printed.String(), env
+}
+
+// TestDevCommandsWork pastes every dayfly command that dev prints into a shell, and asks
+// the agent over HTTP as its curl does; what curl is to ask the issuer, it asks.
+func TestDevCommandsWork(t *testing.T) {
+	tmp := shortTemp(t)
+	ctx, stop := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer stop()
+	dev, printed, env := startDev(ctx, t, tmp)
+	m := regexp.MustCompile(`(?m)^  curl --unix-socket (\S+) '(\S+)'$`).FindStringSubmatch(printed)
 	if m == nil {
-		t.Fatalf("nothing for curl over the agent's socket in:\n%s", printed.String())
+		t.Fatalf("nothing for curl over the agent's socket in:\n%s", printed)
 	}
 	web := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", m[1])
@@ -76,10 +84,10 @@ func TestDevCommandsWork(t *testing.T) {
 	if resp.StatusCode != http.StatusOK {
 		t.Errorf("GET %s over the agent's socket: %s %s", m[2], resp.Status, body)
 	}
-	checkDevCurls(t, ctx, printed.String(), env)
+	checkDevCurls(t, ctx, printed, env)
 	checkRevokeCurl(t, ctx, env)
 	ran := 0
-	for line := range strings.Lines(printed.String()) {
+	for line := range strings.Lines(printed) {
 		command, ok := strings.CutPrefix(line, "  dayfly ")
 		if !ok || strings.Contains(command, "curl") {
 			continue
@@ -94,7 +102,7 @@ func TestDevCommandsWork(t *testing.T) {
 		ran++
 	}
 	if ran < 8 {
-		t.Errorf("only %d commands in:\n%s", ran, printed.String())
+		t.Errorf("only %d commands in:\n%s", ran, printed)
 	}
 	stop()
 	dev.Wait() // its error is that we stopped it; the exit code is dev's own

@@ -96,7 +96,7 @@ func (e Explanation) WriteText(w io.Writer) error {
 	} else {
 		b.WriteString("denied")
 	}
-	fmt.Fprintf(&b, " by rule %s (policy generation %d)\n", d.Rule, d.Generation)
+	fmt.Fprintf(&b, " by rule %s (policy generation %d, revision %s)\n", d.Rule, d.Generation, d.Revision)
 	if d.TTL > 0 {
 		fmt.Fprintf(&b, "  scopes   %s\n  ttl      %s\n  binding  %s\n", strings.Join(d.Scopes, " "), shortDuration(d.TTL), d.Binding)
 	}

@@ -6,6 +6,12 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
+// IsTemplate says whether it is a good one.
+func IsTemplate(text string) bool {
+	_, err := parseTemplate(text)
+	return err == nil
+}
+
 // Gives says whether a template, if it is one, gives an identity a name.
 func Gives(text string, id spiffeid.ID, name string) bool {
 	t, err := parseTemplate(text)

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"crypto/sha256"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -64,8 +65,9 @@ type Config struct {
 	// Required.
 	Address string
 
-	// Source is this workload's identity. Required for a broker; unused over a unix
-	// socket, where the kernel says who calls.
+	// Source is this workload's identity. Required for a broker. Over a unix socket the
+	// kernel says who calls, and Source only tells when certificate-bound credentials are
+	// of no more use; without it a TokenSource asks the agent for each one.
 	Source Source
 
 	// BrokerID is the SPIFFE ID that the broker must prove. Required for a broker:
@@ -209,6 +211,9 @@ type Credential struct {
 	IssuedAt time.Time // by the broker's clock
 	Expires  time.Time // by the broker's clock
 
+	// certificate is the SHA-256 of the certificate that it is bound to, zero for none.
+	certificate [sha256.Size]byte
+
 	// By the local clock: when the call that fetched it began, and what was left of
 	// its life then at the least.
 	asked time.Time
@@ -268,6 +273,13 @@ func (c *Client) credential(m *dayflyv1.Credential, asked time.Time) (*Credentia
 	}
 	if out.Token.IsZero() || !m.GetIssuedAt().IsValid() || !m.GetExpiresAt().IsValid() {
 		return nil, errors.New("reading credential: it is incomplete")
+	}
+	if binding == token.BindingX5T {
+		t, err := token.Inspect(m.GetToken())
+		if err != nil {
+			return nil, fmt.Errorf("reading credential: %w", err)
+		}
+		out.certificate = t.Certificate
 	}
 	// A broker's answer is new, so its life begins no earlier than the call: our own
 	// clock may be off by any amount. An agent's answer may come from its memory, but
@@ -356,6 +368,24 @@ func (c *Client) tls(conn *connection) *tls.Config {
 		return cert, err
 	}
 	return cfg
+}
+
+// fits reports whether a credential goes with this workload's current SVID: one that is
+// bound to a certificate dies with it. Where there is no telling, it does.
+func (c *Client) fits(cred *Credential) bool {
+	if cred.Binding != token.BindingX5T || c.cfg.Source == nil {
+		return true
+	}
+	svid, err := c.cfg.Source.GetX509SVID()
+	if err != nil || len(svid.Certificates) == 0 {
+		return true
+	}
+	return sha256.Sum256(svid.Certificates[0].Raw) == cred.certificate
+}
+
+// keeps reports whether it is known when a credential fits no more.
+func (c *Client) keeps(cred *Credential) bool {
+	return cred.Binding != token.BindingX5T || c.cfg.Source != nil
 }
 
 // outdated reports whether the connection was made with an SVID that is no longer the

@@ -14,8 +14,8 @@
 //     (TestRotation, TestSpreadBeforeItSigns).
 //   - It goes on signing until another one has spread, but no longer than SignGrace after
 //     that (TestRotation, TestReplacedSignerStops).
-//   - It is replaced when another authority is behind the broker's SVID, and at once when
-//     its own has left the bundle (TestAuthorityReplaced, TestAuthorityLeaves).
+//   - It is replaced when another authority is behind the broker's SVID
+//     (TestAuthorityReplaced, TestAuthorityOfTheNextKeyIsReplaced).
 //   - Once revoked it never signs again (TestRevoked).
 //   - A record that its broker's SVID didn't sign is no key (TestVerifyKey).
 //

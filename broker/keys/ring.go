@@ -147,7 +147,6 @@ type signingKey struct {
 	vouched   []*x509.Certificate
 	vouchedAt time.Time
 	outdated  bool // another authority is behind the SVID now
-	orphaned  bool // and its own is in the bundle no more
 }
 
 // New checks the configuration. The ring is empty until Run or Rotate.
@@ -217,10 +216,10 @@ func (r *Ring) due() (do func(context.Context) error, wait time.Duration) {
 	now := r.cfg.Boot()
 	k := r.current
 	switch {
-	case k == nil, k.orphaned && r.next == nil:
+	case k == nil:
 		return r.Rotate, 0
 	case r.next != nil:
-		if wait = r.spreadIn(r.next, now); wait <= 0 || k.orphaned {
+		if wait = r.spreadIn(r.next, now); wait <= 0 {
 			return r.promote, 0
 		}
 	case k.outdated:
@@ -264,11 +263,11 @@ func (r *Ring) publishNext(ctx context.Context) error {
 	})
 }
 
-// promote makes the next key the current one, unless it was revoked meanwhile.
+// promote makes the next key the current one, unless it was revoked or replaced meanwhile.
 func (r *Ring) promote(context.Context) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if k := r.next; k != nil {
+	if k := r.next; k != nil && r.spreadIn(k, r.cfg.Boot()) <= 0 {
 		r.next = nil
 		r.install(k)
 	}
@@ -426,8 +425,6 @@ func (r *Ring) rouse() {
 // current one signs until the new one has spread. An authority leaves the bundle long after
 // it has issued its last SVID; by then every token of the old key has expired, and a
 // restart, which finds that nobody vouches for that key any more, takes nothing from anyone.
-// If it has left already, a verifier that starts now accepts nothing that the current key
-// signs, so the new one signs as soon as it is published.
 func (r *Ring) SVIDChanged(bundles x509bundle.Source) {
 	svid, err := r.cfg.SVID()
 	if err != nil {
@@ -440,17 +437,14 @@ func (r *Ring) SVIDChanged(bundles x509bundle.Source) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, k := range r.own {
-		if k.retired || k.orphaned {
+		if k.retired || k.outdated {
 			continue
 		}
 		then := authorities(k.vouched, bundles, k.vouchedAt)
 		if slices.ContainsFunc(now, func(a *x509.Certificate) bool { return slices.ContainsFunc(then, a.Equal) }) {
 			continue
 		}
-		if k.outdated && len(then) > 0 {
-			continue // it is being replaced
-		}
-		k.outdated, k.orphaned = true, len(then) == 0
+		k.outdated = true
 		if k == r.next {
 			r.drop(k)
 		}

@@ -2,7 +2,11 @@ package rpc_test
 
 import (
 	"context"
+	"crypto/tls"
+	"errors"
+	"io"
 	"net"
+	"os"
 	"testing"
 	"time"
 
@@ -149,12 +153,23 @@ func TestJWTServerBoundsConnections(t *testing.T) {
 	w := newWorld(t)
 	conn := w.proxied()
 	addr := conn.Target()[len("passthrough:///"):]
-	for range rpc.MaxHandshakes + 50 {
-		c, err := net.Dial("tcp", addr)
+	cfg := tlsconfig.TLSClientConfig(w.td, tlsconfig.AuthorizeID(brokerID))
+	cfg.NextProtos = []string{"h2"}
+	var open []net.Conn
+	for range rpc.MaxHandshakes + 20 {
+		c, err := tls.Dial("tcp", addr, cfg)
 		if err != nil {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { c.Close() })
+		_, _ = c.Write([]byte("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00")) // as a client begins
+		open = append(open, c)
+	}
+	for i, c := range open[:20] {
+		_ = c.SetReadDeadline(time.Now().Add(time.Minute))
+		if _, err := io.Copy(io.Discard, c); errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Fatalf("number %d of the oldest stands", i)
+		}
 	}
 	if _, err := dayflyv1.NewTokenServiceClient(conn).Issue(showing(t, "Bearer "+w.jwt(payments, issuer)), &dayflyv1.IssueRequest{Audience: "orders"}, grpc.WaitForReady(true)); err != nil {
 		t.Fatal(err)

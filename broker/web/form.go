@@ -50,14 +50,14 @@ func parseForm(body string) (form, error) {
 			}
 		}
 		if len(f.values[name]) > 1 && !repeatable[name] {
-			return form{}, invalidRequest(fmt.Sprintf("%s is there more than once", shown(name)))
+			return form{}, invalidRequest(fmt.Sprintf("%s is there more than once", named(name)))
 		}
 	}
 	return f, nil
 }
 
-// shown is a parameter's name in a message: never one that may be somebody's secret.
-func shown(name string) string {
+// named is a parameter's name in a message: never one that may be somebody's secret.
+func named(name string) string {
 	if len(name) > 40 || strings.ContainsFunc(name, func(r rune) bool { return r != '_' && (r < 'a' || r > 'z') }) {
 		return "a parameter"
 	}

@@ -56,6 +56,7 @@ func ServeTLS(ctx context.Context, ln net.Listener, cfg *tls.Config, handler htt
 			}
 		},
 		TLSConfig:         cfg,
+		ConnContext:       withShown,
 		Handler:           http.MaxBytesHandler(handler, maxBodyBytes),
 		ReadHeaderTimeout: readHeaderTimeout,
 		ReadTimeout:       readTimeout,

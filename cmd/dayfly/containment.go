@@ -189,22 +189,25 @@ func (a *app) writeContainment(w io.Writer, r *dayflyv1.Revocation, c *dayflyv1.
 	a.writeUsesAfter(w, c.GetUsesAfter())
 }
 
-// slowest names the verifier that containment waited for, where there was a choice. Who
-// came later than that waits for nobody.
+// slowest names the verifier that containment waited for, where there was a choice: the
+// last to confirm, or one that never did and had to close.
 func slowest(r *dayflyv1.Revocation, c *dayflyv1.Containment) string {
-	var last *dayflyv1.Receipt
-	for _, x := range c.GetReceipts() {
-		if x.GetSince() == nil || c.GetContainedAt() == nil || x.GetSince().AsTime().After(c.GetContainedAt().AsTime()) {
-			continue
-		}
-		if last == nil || x.GetSince().AsTime().After(last.GetSince().AsTime()) {
-			last = x
-		}
-	}
-	if last == nil || len(c.GetReceipts()) < 2 || r.GetTime() == nil {
+	if len(c.GetReceipts()) < 2 || r.GetTime() == nil || c.GetContainedAt() == nil {
 		return ""
 	}
-	return fmt.Sprintf(" Slowest: %s, %s after %s.", clean(receiptName(last)), stateName(last.GetState()), span(max(0, last.GetSince().AsTime().Sub(r.GetTime().AsTime()))))
+	var closed *dayflyv1.Receipt
+	for _, x := range c.GetReceipts() {
+		switch {
+		case x.GetState() == dayflyv1.ReceiptState_RECEIPT_STATE_CLOSED:
+			closed = x
+		case x.GetState() == dayflyv1.ReceiptState_RECEIPT_STATE_CONFIRMED && x.GetSince().AsTime().Equal(c.GetContainedAt().AsTime()):
+			return fmt.Sprintf(" Slowest: %s.", clean(receiptName(x)))
+		}
+	}
+	if closed == nil {
+		return ""
+	}
+	return fmt.Sprintf(" Slowest: %s, which never confirmed.", clean(receiptName(closed)))
 }
 
 // writeUsesAfter lists who still presents what is revoked, and who still accepts it.

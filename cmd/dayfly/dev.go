@@ -141,7 +141,7 @@ func (a *app) startDev(ctx context.Context, box *sandbox.Sandbox, exe string) (s
 	}
 	return fmt.Sprintf(devText, filepath.Dir(exe), box.Info.GRPC, sandbox.Broker, agent, alice,
 		services["web"].URL, sandbox.Payments, orders, services["orders"].URL, services["ledger"].URL,
-		box.PolicyDir(), box.AuditPath(), box.Issuer, box.Info.Admin, box.Info.BreakGlass, bob, os.Getpid(), box.AgentHTTP(sandbox.Payments), box.WebCA(), svids), nil
+		box.PolicyDir(), box.AuditPath(), box.Issuer, box.Info.Admin, box.Info.BreakGlass, bob, os.Getpid(), box.AgentHTTP(sandbox.Payments), box.AgentPID(sandbox.Payments), box.WebCA(), svids), nil
 }
 
 const devText = `A whole dayfly is running; Ctrl-C ends it, or: kill %[17]d. In another terminal:
@@ -152,8 +152,11 @@ const devText = `A whole dayfly is running; Ctrl-C ends it, or: kill %[17]d. In 
   export DAYFLY_AGENT=%[4]s            # payments' agent
   export SPIFFE_ENDPOINT_SOCKET=%[5]s  # you are the operator alice
   export DAYFLY_ISSUER=%[13]s
-  export DAYFLY_WEB_CA=%[19]s  # vouches for the issuer's certificate
-  export DAYFLY_SVIDS=%[20]s  # SVIDs in files, written anew every minute
+  export DAYFLY_WEB_CA=%[20]s  # vouches for the issuer's certificate
+  export DAYFLY_SVIDS=%[21]s  # SVIDs in files, written anew every minute
+  export BOB=%[16]s                     # for a second person
+  export BREAK_GLASS=unix://%[15]s
+  export AGENT_PID=%[19]d               # kill -STOP freezes payments' agent, kill -CONT thaws it
 
 As the workload payments, through its agent:
 
@@ -181,7 +184,7 @@ As anybody, see where the rest is:
   curl -s --cacert $DAYFLY_WEB_CA $DAYFLY_ISSUER/.well-known/oauth-authorization-server
   curl -s --cacert $DAYFLY_WEB_CA $DAYFLY_ISSUER/jwks.json
 
-As the security team:
+As the security team (docs/incident.md goes through it all):
 
   dayfly grants list
   dayfly policy explain --dir %[11]s --as %[7]s --audience web
@@ -193,7 +196,7 @@ As the security team:
 
 Everything takes two persons: alice proposes, and bob confirms.
 
-  dayfly revoke --everything --reason "trying it" --yes || SPIFFE_ENDPOINT_SOCKET=%[16]s dayfly revoke --everything --reason "trying it" --yes
+  dayfly revoke --everything --reason "trying it" --yes || SPIFFE_ENDPOINT_SOCKET=$BOB dayfly revoke --everything --reason "trying it" --yes
 
 orders  %[9]s   (mTLS)
 ledger  %[10]s   (mTLS)
@@ -201,5 +204,5 @@ policy  %[11]s   (edit it: it is reloaded)
 audit   %[12]s
 issuer  %[13]s
 admin   http://%[14]s/metrics
-break-glass  dayfly locks --break-glass unix://%[15]s
+break-glass  dayfly locks --break-glass $BREAK_GLASS
 `

@@ -67,7 +67,7 @@ confirms; root on the broker's host needs nobody else (--break-glass).
 
 Exit codes: 0 contained, 3 recorded but somebody may still accept it, 4 refused,
 5 the broker could not be reached, 6 proposed: nothing is revoked yet.
-docs/revoke.md is the page for an emergency.`,
+docs/incident.md is the page for an emergency.`,
 		Example: `  dayfly revoke --identity spiffe://example.org/payments --dry-run
   dayfly revoke --identity spiffe://example.org/payments --dry-run --seen-from 203.0.113.9
   dayfly revoke --identity spiffe://example.org/payments --reason "host owned, INC-7"

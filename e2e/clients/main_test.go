@@ -67,6 +67,9 @@ func newBox(t *testing.T, brokerConfig, data string) *box {
 	if err := b.StartBroker(t.Context()); err != nil {
 		t.Fatal(err)
 	}
+	if err := b.AwaitSpread(t.Context()); err != nil {
+		t.Fatal(err)
+	}
 	return b
 }
 

@@ -6,6 +6,7 @@ package sandbox
 
 import (
 	"bufio"
+	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
@@ -13,10 +14,12 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -57,7 +60,8 @@ type Config struct {
 	Store string
 	// Host is the address that the broker serves on; empty: loopback.
 	Host string
-	// BrokerConfig is more of the broker's configuration file: whole lines of YAML.
+	// BrokerConfig is more of the broker's configuration file: whole lines of YAML. Without
+	// jwks_max_age it is 1s, so that external audiences soon get tokens.
 	BrokerConfig string
 }
 
@@ -151,6 +155,10 @@ func (s *Sandbox) writeBrokerConfig(at Announcement) error {
 		return err
 	}
 	cert, key := s.webCertificate()
+	more := s.cfg.BrokerConfig
+	if !strings.Contains(more, "jwks_max_age:") {
+		more += "jwks_max_age: 1s\n"
+	}
 	yaml := fmt.Sprintf(`issuer: %s
 store: %q
 policy: %q
@@ -166,7 +174,7 @@ listen:
   admin: %s
   break_glass: %q
 shutdown_grace: 5s
-%s`, s.Issuer, s.StorePath(), s.PolicyDir(), s.AuditPath(), socket, at.GRPC, at.Public, at.HTTPSSVID, at.HTTPS, cert, key, at.Admin, filepath.Join(s.Dir, "break-glass.sock"), s.cfg.BrokerConfig)
+%s`, s.Issuer, s.StorePath(), s.PolicyDir(), s.AuditPath(), socket, at.GRPC, at.Public, at.HTTPSSVID, at.HTTPS, cert, key, at.Admin, filepath.Join(s.Dir, "break-glass.sock"), more)
 	return os.WriteFile(s.brokerConfig(), []byte(yaml), 0o600)
 }
 
@@ -199,6 +207,31 @@ func (s *Sandbox) AwaitBroker(ctx context.Context) error {
 		return fmt.Errorf("reading the broker's announcement: %w", err)
 	}
 	return s.writeBrokerConfig(s.Info)
+}
+
+// AwaitSpread returns once external audiences get tokens: when the signing key is in
+// every copy of the JWK set that may be in use.
+func (s *Sandbox) AwaitSpread(ctx context.Context) error {
+	for {
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+s.Info.Admin+"/readyz", nil)
+		if err != nil {
+			return err
+		}
+		resp, err := http.DefaultClient.Do(req)
+		if err != nil {
+			return err
+		}
+		body, err := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		if err != nil || !bytes.Contains(body, []byte("KEY_NOT_SPREAD_YET")) {
+			return err
+		}
+		select {
+		case <-time.After(50 * time.Millisecond):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
 }
 
 // TakeOver starts a process that takes over from the broker's, and returns once it serves
@@ -270,6 +303,9 @@ func (s *Sandbox) Client(ctx context.Context, id spiffeid.ID, address string) (*
 	s.closers = append(s.closers, func() { c.Close() })
 	return c, nil
 }
+
+// AgentPID is the process of the agent of an identity.
+func (s *Sandbox) AgentPID(id spiffeid.ID) int { return s.agents[id].cmd.Process.Pid }
 
 // AgentHTTP returns the path of the socket on which the agent of an identity speaks HTTP.
 func (s *Sandbox) AgentHTTP(id spiffeid.ID) string {

@@ -218,7 +218,6 @@ traces: 127.0.0.1:4317
 		"a hasty bundle":                {onlyBundle("poll: 30s", "poll: 1ms"), []string{"b.yaml:10: policy_bundle.poll: is at least 1s"}},
 		"a huge bundle":                 {onlyBundle("poll: 30s", "max_size: 1GiB"), []string{"b.yaml:10: policy_bundle.max_size: is at most 32MiB"}},
 		"two ways to trust":             {onlyBundle("poll: 30s", "ca: /ca.pem"), []string{"b.yaml:9: policy_bundle.server_id: stands beside ca"}},
-		"a domain that's an URL":        {minimal + "trust_domains: [\"https://x\"]\n", []string{"b.yaml:7: trust_domains[0]: "}},
 		"plain HTTP for everybody":      {minimal + "  public: \":8080\"\n", []string{"b.yaml:7: listen.public: is a loopback address"}},
 		"HTTPS without files":           {minimal + "  https: \":443\"\n", []string{"b.yaml:6: listen.https_certificate: and listen.https go together", "b.yaml:6: listen.https_key: and listen.https go together"}},
 		"a key without HTTPS":           {minimal + "  https_key: /k\n", []string{"b.yaml:7: listen.https_key: and listen.https go together"}},
@@ -226,6 +225,7 @@ traces: 127.0.0.1:4317
 		"JWT-SVIDs of nobody":           {minimal + "  grpc_jwt: \":1\"\n", []string{"b.yaml:1: grpc_jwt_trust_domains: is empty"}},
 		"JWT-SVIDs and no listener":     {minimal + "grpc_jwt_trust_domains: [example.org]\n", []string{"b.yaml:7: grpc_jwt_trust_domains: is of no use"}},
 		"a URL that is none":            {minimal + "mutual_tls_url: broker:8445\n", []string{"b.yaml:7: mutual_tls_url: not an absolute URL"}},
+		"a domain that's an URL":        {minimal + "trust_domains: [\"https://x\"]\n", []string{"b.yaml:7: trust_domains[0]: "}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			cfg := brokerd.Defaults()

@@ -2,6 +2,7 @@ package brokerd_test
 
 import (
 	"context"
+	"errors"
 	"io"
 	"os"
 	"path/filepath"
@@ -11,9 +12,11 @@ import (
 	"time"
 
 	"github.com/dayflyhq/dayfly/cmd/internal/brokerd"
+	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
 	"github.com/dayflyhq/dayfly/sdk"
 	"github.com/dayflyhq/dayfly/sdk/spiffetest"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc/codes"
 )
 
 // TestTakeOver: the next process's key is in the JWK set of the one before while that one
@@ -109,6 +112,12 @@ func TestTakeOverFails(t *testing.T) {
 				t.Errorf("ended with %v, want %s", err, test.want)
 			}
 		})
+	}
+	remote := dayflyv1.NewHandoverServiceClient(h.client(h.td, brokerID, at).Conn())
+	_, err = remote.Stop(within(t), &dayflyv1.StopRequest{})
+	var refused *sdk.Error
+	if !errors.As(err, &refused) || refused.Code != codes.Unimplemented {
+		t.Errorf("over the network, as the broker itself: %v", err)
 	}
 	if got := keyIDs(t, at); !slices.Equal(got, keys) {
 		t.Errorf("keys %v, and %v before", got, keys)
