@@ -235,8 +235,8 @@ func (b *Broker) recordOnce(ctx context.Context, c Caller, key string, same func
 
 // inOneFlight makes a record for all calls at once with the same key. The work outlives a
 // caller that gives up: others may wait for it.
-func (b *Broker) inOneFlight(ctx context.Context, key string, make func(context.Context) (Record, error)) (Record, error) {
-	done := b.flight.DoChan(key, func() (any, error) { return make(context.WithoutCancel(ctx)) })
+func (b *Broker) inOneFlight(ctx context.Context, key string, work func(context.Context) (Record, error)) (Record, error) {
+	done := b.flight.DoChan(key, func() (any, error) { return work(context.WithoutCancel(ctx)) })
 	select {
 	case answer := <-done:
 		rec, _ := answer.Val.(Record)
