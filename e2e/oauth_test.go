@@ -1,10 +1,14 @@
 package e2e_test
 
 import (
+	"bytes"
 	"encoding/json"
 	"io"
 	"net/http"
 	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/dayflyhq/dayfly/e2e/sandbox"
@@ -67,8 +71,11 @@ const (
 // TestOAuthDoor gets a token with a certificate, exchanges it with a JWT-SVID, at each
 // listener, and finds the same records as for gRPC.
 func TestOAuthDoor(t *testing.T) {
-	box := newBox(t)
+	box := makeBox(t, "log_level: debug\n")
 	ctx := t.Context()
+	if err := box.StartBroker(ctx); err != nil {
+		t.Fatal(err)
+	}
 	payments, stranger := must(box.HTTP(ctx, sandbox.Payments))(t), must(box.HTTP(ctx, spiffeid.ID{}))(t)
 	bySVID := &http.Client{Transport: &http.Transport{
 		TLSClientConfig: tlsconfig.MTLSClientConfig(must(box.Source(ctx, sandbox.Payments))(t), box.TD, tlsconfig.AuthorizeID(sandbox.Broker)),
@@ -77,6 +84,7 @@ func TestOAuthDoor(t *testing.T) {
 	assertion := must(box.TD.IssueJWTSVID(sandbox.Orders, []string{box.Issuer}, spiffetest.SVIDOptions{}))(t)
 	own := url.Values{"grant_type": {"client_credentials"}, "audience": {"orders"}}
 	grants := map[string]string{} // ID -> presenter
+	secrets := []string{assertion}
 	for name, at := range map[string]struct {
 		c    *http.Client
 		base string
@@ -85,12 +93,14 @@ func TestOAuthDoor(t *testing.T) {
 		if root.Scope == "" || root.ExpiresIn <= 0 || root.Type != "Bearer" {
 			t.Errorf("%s: got %+v", name, root)
 		}
+		secrets = append(secrets, root.Token)
 		grants[root.Grant] = sandbox.Payments.String()
 		for _, base := range []string{box.Issuer, "http://" + box.Info.Public} {
 			derived := postToken(t, stranger, base, url.Values{
 				"grant_type": {grantExchange}, "audience": {"ledger"}, "subject_token": {root.Token}, "subject_token_type": {accessToken},
 				"client_assertion_type": {jwtSPIFFE}, "client_assertion": {assertion}, "client_id": {sandbox.Orders.String()},
 			})
+			secrets = append(secrets, derived.Token)
 			grants[derived.Grant] = sandbox.Orders.String()
 		}
 	}
@@ -109,6 +119,21 @@ func TestOAuthDoor(t *testing.T) {
 	resp.Body.Close()
 	if resp.StatusCode != http.StatusUnauthorized {
 		t.Errorf("a stranger got %s", resp.Status)
+	}
+	// Refused with credentials where they don't belong.
+	for _, secret := range secrets {
+		resp := must(stranger.PostForm(box.Issuer+"/token?client_assertion="+secret, url.Values{secret: {secret, secret}, "scope": {secret}}))(t)
+		resp.Body.Close()
+	}
+	for _, path := range []string{filepath.Join(box.Dir, "broker.log"), box.AuditPath()} {
+		written := must(os.ReadFile(path))(t)
+		for _, secret := range secrets {
+			for _, part := range strings.Split(secret, ".")[1:] {
+				if bytes.Contains(written, []byte(part[:24])) {
+					t.Errorf("%s holds a part of a credential", path)
+				}
+			}
+		}
 	}
 }
 
