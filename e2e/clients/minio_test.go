@@ -8,6 +8,7 @@ import (
 	"crypto/sha1"
 	"crypto/sha256"
 	"encoding/base64"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -26,6 +27,7 @@ import (
 	"github.com/dayflyhq/dayfly/sdk"
 	"github.com/minio/minio-go/v7"
 	"github.com/minio/minio-go/v7/pkg/credentials"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
 // MinIO is AGPL: it is built and run beside us, and linked into nothing of ours.
@@ -34,16 +36,17 @@ const (
 	minioVersion = "v0.0.0-20260212201848-7aac2a2c5b7c"
 )
 
-// minioData is docs/federation/minio.md's example: an audience for each role of MinIO's,
-// and one whose scopes are the names of MinIO's policies.
+// minioData is docs/federation/minio.md's example: an audience of its own for each workload
+// of the shop, and for others one that means a role of MinIO's, or a policy by its name.
 const minioData = `
 audiences:
-  minio-writer: {owner: storage team, verified_by: external}
+  "minio/{segment.3}": {owner: storage team, verified_by: external}
   minio-reader: {owner: storage team, verified_by: external}
   minio-scopes: {owner: storage team, verified_by: external}
 entitlements:
+  spiffe://dayfly.test/ns/shop/*:
+    "minio/{segment.3}": {scopes: [], ttl: 10m, binding: none}
   spiffe://dayfly.test/ns/shop/payments:
-    minio-writer: {scopes: [], ttl: 10m, binding: none}
     minio-reader: {scopes: [], ttl: 10m, binding: none}
     minio-scopes: {scopes: [readwrite, readonly], ttl: 10m, binding: none}
   spiffe://dayfly.test/ns/other/reports:
@@ -61,8 +64,8 @@ func TestMinIO(t *testing.T) {
 	if err := root.MakeBucket(ctx, "orders", minio.MakeBucketOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	writer := b.issue(t, sandbox.Payments, sdk.Request{Audience: "minio-writer"})
-	wrote := m.client(t, m.assume(writer, roleARN("minio-writer"), 0))
+	writer := b.issue(t, sandbox.Payments, sdk.Request{Audience: "minio/payments"})
+	wrote := m.client(t, m.assume(writer, roleARN("minio/payments"), 0))
 	reader := b.issue(t, sandbox.Reports, sdk.Request{Audience: "minio-reader"})
 	session := m.assume(reader, roleARN("minio-reader"), 0)
 
@@ -81,8 +84,8 @@ func TestMinIO(t *testing.T) {
 	t.Run("refused", func(t *testing.T) {
 		orders := b.issue(t, sandbox.Payments, sdk.Request{Audience: "orders"})
 		for what, creds := range map[string]*credentials.Credentials{
-			"a token for orders":          m.assume(orders, roleARN("minio-writer"), 0),
-			"a token for the lesser role": m.assume(reader, roleARN("minio-writer"), 0),
+			"a token for orders":          m.assume(orders, roleARN("minio/payments"), 0),
+			"a token for the lesser role": m.assume(reader, roleARN("minio/payments"), 0),
 			"a token for a role, without": m.assume(writer, "", 0),
 			"no secret's signature":       m.assumeRaw(forge(b.Issuer, ""), "", 0),
 		} {
@@ -92,8 +95,10 @@ func TestMinIO(t *testing.T) {
 		}
 		// Whoever has the client secret may sign whatever they like: that is what it is.
 		must(m.assumeRaw(forge(b.Issuer, m.secret), "", 0).Get())(t)
-		if _, err := b.client(t, sandbox.Reports).Issue(ctx, sdk.Request{Audience: "minio-writer"}); !errors.Is(err, sdk.ErrPolicyDenied) {
-			t.Errorf("reports asked for payments' role: %v", err)
+		for _, other := range []spiffeid.ID{sandbox.Orders, sandbox.Reports} {
+			if _, err := b.client(t, other).Issue(ctx, sdk.Request{Audience: "minio/payments"}); !errors.Is(err, sdk.ErrPolicyDenied) {
+				t.Errorf("%s asked for payments' role: %v", other, err)
+			}
 		}
 	})
 	t.Run("policies by scope", func(t *testing.T) {
@@ -116,9 +121,9 @@ func TestMinIO(t *testing.T) {
 		var brief *sdk.Credential
 		var ends, outlives credentials.Value
 		for ttl, err := 3*time.Second, error(io.EOF); err != nil; ttl *= 2 {
-			brief = b.issue(t, sandbox.Payments, sdk.Request{Audience: "minio-writer", TTL: ttl})
-			if ends, err = m.assume(brief, roleARN("minio-writer"), 0).Get(); err == nil {
-				outlives, err = m.assume(brief, roleARN("minio-writer"), 15*time.Minute).Get()
+			brief = b.issue(t, sandbox.Payments, sdk.Request{Audience: "minio/payments", TTL: ttl})
+			if ends, err = m.assume(brief, roleARN("minio/payments"), 0).Get(); err == nil {
+				outlives, err = m.assume(brief, roleARN("minio/payments"), 15*time.Minute).Get()
 			}
 			if err != nil && time.Now().Before(brief.Expires) {
 				t.Fatal(err)
@@ -128,7 +133,7 @@ func TestMinIO(t *testing.T) {
 			t.Errorf("asked for 15m, the session ends at %s: docs/federation/minio.md says that it outlives the token", outlives.Expiration)
 		}
 		time.Sleep(time.Until(brief.Expires) + 1500*time.Millisecond)
-		if _, err := m.assume(brief, roleARN("minio-writer"), 0).Get(); err == nil {
+		if _, err := m.assume(brief, roleARN("minio/payments"), 0).Get(); err == nil {
 			t.Error("an expired token got a session")
 		}
 		put(t, m.static(t, ends), errEnded)
@@ -137,13 +142,16 @@ func TestMinIO(t *testing.T) {
 	t.Run("revoked", func(t *testing.T) {
 		said, err := b.dayfly(t, sandbox.Alice, "revoke", "--identity", sandbox.Payments.String(), "--reason", "found in a ticket", "--yes", "--wait", "5s")
 		var exit *exec.ExitError
-		if !errors.As(err, &exit) || exit.ExitCode() != 3 || !strings.Contains(said, "not beyond it") || !strings.Contains(said, "minio-writer") {
+		if !errors.As(err, &exit) || exit.ExitCode() != 3 || !strings.Contains(said, "not beyond it") || !strings.Contains(said, "minio/payments") {
 			t.Errorf("dayfly revoke: %v: %s", err, said)
 		}
 		put(t, wrote, nil) // and so it is
-		if _, err := b.client(t, sandbox.Payments).Issue(ctx, sdk.Request{Audience: "minio-writer"}); !errors.Is(err, sdk.ErrIdentityLocked) {
+		if _, err := b.client(t, sandbox.Payments).Issue(ctx, sdk.Request{Audience: "minio/payments"}); !errors.Is(err, sdk.ErrIdentityLocked) {
 			t.Errorf("another token: %v", err)
 		}
+		m.endSessions(t, b.Issuer, sandbox.Payments)
+		put(t, wrote, errEnded)
+		get(t, m.client(t, session), nil) // somebody else's
 	})
 }
 
@@ -206,6 +214,17 @@ func (m *minioServer) client(t *testing.T, creds *credentials.Credentials) *mini
 	return must(minio.New(m.addr, &minio.Options{Creds: creds, MaxRetries: 1}))(t)
 }
 
+// endSessions ends an identity's sessions, as docs/federation/minio.md does at 3 a.m.
+func (m *minioServer) endSessions(t *testing.T, issuer string, id spiffeid.ID) {
+	t.Helper()
+	sum := sha256.Sum256([]byte("openid:" + id.String() + ":" + issuer))
+	out, err := exec.CommandContext(t.Context(), "curl", "-sS", "--fail-with-body", "--aws-sigv4", "aws:amz:us-east-1:s3", "--user", m.user+":"+m.password,
+		"-H", "x-amz-content-sha256: "+hex.EncodeToString(sha256.New().Sum(nil)), "-X", "POST", "http://"+m.addr+"/minio/admin/v3/revoke-tokens/builtin?fullRevoke=true&user="+base64.RawURLEncoding.EncodeToString(sum[:])).CombinedOutput()
+	if err != nil {
+		t.Fatalf("ending sessions: %v: %s", err, out)
+	}
+}
+
 // static is a client with a session as it is, that never asks for another.
 func (m *minioServer) static(t *testing.T, v credentials.Value) *minio.Client {
 	t.Helper()
@@ -240,7 +259,7 @@ func startMinIO(t *testing.T, b *box) *minioServer {
 	cmd.Env = append(os.Environ(), "HOME="+t.TempDir(),
 		"MINIO_ROOT_USER="+m.user, "MINIO_ROOT_PASSWORD="+m.password, "MINIO_BROWSER=off", "MINIO_UPDATE=off",
 		"MINIO_IDENTITY_OPENID_CONFIG_URL_WRITER="+discovery, "MINIO_IDENTITY_OPENID_ROLE_POLICY_WRITER=readwrite",
-		"MINIO_IDENTITY_OPENID_CLIENT_ID_WRITER=minio-writer", "MINIO_IDENTITY_OPENID_CLIENT_SECRET_WRITER="+m.secret,
+		"MINIO_IDENTITY_OPENID_CLIENT_ID_WRITER=minio/payments", "MINIO_IDENTITY_OPENID_CLIENT_SECRET_WRITER="+m.secret,
 		"MINIO_IDENTITY_OPENID_CONFIG_URL_READER="+discovery, "MINIO_IDENTITY_OPENID_ROLE_POLICY_READER=readonly",
 		"MINIO_IDENTITY_OPENID_CLIENT_ID_READER=minio-reader", "MINIO_IDENTITY_OPENID_CLIENT_SECRET_READER="+m.secret,
 		"MINIO_IDENTITY_OPENID_CONFIG_URL="+discovery, "MINIO_IDENTITY_OPENID_CLAIM_NAME=scope",

@@ -1,6 +1,7 @@
 package clients_test
 
 import (
+	"errors"
 	"os"
 	"strings"
 	"testing"
@@ -10,15 +11,16 @@ import (
 	"github.com/dayflyhq/dayfly/sdk"
 	jwtauth "github.com/hashicorp/vault-plugin-auth-jwt"
 	"github.com/hashicorp/vault/sdk/logical"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
 // vaultData is docs/federation/vault.md's example.
 const vaultData = `
 audiences:
-  vault: {owner: platform team, verified_by: external}
+  "vault/{segment.3}": {owner: platform team, verified_by: external}
 entitlements:
-  spiffe://dayfly.test/ns/shop/*:
-    vault: {scopes: [], ttl: 1m, binding: none}
+  spiffe://dayfly.test/ns/*:
+    "vault/{segment.3}": {scopes: [], ttl: 1m, binding: none}
 `
 
 // TestVault logs in to Vault's own JWT auth method, which OpenBao has from it, as
@@ -36,13 +38,14 @@ func TestVault(t *testing.T) {
 		"bound_issuer": b.Issuer, "jwt_supported_algs": []string{"ES256"},
 	})
 	v.write(t, logical.CreateOperation, "role/payments", map[string]any{
-		"role_type": "jwt", "bound_audiences": []string{"vault"}, "bound_subject": sandbox.Payments.String(), "user_claim": "sub",
+		"role_type": "jwt", "bound_audiences": []string{"vault/payments"}, "bound_subject": sandbox.Payments.String(), "user_claim": "sub",
 		"claim_mappings": map[string]any{"jti": "dayfly_grant"}, "token_policies": []string{"payments"},
 		"token_ttl": "5m", "token_max_ttl": "5m", "token_no_default_policy": true,
 		"expiration_leeway": -1, "not_before_leeway": -1, "clock_skew_leeway": -1,
 	})
 
-	cred := b.issue(t, sandbox.Payments, sdk.Request{Audience: "vault"})
+	namesake := spiffeid.RequireFromString("spiffe://dayfly.test/ns/other/payments")
+	cred := b.issue(t, sandbox.Payments, sdk.Request{Audience: "vault/payments"})
 	auth, refused := v.login(t, "payments", cred.Token.Reveal())
 	if refused != "" {
 		t.Fatal(refused)
@@ -54,17 +57,20 @@ func TestVault(t *testing.T) {
 		t.Errorf("Vault's token lives %s and %s at most: docs/federation/vault.md says that it outlives ours", auth.TTL, auth.MaxTTL)
 	}
 
-	brief := b.issue(t, sandbox.Payments, sdk.Request{Audience: "vault", TTL: time.Second})
+	brief := b.issue(t, sandbox.Payments, sdk.Request{Audience: "vault/payments", TTL: time.Second})
 	time.Sleep(time.Until(brief.Expires) + time.Second)
 	for what, c := range map[string]struct{ token, want string }{
 		"another audience": {b.issue(t, sandbox.Payments, sdk.Request{Audience: "orders"}).Token.Reveal(), "aud"},
-		"another subject":  {b.issue(t, sandbox.Web, sdk.Request{Audience: "vault"}).Token.Reveal(), "sub"},
+		"another subject":  {b.issue(t, namesake, sdk.Request{Audience: "vault/payments"}).Token.Reveal(), "sub"},
 		"expired":          {brief.Token.Reveal(), "expired"},
 		"tampered with":    {cred.Token.Reveal()[:len(cred.Token.Reveal())-8] + "AAAAAAAA", "signature"},
 	} {
 		if auth, refused := v.login(t, "payments", c.token); auth != nil || !strings.Contains(refused, c.want) {
 			t.Errorf("%s: logged in %v, refused %q", what, auth != nil, refused)
 		}
+	}
+	if _, err := b.client(t, sandbox.Web).Issue(t.Context(), sdk.Request{Audience: "vault/payments"}); !errors.Is(err, sdk.ErrPolicyDenied) {
+		t.Errorf("web asked for payments' audience: %v", err)
 	}
 }
 
