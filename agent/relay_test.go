@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -521,6 +522,53 @@ func TestUseReports(t *testing.T) {
 	m = b.sent("the next use report", isUseReport).GetUseReport()
 	if len(m.GetUses()) != 1 || m.GetUses()[0].GetCount() != 5 || m.GetDropped() != 0 {
 		t.Errorf("got %v", m)
+	}
+}
+
+// A use goes up under the name of who saw it. A verifier can't put it on another: only a
+// relay names those behind it.
+func TestUsesNameTheirVerifier(t *testing.T) {
+	noLeaks(t)
+	td := newDomain(t)
+	b := newBroker(t, td)
+	f := start(t, td, b, nil)
+	sent := func(what string, v *verifier, u *dayflyv1.Use) *dayflyv1.Use {
+		t.Helper()
+		v.send(useReport(0, 0, u))
+		return b.sent(what, isUseReport).GetUseReport().GetUses()[0]
+	}
+	innocent := func() *dayflyv1.Use {
+		u := use(t, 1)
+		u.VerifierIdentity, u.VerifierInstance = "spiffe://example.org/innocent", "instance-of-another"
+		return u
+	}
+	v := f.follow(nil)
+	v.welcome()
+	if u := sent("the verifier's use", v, innocent()); u.GetVerifierIdentity() != "" || u.GetVerifierInstance() != v.sub.Instance {
+		t.Errorf("a verifier's use goes up as of %s %s", u.GetVerifierIdentity(), u.GetVerifierInstance())
+	}
+	r := f.follow(func(s *wire.Subscription) { s.Instance, s.Relay, s.Audiences = "relay-001", true, nil })
+	r.welcome()
+	if u := sent("a use from behind the relay", r, innocent()); u.GetVerifierIdentity() != "spiffe://example.org/innocent" || u.GetVerifierInstance() != "instance-of-another" {
+		t.Errorf("a use from behind a relay goes up as of %s %s", u.GetVerifierIdentity(), u.GetVerifierInstance())
+	}
+	if u := sent("the relay's own use", r, use(t, 1)); u.GetVerifierIdentity() != "" || u.GetVerifierInstance() != "relay-001" {
+		t.Errorf("a relay's own use goes up as of %s %s", u.GetVerifierIdentity(), u.GetVerifierInstance())
+	}
+	// Two verifiers' uses of one grant are two.
+	w := f.follow(func(s *wire.Subscription) { s.Instance = "verifier-2" })
+	w.welcome()
+	var names []string
+	v.send(useReport(0, 0, use(t, 1)))
+	w.send(useReport(0, 0, use(t, 1)))
+	for len(names) < 2 {
+		for _, u := range b.sent("both uses", isUseReport).GetUseReport().GetUses() {
+			names = append(names, u.GetVerifierInstance())
+		}
+	}
+	slices.Sort(names)
+	if !slices.Equal(names, []string{"verifier-1", "verifier-2"}) {
+		t.Errorf("uses of %v", names)
 	}
 }
 

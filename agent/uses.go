@@ -12,6 +12,7 @@ const maxUses = 4096
 
 // useKey is what uses are added up by: verifiers on one host see the same grants.
 type useKey struct {
+	verifier, instance                                 string
 	grant, fingerprint, identity, address, reason, era string
 	head                                               uint64
 }
@@ -28,9 +29,19 @@ func (d *downstream) use(m *dayflyv1.UseReport) {
 	}
 	k.usesDropped += m.GetDropped()
 	for _, u := range m.GetUses() {
+		d.name(u)
 		k.count(u)
 	}
 	k.kick()
+}
+
+// name says who saw a use: whoever sent it, or, where that is a relay, the one that it names.
+// mu is held.
+func (d *downstream) name(u *dayflyv1.Use) {
+	if d.feed.Relays() && u.GetVerifierInstance() != "" {
+		return
+	}
+	u.VerifierIdentity, u.VerifierInstance = d.feed.Name()
 }
 
 // count adds one entry; mu is held. What the broker would refuse is dropped here: it
@@ -41,6 +52,7 @@ func (k *knowledge) count(u *dayflyv1.Use) {
 		return
 	}
 	key := useKey{
+		u.GetVerifierIdentity(), u.GetVerifierInstance(),
 		u.GetGrant(), string(u.GetFingerprint()), u.GetPeerIdentity(), u.GetPeerAddress(), u.GetRefusalReason(), u.GetEra(), u.GetHead(),
 	}
 	old, ok := k.uses[key]

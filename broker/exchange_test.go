@@ -54,7 +54,8 @@ func TestExchangeOnlyNarrows(t *testing.T) {
 			}
 			remaining := parent.Grant.Expires.Sub(w.clock.Now())
 			child, err := w.b.Exchange(ctx, w.caller(fmt.Sprintf("hop-%d", presenter)), req)
-			lacks := len(asked) > 0 && slices.ContainsFunc(granted.Scopes, func(s string) bool { return !slices.Contains(parent.Grant.Scopes, s) })
+			shares := slices.ContainsFunc(granted.Scopes, func(s string) bool { return slices.Contains(parent.Grant.Scopes, s) })
+			lacks := len(asked) == 0 && len(granted.Scopes) > 0 && !shares || len(asked) > 0 && slices.ContainsFunc(granted.Scopes, func(s string) bool { return !slices.Contains(parent.Grant.Scopes, s) })
 			switch {
 			case len(parent.Grant.Lineage) == token.MaxDepth:
 				if !errors.Is(err, broker.ErrChainTooDeep) {
@@ -84,6 +85,30 @@ func TestExchangeOnlyNarrows(t *testing.T) {
 			}
 		}
 	})
+}
+
+// A derived token without any scope would be refused by whom it is for, and nobody would
+// know why: the broker says it, and gives none.
+func TestNoScopeInCommon(t *testing.T) {
+	w := newWorld(t)
+	scopes := map[broker.Action][]string{broker.ActionIssue: {"orders.read"}, broker.ActionExchange: {"ledger.read", "ledger.write"}}
+	w.policy.set(func(q broker.Question) (broker.Decision, error) {
+		return broker.Decision{Allow: true, Scopes: scopes[q.Action]}, nil
+	})
+	parent, err := w.b.Issue(ctx, w.caller("payments"), broker.Request{Audience: id("orders").String()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	req := broker.Request{Audience: "ledger", Subject: parent.Token}
+	_, err = w.b.Exchange(ctx, w.caller("orders"), req)
+	refused(t, err, broker.ErrScopeWiderParent)
+	if want := "none of the scopes that policy gives: ledger.read ledger.write"; !strings.Contains(err.Error(), want) {
+		t.Errorf("%v, without %q", err, want)
+	}
+	scopes[broker.ActionExchange] = nil // an audience that knows no scopes
+	if child, err := w.b.Exchange(ctx, w.caller("orders"), req); err != nil || len(child.Grant.Scopes) != 0 {
+		t.Errorf("without scopes on either side: %v", err)
+	}
 }
 
 func narrower(t *rapid.T, parent, child *broker.Credential) {

@@ -15,6 +15,7 @@ const (
 	MaxRelayed  = maxRelayed
 	MaxRoster   = maxRoster
 	MaxUses     = maxUses
+	MaxNamed    = maxNamed
 	MaxAfter    = maxAfter
 	GrantsKept  = grantsKept
 	RetryWindow = retryWindow
@@ -67,4 +68,11 @@ func DrawLimit(l Limits) func() {
 			panic(err)
 		}
 	}
+}
+
+// SetLen is how many selectors are in force.
+func (b *Broker) SetLen() int {
+	b.state.mu.RLock()
+	defer b.state.mu.RUnlock()
+	return b.state.set.Len()
 }

@@ -67,6 +67,7 @@ type storedVerifier struct {
 	Identity     string        `json:"identity"`
 	Instance     string        `json:"instance"`
 	Via          string        `json:"via,omitempty"`
+	Claimed      string        `json:"claimed,omitempty"`
 	Audiences    []string      `json:"audiences,omitempty"`
 	Bound        time.Duration `json:"bound"`
 	AcceptsStale bool          `json:"accepts_stale,omitempty"`
@@ -78,7 +79,7 @@ type storedVerifier struct {
 
 func observe(v feed.Verifier) Observation {
 	return storedVerifier{
-		v.ID.Identity, v.ID.Instance, v.ID.Via, v.Audiences, v.Bound, v.AcceptsStale,
+		v.ID.Identity, v.ID.Instance, v.ID.Via, v.Claimed, v.Audiences, v.Bound, v.AcceptsStale,
 		v.Acked.Era, v.Acked.Seq, v.Acked.Sum[:], v.Gone,
 	}.observation()
 }
@@ -126,8 +127,8 @@ func (b *Broker) loadRoster(ctx context.Context) error {
 			return err
 		}
 		v := feed.Verifier{
-			ID:        feed.VerifierID{Identity: s.Identity, Instance: s.Instance, Via: s.Via},
-			Audiences: s.Audiences, Bound: s.Bound, AcceptsStale: s.AcceptsStale,
+			ID:      feed.VerifierID{Identity: s.Identity, Instance: s.Instance, Via: s.Via},
+			Claimed: s.Claimed, Audiences: s.Audiences, Bound: s.Bound, AcceptsStale: s.AcceptsStale,
 			Acked: feed.Position{Era: s.Era, Seq: s.Seq}, Answered: now, Gone: s.Gone,
 		}
 		copy(v.Acked.Sum[:], s.Sum)
@@ -179,11 +180,10 @@ func (b *Broker) subscribe(ctx context.Context, c Caller, s Subscriber, e *Audit
 		actions = append(actions, ActionRelay)
 	}
 	for _, action := range actions {
-		d, err := b.decide(ctx, Question{
+		_, err := b.decide(ctx, Question{
 			Action: action, Caller: c, Time: b.cfg.Now(),
 			Audiences: s.Audiences, MaxStaleness: s.MaxStaleness, AcceptsStale: s.AcceptsStale,
-		})
-		e.Rule = d.Rule
+		}, e)
 		if err != nil {
 			return nil, err
 		}
@@ -213,7 +213,7 @@ func (b *Broker) subscribe(ctx context.Context, c Caller, s Subscriber, e *Audit
 
 func checkSubscriber(s Subscriber) error {
 	switch {
-	case !validInstance(s.Instance):
+	case !feed.ValidInstance(s.Instance):
 		return ErrFeedRejected.because("instance: 8 to 64 characters").with("field", "instance")
 	case len(s.Audiences) == 0 && !s.Relay || len(s.Audiences) > maxAudiences:
 		return ErrFeedRejected.because("audiences: 1 to 64; only a relay may name none").with("field", "audiences")
@@ -226,14 +226,6 @@ func checkSubscriber(s Subscriber) error {
 		}
 	}
 	return nil
-}
-
-// validInstance keeps to what base64url may hold, as the wire does: the roster's keys
-// join instances with other characters.
-func validInstance(s string) bool {
-	return len(s) >= 8 && len(s) <= 64 && !strings.ContainsFunc(s, func(r rune) bool {
-		return (r < 'a' || r > 'z') && (r < 'A' || r > 'Z') && (r < '0' || r > '9') && r != '-' && r != '_'
-	})
 }
 
 // join puts a verifier on the roster: in the store first, so that it can't be
@@ -529,7 +521,7 @@ func (b *Broker) External(ctx context.Context, rec RevocationRecord) ([]PlannedA
 	}
 	var out []PlannedAudience
 	for _, a := range reach.Audiences {
-		if a.Audience.VerifiedBy != "feed" {
+		if a.Audience.VerifiedBy != VerifiedByFeed {
 			out = append(out, a)
 		}
 	}

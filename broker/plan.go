@@ -33,6 +33,7 @@ type Workflow struct {
 	Caller   spiffeid.ID
 	Audience string
 	Verifier string // identity, or that of the relay before it
+	Claimed  string // identity of the verifier behind that relay, by its word
 	Count    uint64
 	Last     time.Time
 	Fallback Fallback
@@ -187,9 +188,13 @@ func (m *matched) narrower(live uint64) []Narrower {
 		for svid, id := range m.svids {
 			delete(m.others, svid)
 			if !svid.IsZero() && !slices.Contains(m.selectors, revocation.SVID(svid)) {
+				rest := "none was seen elsewhere alone"
+				if n := len(m.others); n > 0 {
+					rest = fmt.Sprintf("%d seen elsewhere alone would go on", n)
+				}
 				out = append(out, Narrower{[]revocation.Selector{revocation.SVID(svid)}, fmt.Sprintf(
-					"only one SVID got credentials from %s, this one of %s; %d seen elsewhere alone would go on. It doesn't do if the attacker can get another SVID",
-					m.seenFrom, id, len(m.others))})
+					"only one SVID got credentials from %s, this one of %s; %s. It doesn't do if the attacker can get another SVID",
+					m.seenFrom, id, rest)})
 			}
 		}
 	}
@@ -223,8 +228,8 @@ func (m *matched) singles() (Narrower, bool) {
 // they match.
 func (b *Broker) workflows(selectors []revocation.Selector, m *matched) []Workflow {
 	type key struct {
-		caller             spiffeid.ID
-		audience, verifier string
+		caller                      spiffeid.ID
+		audience, verifier, claimed string
 	}
 	sums := map[key]*Workflow{}
 	for _, fl := range b.uses.recentFlows(b.cfg.Now()) {
@@ -232,9 +237,9 @@ func (b *Broker) workflows(selectors []revocation.Selector, m *matched) []Workfl
 		if len(sub.Lineage) == 0 || !m.flows[flowKey{lineage: fl.Lineage, audience: fl.Audience}] && !matchesAny(selectors, sub) {
 			continue
 		}
-		at := key{sub.Lineage[len(sub.Lineage)-1].Identity, fl.Audience, fl.Verifier}
+		at := key{sub.Lineage[len(sub.Lineage)-1].Identity, fl.Audience, fl.Verifier, fl.Claimed}
 		if sums[at] == nil {
-			sums[at] = &Workflow{Caller: at.caller, Audience: at.audience, Verifier: at.verifier}
+			sums[at] = &Workflow{Caller: at.caller, Audience: at.audience, Verifier: at.verifier, Claimed: at.claimed}
 		}
 		sums[at].Count += fl.Count
 		if fl.Last.After(sums[at].Last) {
@@ -247,7 +252,7 @@ func (b *Broker) workflows(selectors []revocation.Selector, m *matched) []Workfl
 		out = append(out, *w)
 	}
 	slices.SortFunc(out, func(x, y Workflow) int {
-		return cmp.Or(cmp.Compare(y.Count, x.Count), cmp.Compare(x.Caller.String(), y.Caller.String()), cmp.Compare(x.Audience, y.Audience), cmp.Compare(x.Verifier, y.Verifier))
+		return cmp.Or(cmp.Compare(y.Count, x.Count), cmp.Compare(x.Caller.String(), y.Caller.String()), cmp.Compare(x.Audience, y.Audience), cmp.Compare(x.Verifier, y.Verifier), cmp.Compare(x.Claimed, y.Claimed))
 	})
 	return out
 }
@@ -302,7 +307,7 @@ func (p *Plan) add(g *Grant, identities map[spiffeid.ID]*PlannedIdentity, audien
 	if pa == nil {
 		a, ok := policy.Audience(g.Audience)
 		if !ok {
-			a = Audience{Name: g.Audience, VerifiedBy: "external"} // undeclared: promise nothing
+			a = Audience{Name: g.Audience, VerifiedBy: VerifiedByExternal} // undeclared: promise nothing
 		}
 		pa = &PlannedAudience{Audience: a}
 		audiences[g.Audience] = pa

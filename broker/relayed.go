@@ -96,11 +96,10 @@ func (f *Follower) admit(ctx context.Context, v feed.Verifier, identity string) 
 	if identity != "" {
 		e.Message += ", by the relay's word " + identity
 	}
-	d, err := f.b.decide(ctx, Question{
+	_, err := f.b.decide(ctx, Question{
 		Action: ActionFollow, Caller: f.caller, Time: f.b.cfg.Now(),
 		Audiences: v.Audiences, MaxStaleness: v.Bound, AcceptsStale: v.AcceptsStale,
-	})
-	e.Rule = d.Rule
+	}, &e)
 	if err != nil {
 		return f.b.refuse(e, err)
 	}
@@ -119,7 +118,7 @@ func (f *Follower) relayed(rv feed.Relayed) (feed.Verifier, error) {
 	bad := func(a string) bool { return token.ValidateAudience(a) != nil }
 	if len(rv.Path) == 0 || len(rv.Path) > feed.MaxPath || !f.delivered(rv.Acked) ||
 		rv.Bound < MinStaleness || rv.Bound > MaxStaleness || rv.LastAnswerAge < 0 ||
-		slices.ContainsFunc(rv.Path, func(s string) bool { return !validInstance(s) }) ||
+		slices.ContainsFunc(rv.Path, func(s string) bool { return !feed.ValidInstance(s) }) ||
 		len(rv.Audiences) > maxAudiences || slices.ContainsFunc(rv.Audiences, bad) {
 		return feed.Verifier{}, ErrFeedRejected.because("a relay report with an impossible entry")
 	}
@@ -129,7 +128,7 @@ func (f *Follower) relayed(rv feed.Relayed) (feed.Verifier, error) {
 			Identity: f.id.Identity, Instance: rv.Path[last],
 			Via: strings.Join(append([]string{f.id.Instance}, rv.Path[:last]...), "/"),
 		},
-		Audiences: rv.Audiences, Bound: rv.Bound, AcceptsStale: rv.AcceptsStale, Acked: rv.Acked,
+		Claimed: rv.Identity, Audiences: rv.Audiences, Bound: rv.Bound, AcceptsStale: rv.AcceptsStale, Acked: rv.Acked,
 		// The report was under way for a while: later than it was, which is safe.
 		Answered: f.b.cfg.Boot().Add(-min(rv.LastAnswerAge, forgetAfter)), Gone: rv.Gone,
 	}, nil

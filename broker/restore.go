@@ -539,5 +539,20 @@ func (b *Broker) notStanding(number uint64) error {
 			return ErrNotStanding.because("lock %d of era %s was carried over, and stands as lock %d", number, from.Era, n).with("lock", strconv.FormatUint(n, 10))
 		}
 	}
+	return b.state.whyNotStanding(number)
+}
+
+// whyNotStanding says what became of a lock, or that there was none. The caller holds
+// the lock of the state.
+func (s *state) whyNotStanding(number uint64) error {
+	if lift, ok := s.lifts[number]; ok {
+		return ErrNotStanding.because("lock %d was lifted already: number %d, by %s at %s", number, lift.Seq, lift.Details.Actor, lift.Details.Time.Format(time.RFC3339))
+	}
+	if l, ok := s.locks[number]; ok {
+		return ErrNotStanding.because("lock %d ended by itself at %s", number, l.End().Format(time.RFC3339))
+	}
+	if rec, ok := s.records[number]; ok && rec.Revocation != nil {
+		return ErrNotStanding.because("revocation %d locked nobody: there is nothing to lift", number)
+	}
 	return ErrNotStanding.because("lock %d does not stand", number)
 }

@@ -137,7 +137,9 @@ func TestLockOnSVIDOutlivesTheEnd(t *testing.T) {
 		t.Errorf("the SVID has expired, and there stand %+v", locks)
 	}
 	_, err = w.b.Lift(ctx, w.operator(), rec.Seq, "r", "")
-	refused(t, err, broker.ErrNotStanding)
+	if refused(t, err, broker.ErrNotStanding); !strings.Contains(err.Error(), "ended by itself at "+stolen.Leaf.NotAfter.UTC().Format(time.RFC3339)) {
+		t.Error(err)
+	}
 }
 
 // Where nobody knows when an SVID expires its lock stands until it is lifted, over
@@ -236,6 +238,26 @@ func TestReissueCut(t *testing.T) {
 			t.Errorf("cut %s, want %s", rec.Details.LockCut, want)
 		}
 	})
+	t.Run("our clock was set back, and we began anew", func(t *testing.T) {
+		w := newWorld(t)
+		w.clock.set(time.Hour)
+		issued := w.clock.Now()
+		stolen := dated(w, "payments", issued)
+		w.issue(stolen, "orders")
+		w.issue(dated(w, "other", issued), "orders")
+		w.clock.set(-time.Hour)
+		w.restart()
+		rec := w.revoke(broker.LockReissue, revocation.Identity(id("payments")))
+		if want := issued.Add(broker.ClockSkew); !rec.Details.LockCut.Equal(want) {
+			t.Errorf("cut %s, want %s: when the last credential was issued, and the skew", rec.Details.LockCut, want)
+		}
+		w.clock.set(time.Hour) // as NTP does at last
+		w.admitted(stolen, false, "the SVID from before")
+		w.admitted(dated(w, "payments", issued.Add(broker.ClockSkew+time.Second)), true, "a new one")
+		if rec := w.revoke(broker.LockReissue, revocation.Identity(id("nobody"))); rec.Details.LockCut.After(w.clock.Now().Add(broker.ClockSkew)) {
+			t.Errorf("an identity without any has the cut %s", rec.Details.LockCut)
+		}
+	})
 	t.Run("a subtree", func(t *testing.T) {
 		w := newWorld(t)
 		ahead := noon.Add(20 * time.Minute)
@@ -279,6 +301,13 @@ func TestLiftRevivesNothing(t *testing.T) {
 	}
 	_, err = lift(first.Seq, "again")
 	refused(t, err, broker.ErrNotStanding)
+	if want := fmt.Sprintf("lifted already: number %d, by %s at %s", rec.Seq, w.operator().Actor(), noon.Format(time.RFC3339)); !strings.Contains(err.Error(), want) {
+		t.Errorf("%v, without %q", err, want)
+	}
+	_, err = lift(w.revoke(broker.LockNone, selector(t, "audience:orders")).Seq, "nothing to lift")
+	if refused(t, err, broker.ErrNotStanding); !strings.Contains(err.Error(), "locked nobody") {
+		t.Error(err)
+	}
 	w.admitted(c, false, "after the lift of the first of two locks")
 	w.restart()
 	w.admitted(c, false, "after a restart")
@@ -633,10 +662,10 @@ func TestLists(t *testing.T) {
 		t.Errorf("state %s", s)
 	}
 	a, b := w.revoke(broker.LockNone, revocation.Identity(id("x"))), w.revoke(broker.LockNone, revocation.Identity(id("y")))
-	if got := w.b.Revocations(0, 10); len(got) != 2 || got[0].Seq != b.Seq || got[1].Seq != a.Seq {
+	if got := w.b.Revocations(0, 10, false); len(got) != 2 || got[0].Seq != b.Seq || got[1].Seq != a.Seq {
 		t.Errorf("revocations %+v", got)
 	}
-	if got := w.b.Revocations(b.Seq, 10); len(got) != 1 || got[0].Seq != a.Seq {
+	if got := w.b.Revocations(b.Seq, 10, false); len(got) != 1 || got[0].Seq != a.Seq {
 		t.Errorf("below the newest: %+v", got)
 	}
 }

@@ -451,7 +451,7 @@ func TestSimulation(t *testing.T) {
 		}
 	}
 	t.Logf("%d histories in %s: %v", histories, time.Since(began).Truncate(time.Millisecond), total)
-	for _, what := range []string{"issued", "exchanged", "revoked", "locked", "lifted", "accepted", "refused", "contained", "confirmed", "closed", "pruned", "crashed", "forged", "forked", "era", "proposed", "confirmed by another", "silenced", "presented when dead", "alarmed"} {
+	for _, what := range []string{"issued", "exchanged", "revoked", "locked", "lifted", "accepted", "refused", "contained", "confirmed", "closed", "pruned", "crashed", "forged", "forked", "era", "proposed", "confirmed by another", "silenced", "presented when dead", "alarmed", "given back"} {
 		if total[what] == 0 {
 			t.Errorf("nothing was ever %s", what)
 		}

@@ -36,6 +36,9 @@ type Use struct {
 	First, Last time.Time // by the verifier's clock
 	Head        uint64    // that they were judged at
 	Era         string    // of the head
+	// Of a relay: the SPIFFE ID and the instance of the verifier behind it that saw them,
+	// by its word.
+	Claimed, ClaimedInstance string
 }
 
 // A UseReport is what a verifier saw since its last one.
@@ -71,16 +74,18 @@ type storedUse struct {
 	Last        int64  `json:"l"`
 	Head        uint64 `json:"h"`
 	Era         string `json:"e,omitempty"`
+	Claimed     string `json:"c,omitempty"`
+	Instance    string `json:"i,omitempty"`
 }
 
 func storeUse(u Use) storedUse {
-	return storedUse{u.Grant, u.Fingerprint, u.Key, u.Peer, u.Address, u.Reason, u.Count, u.First.UnixMilli(), u.Last.UnixMilli(), u.Head, u.Era}
+	return storedUse{u.Grant, u.Fingerprint, u.Key, u.Peer, u.Address, u.Reason, u.Count, u.First.UnixMilli(), u.Last.UnixMilli(), u.Head, u.Era, u.Claimed, u.ClaimedInstance}
 }
 
 func (s storedUse) use() Use {
 	return Use{
 		s.Grant, s.Fingerprint, s.Key, s.Peer, s.Address, s.Reason == "", s.Reason, s.Count,
-		time.UnixMilli(s.First).UTC(), time.UnixMilli(s.Last).UTC(), s.Head, s.Era,
+		time.UnixMilli(s.First).UTC(), time.UnixMilli(s.Last).UTC(), s.Head, s.Era, s.Claimed, s.Instance,
 	}
 }
 
@@ -132,6 +137,9 @@ const (
 	maxAfter     = 256
 	maxPeers     = 8
 	maxAddresses = 16
+	// maxNamed bounds the verifiers behind one relay that are told apart: what it says of
+	// more counts as its own.
+	maxNamed = 16
 	// checkAgain spaces attempts out while the store takes nothing.
 	checkAgain = time.Second
 )
@@ -197,17 +205,20 @@ type reporter struct {
 	taken, kept, alarms budget
 	limited, unkept     bool   // and that was said
 	silent              uint64 // alarms that were counted and not told
+	named               map[string]bool
 }
 
 type afterKey struct {
-	seq      uint64
-	verifier string
+	seq               uint64
+	verifier, claimed string
 }
 
 // UsesAfter is what one verifier reported of credentials that a revocation had killed
 // already.
 type UsesAfter struct {
 	Verifier string `json:"verifier"` // identity, or that of the relay before it
+	// Claimed is the SPIFFE ID of the verifier behind that relay, by its word.
+	Claimed string `json:"claimed,omitempty"`
 	// Refused and AcceptedKnowing are by the head that the verifier judged at, which is
 	// at or above the revocation: no clock is in them. The first says that somebody still
 	// presents what is revoked, the second that the verifier doesn't do its job.
@@ -224,7 +235,7 @@ type UsesAfter struct {
 	More            bool      `json:"more,omitempty"` // peers or addresses than listed
 }
 
-type flowKey struct{ lineage, audience, verifier string }
+type flowKey struct{ lineage, audience, verifier, claimed string }
 
 // flow is one way of calling within an hour: a lineage's identities, root first with
 // spaces between, at an audience's verifier.
@@ -232,6 +243,7 @@ type flow struct {
 	Lineage  string    `json:"lineage"`
 	Audience string    `json:"audience"`
 	Verifier string    `json:"verifier"`
+	Claimed  string    `json:"claimed,omitempty"`
 	Count    uint64    `json:"count"`
 	Last     time.Time `json:"last"`
 }
@@ -276,6 +288,27 @@ func (u *usage) reporter(identity string) *reporter {
 	return r
 }
 
+// names returns the SPIFFE ID by which a relay's uses are listed: that of the verifier
+// behind it, as long as it doesn't name too many.
+func (u *usage) names(relay, claimed string) string {
+	if claimed == "" {
+		return ""
+	}
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	r := u.reporter(relay)
+	switch {
+	case r.named[claimed]:
+		return claimed
+	case len(r.named) >= maxNamed:
+		return ""
+	case r.named == nil:
+		r.named = map[string]bool{}
+	}
+	r.named[claimed] = true
+	return claimed
+}
+
 // Report keeps a use report: the evidence of an incident. Once it returns, the report
 // survives a crash. What is beyond the identity's allowance, or finds the disk full, is
 // dropped and counted; a verifier's freshness never hangs on it.
@@ -288,6 +321,11 @@ func (f *Follower) Report(ctx context.Context, r UseReport) error {
 	}
 	if len(r.Uses) == 0 && r.Dropped == 0 {
 		return nil
+	}
+	if !f.relay { // it speaks for itself alone, whatever it says
+		for i := range r.Uses {
+			r.Uses[i].Claimed, r.Uses[i].ClaimedInstance = "", ""
+		}
 	}
 	b := f.b
 	now := b.cfg.Now().UTC()
@@ -621,7 +659,7 @@ func (b *Broker) unrecorded(ctx context.Context, found *findings, r *storedUses,
 		return
 	}
 	b.cfg.Log.ErrorContext(ctx, "a use is reported of what was never recorded: somebody holds a signing key", "why", why,
-		"reported_by", r.Verifier, "instance", r.Instance, "grant", use.Grant, "key", use.Key,
+		"reported_by", r.Verifier, "instance", r.Instance, "claimed_verifier", use.Claimed, "claimed_instance", use.ClaimedInstance, "grant", use.Grant, "key", use.Key,
 		"peer", use.Peer, "address", use.Address, "accepted", use.Accepted, "count", use.Count, "others_not_told", silent)
 	e := AuditEntry{
 		Time: b.cfg.Now().UTC(), Action: ActionReport, Actor: r.Verifier, Outcome: "alarm", Reason: "GRANT_UNRECORDED", Grant: use.Grant, Alert: true,
@@ -636,14 +674,14 @@ func orUnknown(s string) string { return cmp.Or(s, "unknown") }
 
 // addFlow counts an accepted use for plans.
 func (b *Broker) addFlow(ctx context.Context, found *findings, r *storedUses, use Use, g *Grant) {
-	key := flowKey{lineageText(g), g.Audience, r.Verifier}
+	key := flowKey{lineageText(g), g.Audience, r.Verifier, b.uses.names(r.Verifier, use.Claimed)}
 	hour := r.At.Format(hourLayout)
 	if found.flows[hour] == nil {
 		found.flows[hour] = map[flowKey]*flow{}
 	}
 	fl := found.flows[hour][key]
 	if fl == nil {
-		fl = &flow{Lineage: key.lineage, Audience: key.audience, Verifier: key.verifier}
+		fl = &flow{Lineage: key.lineage, Audience: key.audience, Verifier: key.verifier, Claimed: key.claimed}
 		b.uses.mu.Lock()
 		old, ok := b.uses.flows[hour][key]
 		room := len(b.uses.flows[hour])+len(found.flows[hour]) < maxFlows
@@ -738,7 +776,7 @@ func (b *Broker) addAfter(ctx context.Context, found *findings, r *storedUses, u
 		found.counts.Refused += refused
 		found.counts.AcceptedKnowing += knowing
 		found.counts.AcceptedUnaware += unaware
-		a := b.usesAfter(found, afterKey{rec.Seq, r.Verifier})
+		a := b.usesAfter(found, afterKey{rec.Seq, r.Verifier, b.uses.names(r.Verifier, use.Claimed)})
 		if a == nil {
 			continue
 		}
@@ -789,7 +827,7 @@ func (b *Broker) usesAfter(found *findings, key afterKey) *UsesAfter {
 	u := &b.uses
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	a := &UsesAfter{Verifier: key.verifier}
+	a := &UsesAfter{Verifier: key.verifier, Claimed: key.claimed}
 	if old := u.after[key]; old != nil {
 		*a = *old
 		a.Peers, a.Addresses = slices.Clone(old.Peers), slices.Clone(old.Addresses)
@@ -815,7 +853,7 @@ func (a *UsesAfter) list(all []string, s string, most int) []string {
 // sayAfter logs the first of each kind, of one verifier and one revocation; the metric
 // and the revocation's status count them all.
 func (b *Broker) sayAfter(ctx context.Context, a *UsesAfter, r *storedUses, use Use, seq, refused, knowing, unaware uint64) {
-	args := []any{"revocation", seq, "grant", use.Grant, "verifier", r.Verifier, "instance", r.Instance, "peer", use.Peer, "address", use.Address, "head", use.Head}
+	args := []any{"revocation", seq, "grant", use.Grant, "verifier", r.Verifier, "instance", r.Instance, "claimed_verifier", use.Claimed, "claimed_instance", use.ClaimedInstance, "peer", use.Peer, "address", use.Address, "head", use.Head}
 	switch {
 	case knowing > 0 && a.AcceptedKnowing == 0:
 		b.cfg.Log.ErrorContext(ctx, "a verifier accepted what it knew to be revoked: it doesn't do its job", args...)
@@ -834,7 +872,7 @@ func (f *findings) observations() []Observation {
 	}
 	for hour, flows := range f.flows {
 		for key, fl := range flows {
-			name := hash(strings.Join([]string{key.lineage, key.audience, key.verifier}, "|"))
+			name := hash(named(strings.Join([]string{key.lineage, key.audience, key.verifier}, "|"), key.claimed))
 			out = append(out, Observation{Key: flowsPrefix + hour + "/" + name, Value: encoded(fl)})
 		}
 	}
@@ -845,7 +883,15 @@ func (f *findings) observations() []Observation {
 }
 
 func (k afterKey) String() string {
-	return fmt.Sprintf("%s%016x/%s", afterPrefix, k.seq, hash(k.verifier))
+	return fmt.Sprintf("%s%016x/%s", afterPrefix, k.seq, hash(named(k.verifier, k.claimed)))
+}
+
+// named tells apart what is said of a verifier itself and of one behind it.
+func named(verifier, claimed string) string {
+	if claimed == "" {
+		return verifier
+	}
+	return verifier + "|" + claimed
 }
 
 func encoded(v any) []byte {
@@ -896,7 +942,9 @@ func (b *Broker) UsesAfter(seq uint64) []UsesAfter {
 			out = append(out, *a)
 		}
 	}
-	slices.SortFunc(out, func(x, y UsesAfter) int { return cmp.Compare(x.Verifier, y.Verifier) })
+	slices.SortFunc(out, func(x, y UsesAfter) int {
+		return cmp.Or(cmp.Compare(x.Verifier, y.Verifier), cmp.Compare(x.Claimed, y.Claimed))
+	})
 	return out
 }
 
@@ -912,7 +960,7 @@ func (b *Broker) loadUses(ctx context.Context) error {
 		if _, err := fmt.Sscanf(o.Key, afterPrefix+"%016x/", &seq); err != nil || json.Unmarshal(o.Value, a) != nil {
 			return fmt.Errorf("reading uses after revocations: entry %q is malformed", o.Key)
 		}
-		u.after[afterKey{seq, a.Verifier}] = a
+		u.after[afterKey{seq, a.Verifier, a.Claimed}] = a
 		u.listed[seq]++
 	}
 	first := b.cfg.Now().UTC().Add(-flowsKept).Format(hourLayout)
@@ -931,7 +979,7 @@ func (b *Broker) loadUses(ctx context.Context) error {
 		if u.flows[hour] == nil {
 			u.flows[hour] = map[flowKey]*flow{}
 		}
-		u.flows[hour][flowKey{fl.Lineage, fl.Audience, fl.Verifier}] = fl
+		u.flows[hour][flowKey{fl.Lineage, fl.Audience, fl.Verifier, fl.Claimed}] = fl
 	}
 	return nil
 }

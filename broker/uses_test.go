@@ -4,6 +4,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -271,6 +272,74 @@ func TestUsesAfterRevocation(t *testing.T) {
 	w.prune()
 	if n, _ := w.observed("after/"); n != 0 || len(w.b.UsesAfter(first.Seq)) != 0 {
 		t.Errorf("%d observations are left of forgotten revocations", n)
+	}
+}
+
+// Those behind a relay are told by the names that it gives them, as its word, and only
+// a relay can give any: in receipts, in plans, in what was used after a revocation, and
+// after a restart. A relay that invents names gets so many.
+func TestRelaysNameVerifiers(t *testing.T) {
+	w := newWorld(t)
+	ledger, reports := id("ledger").String(), id("reports").String()
+	cred := w.issue(w.caller("payments"), "orders")
+	relay := w.relay("relay-0001")
+	behind := below("verifier-1")
+	behind.Identity = ledger
+	w.relays(relay, behind, below("verifier-2"))
+	as := func(u broker.Use, claimed string) broker.Use {
+		u.Claimed, u.ClaimedInstance = claimed, "verifier-1"
+		return u
+	}
+	w.report(relay, as(w.use(cred), ledger), w.use(cred))
+	w.report(w.follow("orders", "instance-1", time.Second), as(w.use(cred), ledger))
+	rec := w.revoke(broker.LockNone, revocation.Identity(id("payments")))
+	relay2 := w.relay("relay-0001") // with a new SVID, if need be
+	w.report(relay2, as(refusedUse(w.use(cred)), ledger), as(w.use(cred), reports), refusedUse(w.use(cred)))
+	w.report(w.follow("orders", "instance-2", time.Second), as(refusedUse(w.use(cred)), reports))
+
+	for _, when := range []string{"at once", "after a restart"} {
+		var names []string
+		for _, r := range w.containment(rec).Receipts {
+			if r.Verifier.ID.Via != "" {
+				names = append(names, r.Verifier.ID.Instance+"="+r.Verifier.Claimed)
+			} else if r.Verifier.Claimed != "" {
+				t.Errorf("%s: %+v has a claimed name", when, r.Verifier)
+			}
+		}
+		if want := []string{"verifier-1=" + ledger, "verifier-2="}; !slices.Equal(names, want) {
+			t.Errorf("%s: receipts of %v, want %v", when, names, want)
+		}
+		p, err := w.b.Plan(ctx, []revocation.Selector{revocation.Identity(id("payments"))}, netip.Addr{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		flows := map[string]uint64{}
+		for _, f := range p.Workflows {
+			flows[f.Verifier+"|"+f.Claimed] = f.Count
+		}
+		agent, orders := id("agent").String(), id("orders").String()
+		if want := map[string]uint64{agent + "|": 1, agent + "|" + ledger: 1, agent + "|" + reports: 1, orders + "|": 1}; !maps.Equal(flows, want) {
+			t.Errorf("%s: workflows %v, want %v", when, flows, want)
+		}
+		after := map[string]uint64{}
+		for _, a := range w.b.UsesAfter(rec.Seq) {
+			after[a.Verifier+"|"+a.Claimed] = a.Refused + 10*a.AcceptedKnowing
+		}
+		if want := map[string]uint64{agent + "|": 1, agent + "|" + ledger: 1, agent + "|" + reports: 10, orders + "|": 1}; !maps.Equal(after, want) {
+			t.Errorf("%s: used after %v, want %v", when, after, want)
+		}
+		w.restart()
+	}
+	if n := len(w.logged(`"claimed_verifier":"` + reports)); n != 1 {
+		t.Errorf("the one that accepts knowingly is named in %d lines", n)
+	}
+
+	relay = w.relay("relay-0002")
+	for i := range 3 * broker.MaxNamed {
+		w.report(relay, as(refusedUse(w.use(cred)), id(fmt.Sprintf("invented-%d", i)).String()))
+	}
+	if n := len(w.b.UsesAfter(rec.Seq)); n > broker.MaxNamed+4 {
+		t.Errorf("%d verifiers are listed", n)
 	}
 }
 

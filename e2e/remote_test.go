@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"os"
 	"strings"
@@ -67,10 +68,28 @@ func TestRemoteRelay(t *testing.T) {
 			if c.GetConfirmed() != 3 { // the verifier and the two relays
 				t.Errorf("contained with %d receipts: %v", c.GetConfirmed(), c)
 			}
+			// What the broker knows itself, and what the relay nearest to it says.
+			claimed := map[int]string{}
+			for _, r := range c.GetReceipts() {
+				if r.GetIdentity() != sandbox.Orders.String() {
+					t.Errorf("a receipt by the word of %s", r.GetIdentity())
+				}
+				claimed[len(r.GetVia())] = r.GetClaimedIdentity()
+			}
+			if want := map[int]string{0: "", 1: sandbox.Ledger.String(), 2: sandbox.Orders.String()}; !maps.Equal(claimed, want) {
+				t.Errorf("the receipts name %v, want %v", claimed, want)
+			}
 			break
 		}
 	}
 	wantRefused(t, box, sandbox.Payments, svc, cred, verify.TokenRevoked)
+	operateUntil(t, box, &dayflyv1.GetRevocationResponse{}, func(r *dayflyv1.GetRevocationResponse) bool {
+		uses := r.GetContainment().GetUsesAfter()
+		return len(uses) == 1 && uses[0].GetVerifier() == sandbox.Orders.String() && uses[0].GetClaimedIdentity() == sandbox.Orders.String() && uses[0].GetRefused() == 1
+	}, "revocations", "show", fmt.Sprint(seq))
+	if text, _ := operate(t, box, "revocations", "show", fmt.Sprint(seq)); !strings.Contains(text, sandbox.Ledger.String()+", by the word of "+sandbox.Orders.String()) {
+		t.Errorf("a claimed name isn't shown as one:\n%s", text)
+	}
 	cred = issue()
 	must(box.Call(ctx, sandbox.Payments, svc, cred.Token))(t)
 
@@ -181,5 +200,27 @@ func TestSilentBroker(t *testing.T) {
 	revokePayments(t, must(box.Client(ctx, sandbox.Alice, box.Info.GRPC))(t))
 	if log := box.Log("broker"); !strings.Contains(log, "THIS LOG LACKS A RECORD THAT A BROKER SIGNED FOR") {
 		t.Errorf("the log says:\n%s", log)
+	}
+
+	// An operator who has looked may say to go on, for what was lost up to there.
+	kept := svc.Verifier.Status().KeptHead
+	if err := box.StopBroker(); err != nil {
+		t.Fatal(err)
+	}
+	if err := box.StartBroker(ctx, "--disregard-signed-heads", fmt.Sprintf("%s/%d", kept.Era, kept.Seq), "--reason", "INC-9: it was a test"); err != nil {
+		t.Fatal(err)
+	}
+	for !strings.Contains(box.Log("broker"), "that an operator said to disregard") {
+		if time.Now().After(deadline.Add(2 * time.Minute)) {
+			t.Fatalf("nobody showed it the head:\n%s", box.Log("broker"))
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	must(payments.Issue(ctx, sdk.Request{Audience: "orders"}))(t)
+	if r := reason(); strings.Contains(r, "LOG_BEHIND_SIGNED_HEAD") {
+		t.Errorf("readiness says %s", r)
+	}
+	if a := audited(t, box, "disregard_signed_heads"); len(a) != 1 || a[0]["why"] != "INC-9: it was a test" || !strings.HasPrefix(fmt.Sprint(a[0]["actor"]), "dayfly-broker serve:uid=") {
+		t.Errorf("audited %v", a)
 	}
 }

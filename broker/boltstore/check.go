@@ -31,6 +31,9 @@ type Report struct {
 	More     int      `json:"more,omitempty"`
 }
 
+// Good reports whether nothing was found to be wrong.
+func (r *Report) Good() bool { return len(r.Problems) == 0 && r.More == 0 }
+
 // Check reads a whole store that nobody serves and verifies it: the pages; that the
 // log has no gap above its horizon and its running hashes follow each other; that
 // each record's private part is the one that was sealed; that each grant stands

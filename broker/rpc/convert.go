@@ -112,6 +112,7 @@ func revocationMessage(r broker.RevocationRecord) *dayflyv1.Revocation {
 		Actor:      r.Details.Actor,
 		Time:       timestamp(r.Details.Time),
 		Proposal:   proposalMessage(r.Details.Proposed, nil),
+		GivenBack:  r.Details.GivenBack,
 	}
 	if r.Lift != nil {
 		m.Lift = liftMessage(*r.Lift)
@@ -172,7 +173,7 @@ func containmentMessage(seq uint64, c *broker.Containment) *dayflyv1.Containment
 	}
 	for _, a := range c.UsesAfter {
 		m.UsesAfter = append(m.UsesAfter, &dayflyv1.UseAfter{
-			Verifier: a.Verifier, Refused: a.Refused, AcceptedKnowing: a.AcceptedKnowing, AcceptedUnaware: a.AcceptedUnaware,
+			Verifier: a.Verifier, ClaimedIdentity: a.Claimed, Refused: a.Refused, AcceptedKnowing: a.AcceptedKnowing, AcceptedUnaware: a.AcceptedUnaware,
 			LastSeen: timestamp(a.LastSeen), Peers: a.Peers, Addresses: a.Addresses, More: a.More,
 		})
 	}
@@ -190,6 +191,7 @@ func receiptMessage(r feed.Receipt, c *broker.Containment) *dayflyv1.Receipt {
 		Identity: r.Verifier.ID.Identity, Instance: r.Verifier.ID.Instance, Audiences: r.Verifier.Audiences,
 		State: receiptStates[r.State], MaxStaleness: durationpb.New(r.Verifier.Bound),
 		OnStale: wire.OnStale(r.Verifier.AcceptsStale), Via: splitVia(r.Verifier.ID.Via),
+		ClaimedIdentity: r.Verifier.Claimed,
 	}
 	switch r.State {
 	case feed.Confirmed, feed.Closed:

@@ -63,7 +63,8 @@ func (s *feedService) Follow(stream followStream) error {
 	// The reader ends when the handler returns, because Recv then does.
 	ended := make(chan error, 1)
 	go func() { ended <- up.read(ctx) }()
-	return s.send(ctx, stream, f, up, ended, c.Leaf.NotAfter)
+	_, until := c.Attested()
+	return s.send(ctx, stream, f, up, ended, until)
 }
 
 // first waits for the Subscribe, but not for ever: a stream without one holds a place,
@@ -272,6 +273,7 @@ func toReport(m *dayflyv1.UseReport) (broker.UseReport, error) {
 			Grant: u.GetGrant(), Fingerprint: u.GetFingerprint(), Key: u.GetKeyId(),
 			Peer: u.GetPeerIdentity(), Address: u.GetPeerAddress(), Accepted: u.GetAccepted(), Reason: u.GetRefusalReason(),
 			Count: u.GetCount(), First: u.GetFirstSeen().AsTime(), Last: u.GetLastSeen().AsTime(), Head: u.GetHead(), Era: u.GetEra(),
+			Claimed: u.GetVerifierIdentity(), ClaimedInstance: u.GetVerifierInstance(),
 		}
 	}
 	return r, nil

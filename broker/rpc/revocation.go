@@ -51,7 +51,7 @@ func (s *revocationService) Plan(ctx context.Context, m *dayflyv1.PlanRequest) (
 	}
 	for _, w := range plan.Workflows {
 		out.Workflows = append(out.Workflows, &dayflyv1.AffectedWorkflow{
-			Caller: w.Caller.String(), Callee: w.Audience, Verifier: w.Verifier, Count: w.Count,
+			Caller: w.Caller.String(), Callee: w.Audience, Verifier: w.Verifier, ClaimedVerifier: w.Claimed, Count: w.Count,
 			LastSeen: timestamp(w.Last), Fallback: fallbackMessage(w.Fallback),
 		})
 	}
@@ -127,7 +127,7 @@ func (s *revocationService) ListRevocations(ctx context.Context, m *dayflyv1.Lis
 		return nil, err
 	}
 	out := &dayflyv1.ListRevocationsResponse{}
-	page := s.broker.Revocations(below, size+1)
+	page := s.broker.Revocations(below, size+1, m.GetGivenBack())
 	for i, r := range page {
 		if i == size {
 			out.NextPageToken = numberToken(page[size-1].Seq)

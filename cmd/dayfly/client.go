@@ -71,6 +71,14 @@ func (a *app) dialOperator(ctx context.Context) (*sdk.Client, error) {
 	return a.dialSocket("the break-glass socket", c.breakGlass)
 }
 
+// sameWay is what must be added to a command so that it goes the way that this one went.
+func (a *app) sameWay() string {
+	if a.conn.breakGlass == "" {
+		return ""
+	}
+	return " --break-glass " + quote(a.conn.breakGlass)
+}
+
 func (a *app) dialSocket(what, address string) (*sdk.Client, error) {
 	path, ok := strings.CutPrefix(address, "unix://")
 	if !ok || !strings.HasPrefix(path, "/") {

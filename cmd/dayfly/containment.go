@@ -48,17 +48,17 @@ func again(err error) bool {
 // follow watches a containment until it is complete or ctx ends, over brokers that
 // restart and SVIDs that rotate, and returns the last that is known. show is called
 // with each, in order; the given client stays open. The error is one that waiting doesn't
-// mend.
+// mend. It watches once at least: who accepts outside the feed is said there alone.
 func (a *app) follow(ctx context.Context, given *sdk.Client, sequence uint64, last *dayflyv1.Containment, show func(*dayflyv1.Containment)) (*dayflyv1.Containment, error) {
-	client := given
-	for attempt := 0; !last.GetContained() && ctx.Err() == nil; attempt++ {
+	client, heard := given, false
+	for attempt := 0; !(heard && last.GetContained()) && ctx.Err() == nil; attempt++ {
 		var err error
 		if client == nil {
 			client, err = a.dialOperator(ctx)
 		}
 		if err == nil {
 			err = watch(ctx, client, sequence, func(c *dayflyv1.Containment) {
-				last, attempt = c, 0
+				last, heard, attempt = c, true, 0
 				show(c)
 			})
 			if client != given {
@@ -67,8 +67,10 @@ func (a *app) follow(ctx context.Context, given *sdk.Client, sequence uint64, la
 			client = nil
 		}
 		switch {
-		case last.GetContained() || ctx.Err() != nil:
+		case heard && last.GetContained():
 			return last, nil
+		case ctx.Err() != nil:
+			continue // to the end
 		case !again(err):
 			return last, err
 		}
@@ -76,6 +78,9 @@ func (a *app) follow(ctx context.Context, given *sdk.Client, sequence uint64, la
 			a.notef("the broker can't be reached, trying on: %s", clean(reportOf(err).Message))
 		}
 		pause(ctx, attempt)
+	}
+	if !heard && last.GetContained() {
+		return last, errors.New("who accepts outside the feed wasn't answered")
 	}
 	return last, nil
 }
@@ -111,7 +116,7 @@ func (a *app) progress(since time.Time) func(*dayflyv1.Containment) {
 				continue
 			}
 			known[key] = r.GetState()
-			a.notef("%8s  %s  %s", span(a.now().Sub(since)), a.state(a.stderr, r.GetState()), clean(r.GetIdentity()))
+			a.notef("%8s  %s  %s", span(a.now().Sub(since)), a.state(a.stderr, r.GetState()), clean(receiptName(r)))
 		}
 	}
 }
@@ -146,7 +151,7 @@ func beyond(c *dayflyv1.Containment, now time.Time) []*dayflyv1.AffectedAudience
 // complete is nil once nobody accepts what was revoked; what no feed reaches counts
 // until it has expired. Else it is the error that gives exit code 3.
 func (a *app) complete(sequence uint64, c *dayflyv1.Containment) error {
-	show := fmt.Sprintf("dayfly revocations show %d --watch", sequence)
+	show := fmt.Sprintf("dayfly revocations show %d --watch", sequence) + a.sameWay()
 	if !c.GetContained() {
 		return failf(exitIncomplete, show, "revocation %d is recorded, but not contained everywhere yet", sequence)
 	}
@@ -166,7 +171,7 @@ func (a *app) writeContainment(w io.Writer, r *dayflyv1.Revocation, c *dayflyv1.
 		if r.GetTime() != nil && c.GetContainedAt() != nil {
 			after = " after " + span(max(0, c.GetContainedAt().AsTime().Sub(r.GetTime().AsTime())))
 		}
-		fmt.Fprintf(w, "%s%s: %s.\n", a.paint(a.stdout, green, "CONTAINED"), after, sum)
+		fmt.Fprintf(w, "%s%s: %s.%s\n", a.paint(a.stdout, green, "CONTAINED"), after, sum, slowest(r, c))
 	case c.GetContained():
 		fmt.Fprintf(w, "%s in the feed (%s), but not beyond it.\n", a.paint(a.stdout, yellow, "CONTAINED"), sum)
 	default:
@@ -184,6 +189,27 @@ func (a *app) writeContainment(w io.Writer, r *dayflyv1.Revocation, c *dayflyv1.
 	a.writeUsesAfter(w, c.GetUsesAfter())
 }
 
+// slowest names the verifier that containment waited for, where there was a choice: the
+// last to confirm, or one that never did and had to close.
+func slowest(r *dayflyv1.Revocation, c *dayflyv1.Containment) string {
+	if len(c.GetReceipts()) < 2 || r.GetTime() == nil || c.GetContainedAt() == nil {
+		return ""
+	}
+	var closed *dayflyv1.Receipt
+	for _, x := range c.GetReceipts() {
+		switch {
+		case x.GetState() == dayflyv1.ReceiptState_RECEIPT_STATE_CLOSED:
+			closed = x
+		case x.GetState() == dayflyv1.ReceiptState_RECEIPT_STATE_CONFIRMED && x.GetSince().AsTime().Equal(c.GetContainedAt().AsTime()):
+			return fmt.Sprintf(" Slowest: %s.", clean(receiptName(x)))
+		}
+	}
+	if closed == nil {
+		return ""
+	}
+	return fmt.Sprintf(" Slowest: %s, which never confirmed.", clean(receiptName(closed)))
+}
+
 // writeUsesAfter lists who still presents what is revoked, and who still accepts it.
 func (a *app) writeUsesAfter(w io.Writer, uses []*dayflyv1.UseAfter) {
 	if len(uses) == 0 {
@@ -195,14 +221,32 @@ func (a *app) writeUsesAfter(w io.Writer, uses []*dayflyv1.UseAfter) {
 		if u.GetMore() {
 			more = " and more"
 		}
-		row(w, u.GetVerifier(), strconv.FormatUint(u.GetRefused(), 10), strconv.FormatUint(u.GetAcceptedUnaware(), 10), strconv.FormatUint(u.GetAcceptedKnowing(), 10),
+		row(w, verifierName(u.GetVerifier(), u.GetClaimedIdentity()), strconv.FormatUint(u.GetRefused(), 10), strconv.FormatUint(u.GetAcceptedUnaware(), 10), strconv.FormatUint(u.GetAcceptedKnowing(), 10),
 			at(u.GetLastSeen()), orDash(strings.Join(u.GetPeers(), ",")), orDash(strings.Join(u.GetAddresses(), ","))+more)
 	})
 	for _, u := range uses {
 		if u.GetAcceptedKnowing() > 0 {
-			fmt.Fprintf(w, "%s %s accepted what it knew to be revoked: it doesn't do its job. Call its owner.\n", a.paint(a.stdout, red, "BROKEN VERIFIER:"), clean(u.GetVerifier()))
+			fmt.Fprintf(w, "%s %s accepted what it knew to be revoked: it doesn't do its job. Call its owner.\n", a.paint(a.stdout, red, "BROKEN VERIFIER:"), clean(verifierName(u.GetVerifier(), u.GetClaimedIdentity())))
 		}
 	}
+}
+
+// verifierName is who a verifier is: what it proved to the broker, or what a relay says
+// that it proved there. A relay's word is shown as one.
+func verifierName(proven, claimed string) string {
+	if claimed == "" {
+		return proven
+	}
+	return claimed + ", by the word of " + proven
+}
+
+// receiptName is the same of a receipt, and tells one that a relay doesn't name from the
+// relay itself.
+func receiptName(r *dayflyv1.Receipt) string {
+	if r.GetClaimedIdentity() == "" && len(r.GetVia()) > 0 {
+		return "unnamed, beside " + r.GetIdentity()
+	}
+	return verifierName(r.GetIdentity(), r.GetClaimedIdentity())
 }
 
 func (a *app) writeReceipts(w io.Writer, receipts []*dayflyv1.Receipt) {
@@ -224,6 +268,6 @@ func (a *app) writeReceipts(w io.Writer, receipts []*dayflyv1.Receipt) {
 		if len(r.GetVia()) > 0 {
 			instance += " via " + strings.Join(r.GetVia(), ", ")
 		}
-		row(w, stateName(r.GetState()), r.GetIdentity(), instance, orDash(strings.Join(r.GetAudiences(), ",")), when)
+		row(w, stateName(r.GetState()), receiptName(r), instance, orDash(strings.Join(r.GetAudiences(), ",")), when)
 	}
 }

@@ -446,14 +446,17 @@ func (f *fake) Revoke(ctx context.Context, r *dayflyv1.RevokeRequest) (*dayflyv1
 	resp := &dayflyv1.RevokeResponse{
 		Revocation: &dayflyv1.Revocation{
 			Position: &dayflyv1.Position{Era: "3f9c1a7e", Sequence: sequence}, Selectors: r.GetSelectors(), LockMode: mode, LockEndsAt: r.GetLockEndsAt(),
-			Reason: r.GetReason(), Actor: operatorID.String(), Time: timestamppb.Now(),
+			Reason: r.GetReason(), Actor: operatorID.String(), Time: timestamppb.Now(), GivenBack: r.GetReason() == "given back",
 		},
 		Containment: pendingOf(sequence),
+	}
+	if what == "spiffe://example.org/cloud" {
+		resp.Containment = &dayflyv1.Containment{Sequence: sequence, Contained: true} // nobody follows the feed
 	}
 	if what == "spiffe://example.org/used" {
 		resp.Containment.UsesAfter = []*dayflyv1.UseAfter{
 			{Verifier: ordersID.String(), Refused: 12, AcceptedUnaware: 3, LastSeen: timestamppb.Now(), Peers: []string{paymentsID.String()}, Addresses: []string{"203.0.113.9", "\x1b[2J"}, More: true},
-			{Verifier: "spiffe://example.org/ledger", AcceptedKnowing: 1, LastSeen: timestamppb.Now()},
+			{Verifier: "spiffe://example.org/ledger", ClaimedIdentity: "spiffe://example.org/books", AcceptedKnowing: 1, LastSeen: timestamppb.Now()},
 		}
 	}
 	if r.GetAllowEverything() && overTLS(ctx) {
@@ -483,7 +486,7 @@ func pendingOf(sequence uint64) *dayflyv1.Containment {
 		Sequence: sequence, Confirmed: 1, Pending: 1, ContainedBy: timestamppb.New(time.Now().Add(30 * time.Second)),
 		Receipts: []*dayflyv1.Receipt{
 			{Identity: ordersID.String(), Instance: "orders-1", Audiences: []string{"orders"}, State: dayflyv1.ReceiptState_RECEIPT_STATE_CONFIRMED, Since: timestamppb.Now(), MaxStaleness: durationpb.New(30 * time.Second)},
-			{Identity: "spiffe://example.org/ledger", Instance: "ledger-1", Audiences: []string{"ledger"}, State: dayflyv1.ReceiptState_RECEIPT_STATE_PENDING, ClosesAt: timestamppb.Now(), Via: []string{"relay-1"}},
+			{Identity: "spiffe://example.org/ledger", Instance: "ledger-1", Audiences: []string{"ledger"}, State: dayflyv1.ReceiptState_RECEIPT_STATE_PENDING, ClosesAt: timestamppb.Now(), Via: []string{"relay-1"}, ClaimedIdentity: "spiffe://example.org/books"},
 		},
 	}
 }
@@ -491,7 +494,7 @@ func pendingOf(sequence uint64) *dayflyv1.Containment {
 func containedOf(sequence uint64) *dayflyv1.Containment {
 	c := pendingOf(sequence)
 	c.Confirmed, c.Pending, c.Closed, c.Contained, c.ContainedAt = 1, 0, 1, true, timestamppb.Now()
-	c.Receipts[1].State, c.Receipts[1].Since = dayflyv1.ReceiptState_RECEIPT_STATE_CLOSED, timestamppb.Now()
+	c.Receipts[1].State, c.Receipts[1].Since = dayflyv1.ReceiptState_RECEIPT_STATE_CLOSED, c.ContainedAt
 	return c
 }
 
@@ -570,7 +573,9 @@ func (f *fake) ListRevocations(_ context.Context, r *dayflyv1.ListRevocationsReq
 	defer f.mu.Unlock()
 	var all []*dayflyv1.Revocation
 	for _, rec := range f.records {
-		all = append(all, rec.GetRevocation())
+		if r.GetGivenBack() || !rec.GetRevocation().GetGivenBack() {
+			all = append(all, rec.GetRevocation())
+		}
 	}
 	page, next := cut(all, int(r.GetPageSize()), r.GetPageToken())
 	return &dayflyv1.ListRevocationsResponse{Revocations: page, NextPageToken: next}, nil

@@ -23,37 +23,44 @@ const (
 	maxPage = 1000
 )
 
-func addLimit(f *pflag.FlagSet, into *int) {
-	f.IntVar(into, "limit", defaultLimit, "how many to show at most; 0: all")
+// A listFlags says which part of a list is shown.
+type listFlags struct {
+	limit int
+	page  string
+}
+
+func (l *listFlags) add(f *pflag.FlagSet) {
+	f.IntVar(&l.limit, "limit", defaultLimit, "how many to show at most; 0: all")
+	f.StringVar(&l.page, "page", "", "go on where a list was cut: `token` that it ended with")
 }
 
 // pages reads pages until there are no more or the limit is reached, and returns the
 // token of the page that would come next.
-func pages(limit int, page func(size int32, token string) (got int, next string, err error)) (string, error) {
-	if limit < 0 {
+func (l *listFlags) pages(page func(size int32, token string) (got int, next string, err error)) (string, error) {
+	if l.limit < 0 {
 		return "", usagef("0 shows all", "--limit is negative")
 	}
-	next := ""
+	next := l.page
 	for seen := 0; ; {
 		size := maxPage
-		if limit > 0 {
-			size = min(size, limit-seen)
+		if l.limit > 0 {
+			size = min(size, l.limit-seen)
 		}
 		got, following, err := page(int32(size), next)
 		if err != nil {
 			return "", err
 		}
 		next, seen = following, seen+got
-		if next == "" || limit > 0 && seen >= limit {
+		if next == "" || l.limit > 0 && seen >= l.limit {
 			return next, nil
 		}
 	}
 }
 
 // more says on stderr that a list was cut.
-func (a *app) more(next string, limit int) {
+func (a *app) more(next string, list listFlags) {
 	if next != "" {
-		a.notef("there are more than %d: --limit 0 shows all", limit)
+		a.notef("there are more than %d: --limit 0 shows all, --page %s what comes next", list.limit, clean(next))
 	}
 }
 
@@ -67,7 +74,7 @@ func (a *app) grantsCmd() *cobra.Command {
 type grantFilter struct {
 	presenter, derivedFrom, audience string
 	expired                          bool
-	limit                            int
+	list                             listFlags
 }
 
 func (a *app) grantsListCmd() *cobra.Command {
@@ -86,7 +93,7 @@ func (a *app) grantsListCmd() *cobra.Command {
 	f.StringVar(&filter.derivedFrom, "derived-from", "", "only live ones with this `selector` in their lineage: identity:spiffe://..., grant:..., svid:..., key:..., subtree:..., trust_domain:...")
 	f.StringVar(&filter.audience, "audience", "", "only those for this audience")
 	f.BoolVar(&filter.expired, "expired", false, "also those that have expired but are still on record")
-	addLimit(f, &filter.limit)
+	filter.list.add(f)
 	return cmd
 }
 
@@ -119,7 +126,7 @@ func (a *app) grantsList(ctx context.Context, filter *grantFilter) error {
 	defer client.Close()
 	grants := dayflyv1.NewGrantServiceClient(client.Conn())
 	all := &dayflyv1.ListGrantsResponse{}
-	all.NextPageToken, err = pages(filter.limit, func(size int32, page string) (int, string, error) {
+	all.NextPageToken, err = filter.list.pages(func(size int32, page string) (int, string, error) {
 		ctx, cancel := a.call(ctx)
 		defer cancel()
 		req.PageSize, req.PageToken = size, page
@@ -130,7 +137,7 @@ func (a *app) grantsList(ctx context.Context, filter *grantFilter) error {
 	if err != nil {
 		return err
 	}
-	defer a.more(all.GetNextPageToken(), filter.limit)
+	defer a.more(all.GetNextPageToken(), filter.list)
 	return a.print(all, func(w io.Writer) {
 		if len(all.GetGrants()) == 0 {
 			fmt.Fprintln(w, "No grants.")

@@ -66,6 +66,9 @@ func (a *app) lift(ctx context.Context, number uint64, reason, key string) error
 	if err != nil {
 		return err
 	}
+	if resp.GetLifted() {
+		a.noteOther(fmt.Sprintf("lift %d", resp.GetLift().GetSequence()), reason, resp.GetLift().GetReason(), resp.GetLift().GetProposal())
+	}
 	waiting := proposed{
 		what: fmt.Sprintf("lock %d stands until a second person confirms", number),
 		verb: fmt.Sprintf("lift %d --reason %s", number, quote(reason)), proposal: resp.GetLift().GetProposal(),

@@ -11,20 +11,20 @@ import (
 )
 
 func (a *app) locksCmd() *cobra.Command {
-	var limit int
+	var list listFlags
 	cmd := &cobra.Command{
 		Use:     "locks",
 		Short:   "List the standing locks, newest first",
 		Example: "  dayfly locks\n  dayfly locks --output json",
 		Args:    noArgs,
-		RunE:    func(cmd *cobra.Command, _ []string) error { return a.locks(cmd.Context(), limit) },
+		RunE:    func(cmd *cobra.Command, _ []string) error { return a.locks(cmd.Context(), list) },
 	}
-	addLimit(cmd.Flags(), &limit)
+	list.add(cmd.Flags())
 	a.conn.addBreakGlass(cmd.Flags())
 	return cmd
 }
 
-func (a *app) locks(ctx context.Context, limit int) error {
+func (a *app) locks(ctx context.Context, list listFlags) error {
 	client, err := a.dialOperator(ctx)
 	if err != nil {
 		return err
@@ -32,7 +32,7 @@ func (a *app) locks(ctx context.Context, limit int) error {
 	defer client.Close()
 	service := dayflyv1.NewRevocationServiceClient(client.Conn())
 	all := &dayflyv1.ListLocksResponse{}
-	all.NextPageToken, err = pages(limit, func(size int32, page string) (int, string, error) {
+	all.NextPageToken, err = list.pages(func(size int32, page string) (int, string, error) {
 		ctx, cancel := a.call(ctx)
 		defer cancel()
 		resp, err := service.ListLocks(ctx, &dayflyv1.ListLocksRequest{PageSize: size, PageToken: page})
@@ -42,7 +42,7 @@ func (a *app) locks(ctx context.Context, limit int) error {
 	if err != nil {
 		return err
 	}
-	defer a.more(all.GetNextPageToken(), limit)
+	defer a.more(all.GetNextPageToken(), list)
 	return a.print(all, func(w io.Writer) {
 		if len(all.GetLocks()) == 0 {
 			fmt.Fprintln(w, "No lock stands.")

@@ -2,7 +2,7 @@
 // revokes them and proves it, reads the records, and tries out policy.
 //
 // Every verb has a file of its own and is listed in root.go; docs/cli.md describes
-// them all, docs/revoke.md is the page for an emergency.
+// them all, docs/incident.md is the page for an emergency.
 package main
 
 import (

@@ -34,7 +34,7 @@ func (a *app) writePlan(w io.Writer, p *dayflyv1.PlanResponse) {
 		fmt.Fprintln(w, "\nIn use within the last day, and would break:")
 	}
 	section(w, "CALLER\tCALLEE\tVERIFIER\tCALLS\tLAST SEEN\tFALLBACK", p.GetWorkflows(), func(f *dayflyv1.AffectedWorkflow) {
-		row(w, f.GetCaller(), f.GetCallee(), orDash(f.GetVerifier()), strconv.FormatUint(f.GetCount(), 10), at(f.GetLastSeen()), fallbackText(f.GetFallback()))
+		row(w, f.GetCaller(), f.GetCallee(), orDash(verifierName(f.GetVerifier(), f.GetClaimedVerifier())), strconv.FormatUint(f.GetCount(), 10), at(f.GetLastSeen()), fallbackText(f.GetFallback()))
 	})
 	for _, n := range p.GetNarrower() {
 		fmt.Fprintf(w, "\nNarrower would do: %s\n  %s\n", clean(selectorTexts(n.GetSelectors())), clean(n.GetWhy()))

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"slices"
 	"strconv"
 
 	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
@@ -17,20 +18,24 @@ func (a *app) revocationsCmd() *cobra.Command {
 }
 
 func (a *app) revocationsListCmd() *cobra.Command {
-	var limit int
+	var (
+		list      listFlags
+		givenBack bool
+	)
 	cmd := &cobra.Command{
 		Use:     "list",
 		Short:   "List revocations, newest first",
-		Example: "  dayfly revocations list --limit 10\n  dayfly revocations list --output json",
+		Example: "  dayfly revocations list --limit 10\n  dayfly revocations list --given-back\n  dayfly revocations list --output json",
 		Args:    noArgs,
-		RunE:    func(cmd *cobra.Command, _ []string) error { return a.revocationsList(cmd.Context(), limit) },
+		RunE:    func(cmd *cobra.Command, _ []string) error { return a.revocationsList(cmd.Context(), list, givenBack) },
 	}
-	addLimit(cmd.Flags(), &limit)
+	list.add(cmd.Flags())
+	cmd.Flags().BoolVar(&givenBack, "given-back", false, "also credentials that their holders gave back early")
 	a.conn.addBreakGlass(cmd.Flags())
 	return cmd
 }
 
-func (a *app) revocationsList(ctx context.Context, limit int) error {
+func (a *app) revocationsList(ctx context.Context, list listFlags, givenBack bool) error {
 	client, err := a.dialOperator(ctx)
 	if err != nil {
 		return err
@@ -38,17 +43,17 @@ func (a *app) revocationsList(ctx context.Context, limit int) error {
 	defer client.Close()
 	service := dayflyv1.NewRevocationServiceClient(client.Conn())
 	all := &dayflyv1.ListRevocationsResponse{}
-	all.NextPageToken, err = pages(limit, func(size int32, page string) (int, string, error) {
+	all.NextPageToken, err = list.pages(func(size int32, page string) (int, string, error) {
 		ctx, cancel := a.call(ctx)
 		defer cancel()
-		resp, err := service.ListRevocations(ctx, &dayflyv1.ListRevocationsRequest{PageSize: size, PageToken: page})
+		resp, err := service.ListRevocations(ctx, &dayflyv1.ListRevocationsRequest{PageSize: size, PageToken: page, GivenBack: givenBack})
 		all.Revocations = append(all.Revocations, resp.GetRevocations()...)
 		return len(resp.GetRevocations()), resp.GetNextPageToken(), err
 	})
 	if err != nil {
 		return err
 	}
-	defer a.more(all.GetNextPageToken(), limit)
+	defer a.more(all.GetNextPageToken(), list)
 	return a.print(all, func(w io.Writer) {
 		if len(all.GetRevocations()) == 0 {
 			fmt.Fprintln(w, "Nothing was ever revoked.")
@@ -56,20 +61,25 @@ func (a *app) revocationsList(ctx context.Context, limit int) error {
 		}
 		fmt.Fprintln(w, "NUMBER\tTIME\tSELECTORS\tLOCK\tBY\tREASON")
 		for _, r := range all.GetRevocations() {
-			row(w, strconv.FormatUint(r.GetPosition().GetSequence(), 10), at(r.GetTime()), selectorTexts(r.GetSelectors()), lockState(r), r.GetActor(), r.GetReason())
+			row(w, strconv.FormatUint(r.GetPosition().GetSequence(), 10), at(r.GetTime()), selectorTexts(r.GetSelectors()), a.lockState(r), r.GetActor(), r.GetReason())
 		}
 	})
 }
 
-func lockState(r *dayflyv1.Revocation) string {
+func (a *app) lockState(r *dayflyv1.Revocation) string {
 	switch {
 	case r.GetLift() != nil && r.GetLift().GetSequence() > 0:
-		return "lifted"
+		return lockName(r.GetLockMode()) + ", lifted"
+	case r.GetLockEndsAt() != nil && r.GetLockEndsAt().AsTime().Before(a.now()) && !slices.ContainsFunc(r.GetSelectors(), isSVID):
+		return lockName(r.GetLockMode()) + ", ended " + at(r.GetLockEndsAt())
 	case r.GetLockEndsAt() != nil:
 		return lockName(r.GetLockMode()) + " until " + at(r.GetLockEndsAt())
 	}
 	return lockName(r.GetLockMode())
 }
+
+// isSVID: a lock on an SVID stands until that has expired, whatever its end.
+func isSVID(s *dayflyv1.Selector) bool { return s.GetSvid() != "" }
 
 func (a *app) revocationsShowCmd() *cobra.Command {
 	var watch bool
@@ -136,7 +146,7 @@ func (a *app) writeRevocation(w io.Writer, r *dayflyv1.Revocation) {
 	row(w, "time", at(r.GetTime()))
 	row(w, "by", actors(r.GetActor(), r.GetProposal()))
 	row(w, "reason", r.GetReason())
-	row(w, "lock", lockState(r))
+	row(w, "lock", a.lockState(r))
 	if l := r.GetLift(); l != nil {
 		row(w, "lifted", fmt.Sprintf("%s by %s: %s", at(l.GetTime()), actors(l.GetActor(), l.GetProposal()), l.GetReason()))
 	}

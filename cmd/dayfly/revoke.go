@@ -67,7 +67,7 @@ confirms; root on the broker's host needs nobody else (--break-glass).
 
 Exit codes: 0 contained, 3 recorded but somebody may still accept it, 4 refused,
 5 the broker could not be reached, 6 proposed: nothing is revoked yet.
-docs/revoke.md is the page for an emergency.`,
+docs/incident.md is the page for an emergency.`,
 		Example: `  dayfly revoke --identity spiffe://example.org/payments --dry-run
   dayfly revoke --identity spiffe://example.org/payments --dry-run --seen-from 203.0.113.9
   dayfly revoke --identity spiffe://example.org/payments --reason "host owned, INC-7"
@@ -272,10 +272,14 @@ func (a *app) record(ctx context.Context, client *sdk.Client, req *dayflyv1.Revo
 	}
 	r := resp.GetRevocation()
 	sequence := r.GetPosition().GetSequence()
+	a.noteOther(fmt.Sprintf("revocation %d", sequence), req.GetReason(), r.GetReason(), r.GetProposal())
 	if a.output == outputText {
 		if err := a.table(func(w io.Writer) { a.writeRecorded(w, r) }); err != nil {
 			return err
 		}
+	}
+	if resp.GetContainment().GetContained() {
+		wait = max(wait, sdk.DefaultTimeout) // for who accepts outside the feed
 	}
 	watched := ctx
 	if wait > 0 {
@@ -291,9 +295,17 @@ func (a *app) record(ctx context.Context, client *sdk.Client, req *dayflyv1.Revo
 	}
 	a.noteNothing(ctx, client, req.GetSelectors())
 	if err != nil {
-		return failf(exitIncomplete, fmt.Sprintf("dayfly revocations show %d", sequence), "revocation %d is recorded, but its receipts can't be watched: %w", sequence, err)
+		return failf(exitIncomplete, fmt.Sprintf("dayfly revocations show %d", sequence)+a.sameWay(), "revocation %d is recorded, but its receipts can't be watched: %w", sequence, err)
 	}
 	return a.complete(sequence, resp.GetContainment())
+}
+
+// noteOther says so when the answer is what the same key recorded earlier, with a reason
+// that isn't the one given now: a record is never changed.
+func (a *app) noteOther(what, given, recorded string, p *dayflyv1.Proposal) {
+	if recorded != given && (p == nil || p.GetReason() != given) {
+		a.notef("this --idempotency-key was used before: %s stands as it was recorded, with the reason %q; the reason given now is not on record", what, clean(recorded))
+	}
 }
 
 // noteNothing says so when nothing alive matched what was revoked: at 3 a.m. a typo

@@ -61,6 +61,11 @@ func (p Position) String() string {
 	return fmt.Sprintf("%s/%d/%x", p.Era, p.Seq, p.Sum[:4])
 }
 
+// MarshalText writes a position whole, for JSON: era, number, sum.
+func (p Position) MarshalText() ([]byte, error) {
+	return fmt.Appendf(nil, "%s/%d/%s", p.Era, p.Seq, p.Sum), nil
+}
+
 // An Event is the public part of one record of the log: exactly one of the four
 // bodies is set.
 type Event struct {

@@ -430,6 +430,12 @@ func (d *Downstream) Next(now Instant, limit int) (Message, bool) {
 // under a signed head that its own ping is in.
 func (d *Downstream) Distrust() { d.signed = true }
 
+// Relays reports whether it passes the feed on in turn.
+func (d *Downstream) Relays() bool { return d.relays }
+
+// Name returns the SPIFFE ID that it proved, empty on a unix socket, and its instance.
+func (d *Downstream) Name() (identity, instance string) { return d.self.Identity, d.self.Path[0] }
+
 // Bound returns the bound that the relay reports for it.
 func (d *Downstream) Bound() time.Duration { return d.self.Bound }
 

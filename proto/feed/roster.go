@@ -19,9 +19,33 @@ type VerifierID struct {
 	Via string
 }
 
+// How long an instance may be, in characters.
+const (
+	MinInstance = 8
+	MaxInstance = 64
+)
+
+// ValidInstance reports whether s has the form of a verifier's instance, base64url: it
+// must not hold what paths, lists and the roster's keys are joined by.
+func ValidInstance(s string) bool {
+	if len(s) < MinInstance || len(s) > MaxInstance {
+		return false
+	}
+	for i := range len(s) {
+		c := s[i]
+		if (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') && (c < '0' || c > '9') && c != '-' && c != '_' {
+			return false
+		}
+	}
+	return true
+}
+
 // A Verifier is one entry of the roster.
 type Verifier struct {
-	ID        VerifierID
+	ID VerifierID
+	// Claimed is the SPIFFE ID that it proved to the relay it stands behind, by the word of
+	// the relays between; nothing is decided by it.
+	Claimed   string
 	Audiences []string
 	// Bound is its staleness bound, at most the largest that any entry may have.
 	Bound time.Duration

@@ -19,9 +19,6 @@ const (
 	MaxBound = time.Hour
 	// DefaultBound is longer than a broker's restart and shorter than a token's life.
 	DefaultBound = 30 * time.Second
-	// MinInstanceBytes and MaxInstanceBytes bound a verifier's instance.
-	MinInstanceBytes = 8
-	MaxInstanceBytes = 64
 	// MaxAudiences bounds the names that one verifier answers to.
 	MaxAudiences = 64
 	// MinNonceBytes and MaxNonceBytes bound a ping's nonce.
@@ -215,8 +212,8 @@ func ToSubscription(m *dayflyv1.Subscribe) (Subscription, error) {
 
 func (s *Subscription) validate() error {
 	switch {
-	case !ValidInstance(s.Instance):
-		return malformed("an instance is %d to %d characters of base64url", MinInstanceBytes, MaxInstanceBytes)
+	case !feed.ValidInstance(s.Instance):
+		return malformed("an instance is %d to %d characters of base64url", feed.MinInstance, feed.MaxInstance)
 	case s.Bound < MinBound || s.Bound > MaxBound:
 		return malformed("a staleness bound is %v to %v", MinBound, MaxBound)
 	case len(s.Audiences) > MaxAudiences || len(s.Audiences) == 0 && !s.Relay:
@@ -228,21 +225,6 @@ func (s *Subscription) validate() error {
 		}
 	}
 	return nil
-}
-
-// ValidInstance reports whether s has the form of a verifier's instance: it must not
-// hold what paths and lists are joined by.
-func ValidInstance(s string) bool {
-	if len(s) < MinInstanceBytes || len(s) > MaxInstanceBytes {
-		return false
-	}
-	for i := range len(s) {
-		c := s[i]
-		if (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') && (c < '0' || c > '9') && c != '-' && c != '_' {
-			return false
-		}
-	}
-	return true
 }
 
 // ToNonce reads the nonce of a ping.
@@ -359,7 +341,7 @@ func toRelayed(m *dayflyv1.RelayedVerifier) (feed.Relayed, error) {
 		return feed.Relayed{}, malformed("a path of %d instances, not 1 to %d", n, feed.MaxPath)
 	}
 	for _, instance := range m.GetPath() {
-		if !ValidInstance(instance) {
+		if !feed.ValidInstance(instance) {
 			return feed.Relayed{}, malformed("a path with what is no instance")
 		}
 	}

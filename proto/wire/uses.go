@@ -6,6 +6,7 @@ import (
 	"sync"
 
 	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
+	"github.com/dayflyhq/dayfly/proto/feed"
 	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/proto"
@@ -50,6 +51,14 @@ func CheckUse(m *dayflyv1.Use) error {
 		return malformed("use: a fingerprint that is not %d bytes", sha256.Size)
 	case !sane(m):
 		return malformed("use: at no time, or ended before it began")
+	}
+	if id := m.GetVerifierIdentity(); id != "" {
+		if _, err := spiffeid.FromString(id); err != nil || len(id) > maxIdentityBytes {
+			return malformed("use: the verifier is no SPIFFE ID")
+		}
+	}
+	if m.GetVerifierInstance() != "" && !feed.ValidInstance(m.GetVerifierInstance()) {
+		return malformed("use: the verifier's instance is none")
 	}
 	if m.GetKeyId() != "" {
 		if _, err := token.ParseKeyID(m.GetKeyId()); err != nil {

@@ -53,6 +53,8 @@ func TestCheckUse(t *testing.T) {
 		"ended before it began":     func(u *dayflyv1.Use) { u.LastSeen = timestamppb.New(time.Unix(1, 0)) },
 		"a short fingerprint":       func(u *dayflyv1.Use) { u.Fingerprint = []byte{1} },
 		"a key that is none":        func(u *dayflyv1.Use) { u.KeyId = "key" },
+		"a verifier that is none":   func(u *dayflyv1.Use) { u.VerifierIdentity = "ledger" },
+		"an instance with a path":   func(u *dayflyv1.Use) { u.VerifierInstance = "instance/1" },
 		"an era that is none":       func(u *dayflyv1.Use) { u.Era = "0" },
 	} {
 		u := use(t)

@@ -166,7 +166,7 @@ var mutants = []mutant{
 	{"", "a report that comes again counts twice", one(uses,
 		"if known, err := b.reported(ctx, place, now); known || err != nil {", "if _, err := b.reported(ctx, place, now); err != nil {")},
 	{"", "uses after a revocation are kept in memory only", one(uses,
-		"u.after[afterKey{seq, a.Verifier}] = a", "_ = u")},
+		"u.after[afterKey{seq, a.Verifier, a.Claimed}] = a", "_ = u")},
 	{"", "who proposed may confirm", one(second,
 		"case found != nil && found.Actor != want.Actor:", "case found != nil:")},
 	{"", "a proposal is confirmed however late", one(second,

@@ -55,8 +55,11 @@ func backupCommand(name string) *cobra.Command {
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			b.socket = strings.TrimPrefix(b.socket, "unix://") // as the other commands write it
-			if b.File == "" || output != "text" && output != "json" {
-				return config.UsageError{Err: errors.New("--to FILE is needed, and --output is text or json")}
+			if b.File == "" {
+				return config.UsageError{Err: errors.New("--to FILE is missing: where the backup goes")}
+			}
+			if err := checkOutput(output); err != nil {
+				return err
 			}
 			if b.store == "" && b.socket == "" {
 				cfg := Defaults()

@@ -54,14 +54,14 @@ func initCommand(name string) *cobra.Command {
 
 func serveCommand(name string) *cobra.Command {
 	var path string
-	var announce bool
+	var announce, takeOver bool
 	var disregard, reason string
 	cmd := &cobra.Command{
 		Use:   "serve",
 		Short: "serve until told to stop",
 		Long: "Serve until SIGINT or SIGTERM, then finish what was promised and stop.\n" +
 			"Logs are JSON on standard error. deploy/broker.yaml explains every key of the configuration.",
-		Example: "  " + name + " serve --config /etc/dayfly/broker.yaml",
+		Example: "  " + name + " serve --config /etc/dayfly/broker.yaml\n  " + name + " serve --take-over",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := load(path)
@@ -73,6 +73,9 @@ func serveCommand(name string) *cobra.Command {
 			}
 			if cfg.Disregard, err = signedHead(disregard); err != nil {
 				return config.UsageError{Err: fmt.Errorf("--disregard-signed-heads: %w", err)}
+			}
+			if cfg.TakeOver = takeOver; takeOver && cfg.Listen.BreakGlass == "" {
+				return config.UsageError{Err: errors.New("--take-over asks the running broker at listen.break_glass, which the configuration lacks")}
 			}
 			if cfg.DisregardReason = reason; (disregard == "") != (reason == "") {
 				return config.UsageError{Err: errors.New("--disregard-signed-heads and --reason go together")}
@@ -86,6 +89,7 @@ func serveCommand(name string) *cobra.Command {
 	}
 	cmd.Flags().StringVarP(&path, "config", "c", "/etc/dayfly/broker.yaml", "configuration file (YAML)")
 	cmd.Flags().BoolVar(&announce, "announce", false, "print the addresses as one line of JSON on standard output once serving")
+	cmd.Flags().BoolVar(&takeOver, "take-over", false, "take over from the broker that serves: have it publish this process's signing key,\nwait until readers of the JWK set know it, tell that broker to stop, and serve;\nan ordinary start if none serves (docs/operations.md, A planned restart)")
 	cmd.Flags().StringVar(&disregard, "disregard-signed-heads", "", "ERA/NUMBER: go on although the log lacks what verifiers show up to there;\nafter an operator has looked (docs/operations.md, When a broker is silent)")
 	cmd.Flags().StringVar(&reason, "reason", "", "why, for the audit")
 	return cmd
@@ -138,8 +142,8 @@ func checkCommand(name string) *cobra.Command {
 			return cobra.MaximumNArgs(1)(cmd, args)
 		},
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if output != "text" && output != "json" {
-				return config.UsageError{Err: fmt.Errorf("--output is text or json, not %q", output)}
+			if err := checkOutput(output); err != nil {
+				return err
 			}
 			if file != "" {
 				if _, err := load(file); err != nil {
@@ -164,6 +168,13 @@ func checkCommand(name string) *cobra.Command {
 	return cmd
 }
 
+func checkOutput(output string) error {
+	if output != "text" && output != "json" {
+		return config.UsageError{Err: fmt.Errorf("--output is text or json, not %q", output)}
+	}
+	return nil
+}
+
 func printGood(w io.Writer, output, file string) error {
 	if output == "json" {
 		return printJSON(w, map[string]string{"config": file})
@@ -175,7 +186,10 @@ func printGood(w io.Writer, output, file string) error {
 // printReport shows what a check found; nothing for one that read nothing.
 func printReport(w io.Writer, output string, r boltstore.Report) error {
 	if output == "json" {
-		return printJSON(w, r)
+		return printJSON(w, struct {
+			boltstore.Report
+			Good bool `json:"good"`
+		}{r, r.Good()})
 	}
 	fmt.Fprintf(w, "schema        %d\nhead          %s\nhorizon       %s\nrecords       %d, and %d dropped above the horizon\ngrants        %d\nobservations  %d\n",
 		r.Schema, r.Head, r.Horizon, r.Records, r.Dropped, r.Grants, r.Observations)
@@ -184,6 +198,11 @@ func printReport(w io.Writer, output string, r boltstore.Report) error {
 	}
 	if r.More > 0 {
 		fmt.Fprintf(w, "problem       and %d more\n", r.More)
+	}
+	if r.Good() {
+		fmt.Fprintln(w, "verdict       good")
+	} else {
+		fmt.Fprintln(w, "verdict       NOT good: don't serve it, restore a backup")
 	}
 	return nil
 }

@@ -2,6 +2,7 @@ package brokerd_test
 
 import (
 	"bytes"
+	"encoding/json"
 	"io"
 	"os"
 	"path/filepath"
@@ -61,6 +62,11 @@ func TestExitCodes(t *testing.T) {
 		"check, a good file":           {[]string{"check", "-c", good}, 0, nil},
 		"serve, no store":              {[]string{"serve", "-c", complete}, 1, []string{"/s"}},
 		"check, no store":              {[]string{"check", nowhere}, 1, []string{nowhere}},
+		"backup to nowhere":            {[]string{"backup"}, 2, []string{"--to FILE is missing"}},
+		"backup, an unknown output":    {[]string{"backup", "--to", "x", "-o", "xml"}, 2, []string{`not "xml"`}},
+		"restore of nothing":           {[]string{"restore", "--store", "x"}, 2, []string{"--from BACKUP is missing"}},
+		"restore to nowhere":           {[]string{"restore", "--from", "x"}, 2, []string{"--store PATH is missing"}},
+		"restore of a missing backup":  {[]string{"restore", "--from", nowhere, "--store", nowhere + "2"}, 1, []string{"--from: there is no file " + nowhere, "hint: name a backup"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			out, err := execute(t, c.args...)
@@ -70,11 +76,54 @@ func TestExitCodes(t *testing.T) {
 			if c.code == 0 && out != good+" is good\n" {
 				t.Errorf("it prints %q", out)
 			}
+			if err != nil && strings.Contains(err.Error(), "init") && strings.HasPrefix(name, "restore") {
+				t.Errorf("a restore leads to an empty store: %v", err)
+			}
 			for _, want := range c.want {
 				if err == nil || !strings.Contains(err.Error(), want) {
 					t.Errorf("the error lacks %q:\n%v", want, err)
 				}
 			}
 		})
+	}
+}
+
+// A check ends with its verdict, and JSON tells positions as everything else does.
+func TestCheckGivesItsVerdict(t *testing.T) {
+	store := filepath.Join(t.TempDir(), "s.db")
+	if _, err := execute(t, "init", store); err != nil {
+		t.Fatal(err)
+	}
+	out, err := execute(t, "check", store)
+	if err != nil || !strings.HasSuffix(out, "\nverdict       good\n") {
+		t.Errorf("%v:\n%s", err, out)
+	}
+	out, err = execute(t, "check", "-o", "json", store)
+	var said struct {
+		Good bool   `json:"good"`
+		Head string `json:"head"`
+	}
+	if err := json.Unmarshal([]byte(out), &said); err != nil {
+		t.Fatal(err)
+	}
+	if parts := strings.Split(said.Head, "/"); err != nil || !said.Good || len(parts) != 3 || parts[1] != "1" || len(parts[2]) != 64 {
+		t.Errorf("%v: %+v", err, said)
+	}
+
+	// What is wrong is said, and no file is both.
+	raw, err := os.ReadFile(store)
+	if err != nil {
+		t.Fatal(err)
+	}
+	i := bytes.LastIndex(raw, []byte("dayfly-broker init"))
+	if i < 0 {
+		t.Fatal("the store doesn't say who made it")
+	}
+	raw[i] = 'D'
+	if err := os.WriteFile(store, raw, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if out, err = execute(t, "check", store); err == nil || !strings.Contains(out, "\nverdict       NOT good") {
+		t.Errorf("a record was altered: %v:\n%s", err, out)
 	}
 }

@@ -5,6 +5,8 @@ import (
 
 	"github.com/dayflyhq/dayfly/broker"
 	"github.com/dayflyhq/dayfly/broker/boltstore"
+	"github.com/dayflyhq/dayfly/broker/rpc"
+	"github.com/dayflyhq/dayfly/policy"
 	"github.com/prometheus/client_golang/prometheus"
 )
 
@@ -35,7 +37,7 @@ func newMetrics(r *prometheus.Registry) *metrics {
 			Name: "dayfly_store_operations_total", Help: "Operations that group commits carried, by kind.",
 		}, []string{"kind"}),
 		reloads: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "dayfly_policy_reloads_total", Help: "Reloads of the policy folder, by outcome.",
+			Name: "dayfly_policy_reloads_total", Help: "Reloads of policy that changed something or failed, by outcome.",
 		}, []string{"outcome"}),
 	}
 	r.MustRegister(m.decisions, m.alerts, m.commits, m.carried, m.reloads)
@@ -89,6 +91,52 @@ func (m *metrics) watch(b *broker.Broker, s *boltstore.Store) {
 	}
 	gauge("dayfly_store_bytes", "Size of the store's file.", stat(func(st boltstore.Stats) float64 { return float64(st.File) }))
 	gauge("dayfly_store_waiting", "Calls that wait for a commit.", stat(func(st boltstore.Stats) float64 { return float64(st.Waiting) }))
+}
+
+// policyInfo tells which policy is in force: one series, with its revision as a label,
+// which only who writes policy chooses.
+type policyInfo struct {
+	desc   *prometheus.Desc
+	status func() policy.Status
+}
+
+func (p policyInfo) Describe(ch chan<- *prometheus.Desc) { ch <- p.desc }
+
+func (p policyInfo) Collect(ch chan<- prometheus.Metric) {
+	if st := p.status(); st.Generation > 0 {
+		ch <- prometheus.MustNewConstMetric(p.desc, prometheus.GaugeValue, float64(st.LoadedAt.Unix()), st.Revision)
+	}
+}
+
+func (m *metrics) watchPolicy(status func() policy.Status) {
+	m.registry.MustRegister(policyInfo{
+		prometheus.NewDesc("dayfly_policy_info", "Revision of the policy in force; the value is when it came into force, in Unix time.", []string{"revision"}, nil), status,
+	}, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "dayfly_policy_stale", Help: "1 while the source of policy holds nothing that can be taken: the last good policy is in force, or none.",
+	}, func() float64 {
+		if status().Err != nil {
+			return 1
+		}
+		return 0
+	}))
+}
+
+// watchConnections counts what the public gRPC listener lets in and closes.
+func (m *metrics) watchConnections(s *rpc.Server) {
+	open := func(state string, value func(rpc.ConnectionCounts) int) {
+		m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "dayfly_connections", Help: "Connections of the gRPC listener: in their handshake, or open.", ConstLabels: prometheus.Labels{"state": state},
+		}, func() float64 { return float64(value(s.Connections())) }))
+	}
+	open("handshake", func(c rpc.ConnectionCounts) int { return c.Handshaking })
+	open("open", func(c rpc.ConnectionCounts) int { return c.Open })
+	closed := func(why string, value func(rpc.ConnectionCounts) uint64) {
+		m.registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{
+			Name: "dayfly_connections_closed_total", Help: "Connections of the gRPC listener that were closed: in a handshake that others waited for, or for an identity's or everybody's bound.", ConstLabels: prometheus.Labels{"why": why},
+		}, func() float64 { return float64(value(s.Connections())) }))
+	}
+	closed("crowded", func(c rpc.ConnectionCounts) uint64 { return c.Crowded })
+	closed("bound", func(c rpc.ConnectionCounts) uint64 { return c.Refused })
 }
 
 // watchUses counts what verifiers reported.

@@ -36,8 +36,14 @@ func restoreCommand(name string) *cobra.Command {
 			"  " + name + " restore --from monday.db --store /var/lib/dayfly/dayfly.db --accept-lost-locks --reason \"disk lost, INC-9\"",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if r.from == "" || r.store == "" || output != "text" && output != "json" {
-				return config.UsageError{Err: errors.New("--from BACKUP and --store PATH are needed, and --output is text or json")}
+			switch {
+			case r.from == "":
+				return config.UsageError{Err: errors.New("--from BACKUP is missing: what the store is made of")}
+			case r.store == "":
+				return config.UsageError{Err: errors.New("--store PATH is missing: where the store is made")}
+			}
+			if err := checkOutput(output); err != nil {
+				return err
 			}
 			done, err := r.run(cmd.Context(), time.Now())
 			if err != nil {
@@ -124,17 +130,40 @@ func (r *restore) read(ctx context.Context, now time.Time) (broker.Restore, erro
 	if _, err := os.Lstat(r.store); err == nil {
 		return ask, fmt.Errorf("%s: %w\nhint: move it away: it may be what --locks-from needs", r.store, boltstore.ErrExists)
 	}
-	if ask.Backup, err = boltstore.ReadLog(ctx, r.from); err != nil {
-		return ask, fmt.Errorf("--from: %w", err)
+	if ask.Backup, err = readCopy(ctx, "--from", r.from); err != nil {
+		return ask, err
 	}
 	if r.locksFrom == "" {
 		return ask, nil
 	}
-	if ask.LocksFrom, err = boltstore.ReadLog(ctx, r.locksFrom); err != nil {
-		return ask, fmt.Errorf("--locks-from: %w\nhint: if nothing of it can be read, name another copy, or go on without: --accept-lost-locks --reason TEXT", err)
+	if ask.LocksFrom, err = readCopy(ctx, "--locks-from", r.locksFrom); errors.Is(err, boltstore.ErrMissing) {
+		return ask, err
+	} else if err != nil {
+		return ask, fmt.Errorf("%w\nhint: if nothing of it can be read, name another copy, or go on without: --accept-lost-locks --reason TEXT", err)
 	}
 	return ask, nil
 }
+
+// readCopy reads a copy that a flag names. A wrong path is no empty store: nothing is to
+// be made there.
+func readCopy(ctx context.Context, flag, path string) (*broker.LogCopy, error) {
+	log, err := boltstore.ReadLog(ctx, path)
+	switch {
+	case errors.Is(err, boltstore.ErrMissing):
+		return log, missingCopy{flag, path}
+	case err != nil:
+		return log, fmt.Errorf("%s: %w", flag, err)
+	}
+	return log, nil
+}
+
+// missingCopy is ErrMissing in other words.
+type missingCopy struct{ flag, path string }
+
+func (e missingCopy) Error() string {
+	return fmt.Sprintf("%s: there is no file %s\nhint: name a backup, or another copy of the store; nothing was made", e.flag, e.path)
+}
+func (e missingCopy) Unwrap() error { return boltstore.ErrMissing }
 
 func summary(store string, ask broker.Restore, plan *broker.Restoration, report boltstore.Report) *restored {
 	d := &restored{

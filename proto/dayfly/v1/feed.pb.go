@@ -440,9 +440,13 @@ type Use struct {
 	// SHA-256 of the JWS signing input, 32 bytes; empty: it doesn't say.
 	Fingerprint []byte `protobuf:"bytes,11,opt,name=fingerprint,proto3" json:"fingerprint,omitempty"`
 	// ID of the key that signed the token; empty: it doesn't say.
-	KeyId         string `protobuf:"bytes,12,opt,name=key_id,json=keyId,proto3" json:"key_id,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	KeyId string `protobuf:"bytes,12,opt,name=key_id,json=keyId,proto3" json:"key_id,omitempty"`
+	// From a relay only: the verifier behind it that saw them. The SPIFFE ID that it proved
+	// to the relay nearest to it, empty on a unix socket, and its instance. The relays' word.
+	VerifierIdentity string `protobuf:"bytes,13,opt,name=verifier_identity,json=verifierIdentity,proto3" json:"verifier_identity,omitempty"`
+	VerifierInstance string `protobuf:"bytes,14,opt,name=verifier_instance,json=verifierInstance,proto3" json:"verifier_instance,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *Use) Reset() {
@@ -555,6 +559,20 @@ func (x *Use) GetFingerprint() []byte {
 func (x *Use) GetKeyId() string {
 	if x != nil {
 		return x.KeyId
+	}
+	return ""
+}
+
+func (x *Use) GetVerifierIdentity() string {
+	if x != nil {
+		return x.VerifierIdentity
+	}
+	return ""
+}
+
+func (x *Use) GetVerifierInstance() string {
+	if x != nil {
+		return x.VerifierInstance
 	}
 	return ""
 }
@@ -1357,7 +1375,7 @@ type KeyEvent struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// 8 characters.
 	KeyId string `protobuf:"bytes,1,opt,name=key_id,json=keyId,proto3" json:"key_id,omitempty"`
-	// "ES256" or "EdDSA".
+	// "ES256", "EdDSA" or "RS256".
 	Algorithm string `protobuf:"bytes,2,opt,name=algorithm,proto3" json:"algorithm,omitempty"`
 	// DER SubjectPublicKeyInfo.
 	PublicKey []byte `protobuf:"bytes,3,opt,name=public_key,json=publicKey,proto3" json:"public_key,omitempty"`
@@ -1757,7 +1775,7 @@ const file_dayfly_v1_feed_proto_rawDesc = "" +
 	"\tUseReport\x12\"\n" +
 	"\x04uses\x18\x01 \x03(\v2\x0e.dayfly.v1.UseR\x04uses\x12\x18\n" +
 	"\adropped\x18\x02 \x01(\x04R\adropped\x12\x16\n" +
-	"\x06number\x18\x03 \x01(\x04R\x06number\"\x8f\x03\n" +
+	"\x06number\x18\x03 \x01(\x04R\x06number\"\xe9\x03\n" +
 	"\x03Use\x12\x14\n" +
 	"\x05grant\x18\x01 \x01(\tR\x05grant\x12#\n" +
 	"\rpeer_identity\x18\x02 \x01(\tR\fpeerIdentity\x12!\n" +
@@ -1772,7 +1790,9 @@ const file_dayfly_v1_feed_proto_rawDesc = "" +
 	"\x03era\x18\n" +
 	" \x01(\tR\x03era\x12 \n" +
 	"\vfingerprint\x18\v \x01(\fR\vfingerprint\x12\x15\n" +
-	"\x06key_id\x18\f \x01(\tR\x05keyId\"p\n" +
+	"\x06key_id\x18\f \x01(\tR\x05keyId\x12+\n" +
+	"\x11verifier_identity\x18\r \x01(\tR\x10verifierIdentity\x12+\n" +
+	"\x11verifier_instance\x18\x0e \x01(\tR\x10verifierInstance\"p\n" +
 	"\vRelayReport\x128\n" +
 	"\tverifiers\x18\x01 \x03(\v2\x1a.dayfly.v1.RelayedVerifierR\tverifiers\x12'\n" +
 	"\x0fconfirmed_count\x18\x02 \x01(\x04R\x0econfirmedCount\"\xde\x02\n" +

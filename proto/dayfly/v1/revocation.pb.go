@@ -473,9 +473,11 @@ type AffectedWorkflow struct {
 	// The caller's own for this audience, else the audience's.
 	Fallback *Fallback `protobuf:"bytes,5,opt,name=fallback,proto3" json:"fallback,omitempty"`
 	// SPIFFE ID of the verifier that reported the uses, or of the relay before it.
-	Verifier      string `protobuf:"bytes,6,opt,name=verifier,proto3" json:"verifier,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Verifier string `protobuf:"bytes,6,opt,name=verifier,proto3" json:"verifier,omitempty"`
+	// SPIFFE ID of the verifier behind that relay, by the relay's word; empty: it doesn't say.
+	ClaimedVerifier string `protobuf:"bytes,7,opt,name=claimed_verifier,json=claimedVerifier,proto3" json:"claimed_verifier,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *AffectedWorkflow) Reset() {
@@ -546,6 +548,13 @@ func (x *AffectedWorkflow) GetFallback() *Fallback {
 func (x *AffectedWorkflow) GetVerifier() string {
 	if x != nil {
 		return x.Verifier
+	}
+	return ""
+}
+
+func (x *AffectedWorkflow) GetClaimedVerifier() string {
+	if x != nil {
+		return x.ClaimedVerifier
 	}
 	return ""
 }
@@ -873,8 +882,11 @@ func (x *LiftResponse) GetLifted() bool {
 type ListRevocationsRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// At most 1,000; 0: 100.
-	PageSize      int32  `protobuf:"varint,1,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
-	PageToken     string `protobuf:"bytes,2,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	PageSize  int32  `protobuf:"varint,1,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
+	PageToken string `protobuf:"bytes,2,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	// Also those of credentials that their holders gave back early, which are many and no
+	// operator's doing.
+	GivenBack     bool `protobuf:"varint,3,opt,name=given_back,json=givenBack,proto3" json:"given_back,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -921,6 +933,13 @@ func (x *ListRevocationsRequest) GetPageToken() string {
 		return x.PageToken
 	}
 	return ""
+}
+
+func (x *ListRevocationsRequest) GetGivenBack() bool {
+	if x != nil {
+		return x.GivenBack
+	}
+	return false
 }
 
 type ListRevocationsResponse struct {
@@ -1279,9 +1298,12 @@ type Receipt struct {
 	MaxStaleness *durationpb.Duration   `protobuf:"bytes,7,opt,name=max_staleness,json=maxStaleness,proto3" json:"max_staleness,omitempty"`
 	OnStale      OnStale                `protobuf:"varint,8,opt,name=on_stale,json=onStale,proto3,enum=dayfly.v1.OnStale" json:"on_stale,omitempty"`
 	// Instances of the relays between, nearest to the broker first.
-	Via           []string `protobuf:"bytes,9,rep,name=via,proto3" json:"via,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Via []string `protobuf:"bytes,9,rep,name=via,proto3" json:"via,omitempty"`
+	// Behind a relay: the SPIFFE ID that the verifier proved to the relay nearest to it,
+	// by the word of the relays. Empty where it follows on a unix socket.
+	ClaimedIdentity string `protobuf:"bytes,10,opt,name=claimed_identity,json=claimedIdentity,proto3" json:"claimed_identity,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *Receipt) Reset() {
@@ -1375,6 +1397,13 @@ func (x *Receipt) GetVia() []string {
 		return x.Via
 	}
 	return nil
+}
+
+func (x *Receipt) GetClaimedIdentity() string {
+	if x != nil {
+		return x.ClaimedIdentity
+	}
+	return ""
 }
 
 // Containment is the sum of the receipts of one revocation.
@@ -1528,9 +1557,11 @@ type UseAfter struct {
 	// Network addresses without port, at most 16.
 	Addresses []string `protobuf:"bytes,7,rep,name=addresses,proto3" json:"addresses,omitempty"`
 	// There are more peers or addresses than listed.
-	More          bool `protobuf:"varint,8,opt,name=more,proto3" json:"more,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	More bool `protobuf:"varint,8,opt,name=more,proto3" json:"more,omitempty"`
+	// SPIFFE ID of the verifier behind that relay, by the relay's word; empty: it doesn't say.
+	ClaimedIdentity string `protobuf:"bytes,9,opt,name=claimed_identity,json=claimedIdentity,proto3" json:"claimed_identity,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *UseAfter) Reset() {
@@ -1619,6 +1650,13 @@ func (x *UseAfter) GetMore() bool {
 	return false
 }
 
+func (x *UseAfter) GetClaimedIdentity() string {
+	if x != nil {
+		return x.ClaimedIdentity
+	}
+	return ""
+}
+
 var File_dayfly_v1_revocation_proto protoreflect.FileDescriptor
 
 const file_dayfly_v1_revocation_proto_rawDesc = "" +
@@ -1657,14 +1695,15 @@ const file_dayfly_v1_revocation_proto_rawDesc = "" +
 	"\bFallback\x12\x14\n" +
 	"\x05owner\x18\x01 \x01(\tR\x05owner\x12\x12\n" +
 	"\x04text\x18\x02 \x01(\tR\x04text\x12\x12\n" +
-	"\x04link\x18\x03 \x01(\tR\x04link\"\xde\x01\n" +
+	"\x04link\x18\x03 \x01(\tR\x04link\"\x89\x02\n" +
 	"\x10AffectedWorkflow\x12\x16\n" +
 	"\x06caller\x18\x01 \x01(\tR\x06caller\x12\x16\n" +
 	"\x06callee\x18\x02 \x01(\tR\x06callee\x12\x14\n" +
 	"\x05count\x18\x03 \x01(\x04R\x05count\x127\n" +
 	"\tlast_seen\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\blastSeen\x12/\n" +
 	"\bfallback\x18\x05 \x01(\v2\x13.dayfly.v1.FallbackR\bfallback\x12\x1a\n" +
-	"\bverifier\x18\x06 \x01(\tR\bverifier\"W\n" +
+	"\bverifier\x18\x06 \x01(\tR\bverifier\x12)\n" +
+	"\x10claimed_verifier\x18\a \x01(\tR\x0fclaimedVerifier\"W\n" +
 	"\x10NarrowerProposal\x121\n" +
 	"\tselectors\x18\x01 \x03(\v2\x13.dayfly.v1.SelectorR\tselectors\x12\x10\n" +
 	"\x03why\x18\x02 \x01(\tR\x03why\"\x9e\x02\n" +
@@ -1688,11 +1727,13 @@ const file_dayfly_v1_revocation_proto_rawDesc = "" +
 	"\x0fidempotency_key\x18\x03 \x01(\tR\x0eidempotencyKey\"K\n" +
 	"\fLiftResponse\x12#\n" +
 	"\x04lift\x18\x01 \x01(\v2\x0f.dayfly.v1.LiftR\x04lift\x12\x16\n" +
-	"\x06lifted\x18\x02 \x01(\bR\x06lifted\"T\n" +
+	"\x06lifted\x18\x02 \x01(\bR\x06lifted\"s\n" +
 	"\x16ListRevocationsRequest\x12\x1b\n" +
 	"\tpage_size\x18\x01 \x01(\x05R\bpageSize\x12\x1d\n" +
 	"\n" +
-	"page_token\x18\x02 \x01(\tR\tpageToken\"z\n" +
+	"page_token\x18\x02 \x01(\tR\tpageToken\x12\x1d\n" +
+	"\n" +
+	"given_back\x18\x03 \x01(\bR\tgivenBack\"z\n" +
 	"\x17ListRevocationsResponse\x127\n" +
 	"\vrevocations\x18\x01 \x03(\v2\x15.dayfly.v1.RevocationR\vrevocations\x12&\n" +
 	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"2\n" +
@@ -1713,7 +1754,7 @@ const file_dayfly_v1_revocation_proto_rawDesc = "" +
 	"\x17WatchContainmentRequest\x12\x1a\n" +
 	"\bsequence\x18\x01 \x01(\x04R\bsequence\"T\n" +
 	"\x18WatchContainmentResponse\x128\n" +
-	"\vcontainment\x18\x01 \x01(\v2\x16.dayfly.v1.ContainmentR\vcontainment\"\xfa\x02\n" +
+	"\vcontainment\x18\x01 \x01(\v2\x16.dayfly.v1.ContainmentR\vcontainment\"\xa5\x03\n" +
 	"\aReceipt\x12\x1a\n" +
 	"\bidentity\x18\x01 \x01(\tR\bidentity\x12\x1a\n" +
 	"\binstance\x18\x02 \x01(\tR\binstance\x12\x1c\n" +
@@ -1723,7 +1764,9 @@ const file_dayfly_v1_revocation_proto_rawDesc = "" +
 	"\tcloses_at\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\bclosesAt\x12>\n" +
 	"\rmax_staleness\x18\a \x01(\v2\x19.google.protobuf.DurationR\fmaxStaleness\x12-\n" +
 	"\bon_stale\x18\b \x01(\x0e2\x12.dayfly.v1.OnStaleR\aonStale\x12\x10\n" +
-	"\x03via\x18\t \x03(\tR\x03via\"\xd0\x03\n" +
+	"\x03via\x18\t \x03(\tR\x03via\x12)\n" +
+	"\x10claimed_identity\x18\n" +
+	" \x01(\tR\x0fclaimedIdentity\"\xd0\x03\n" +
 	"\vContainment\x12\x1a\n" +
 	"\bsequence\x18\x01 \x01(\x04R\bsequence\x12.\n" +
 	"\breceipts\x18\x02 \x03(\v2\x12.dayfly.v1.ReceiptR\breceipts\x12\x1c\n" +
@@ -1737,7 +1780,7 @@ const file_dayfly_v1_revocation_proto_rawDesc = "" +
 	"\bexternal\x18\n" +
 	" \x03(\v2\x1b.dayfly.v1.AffectedAudienceR\bexternal\x122\n" +
 	"\n" +
-	"uses_after\x18\v \x03(\v2\x13.dayfly.v1.UseAfterR\tusesAfter\"\x97\x02\n" +
+	"uses_after\x18\v \x03(\v2\x13.dayfly.v1.UseAfterR\tusesAfter\"\xc2\x02\n" +
 	"\bUseAfter\x12\x1a\n" +
 	"\bverifier\x18\x01 \x01(\tR\bverifier\x12\x18\n" +
 	"\arefused\x18\x02 \x01(\x04R\arefused\x12)\n" +
@@ -1746,7 +1789,8 @@ const file_dayfly_v1_revocation_proto_rawDesc = "" +
 	"\tlast_seen\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\blastSeen\x12\x14\n" +
 	"\x05peers\x18\x06 \x03(\tR\x05peers\x12\x1c\n" +
 	"\taddresses\x18\a \x03(\tR\taddresses\x12\x12\n" +
-	"\x04more\x18\b \x01(\bR\x04more*\x9c\x01\n" +
+	"\x04more\x18\b \x01(\bR\x04more\x12)\n" +
+	"\x10claimed_identity\x18\t \x01(\tR\x0fclaimedIdentity*\x9c\x01\n" +
 	"\fReceiptState\x12\x1d\n" +
 	"\x19RECEIPT_STATE_UNSPECIFIED\x10\x00\x12\x1b\n" +
 	"\x17RECEIPT_STATE_CONFIRMED\x10\x01\x12\x19\n" +
