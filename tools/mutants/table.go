@@ -158,7 +158,7 @@ var mutants = []mutant{
 	{"", "records are not compared with the signed head", one(screen,
 		"if at != h.Head {", "if false {")},
 	{"", "keys are not compared with the signed set", one(screen,
-		"retired, ok := matchKeySet(all, h.KeySet)\n", "retired, ok := matchKeySet(all, h.KeySet)\n\tok = true\n")},
+		"set, ok := matchKeySet(all, h.KeySet)\n", "set, ok := matchKeySet(all, h.KeySet)\n\tif !ok {\n\t\tset, ok = all, true\n\t}\n")},
 	{"", "a use of what was never recorded is no alarm", one(uses,
 		`b.unrecorded(ctx, found, r, use, "no record holds this grant", quiet)`, "")},
 	{"", "a use's fingerprint is not compared with the record's", one(uses,
