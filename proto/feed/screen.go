@@ -165,8 +165,7 @@ func (s *Screen) prove(v *View, h HeadStatement) ([]Delivery, error) {
 	if s.snapshot != nil {
 		d.Snapshot, d.Complete = true, true
 		d.Events = slices.DeleteFunc(all, func(e Event) bool {
-			inSet := slices.ContainsFunc(set, func(in Event) bool { return in.Seq == e.Seq })
-			return !inSet && (e.Seq <= h.Horizon.Seq || e.Key != nil)
+			return e.Seq <= h.Horizon.Seq && !slices.ContainsFunc(set, func(in Event) bool { return in.Seq == e.Seq })
 		})
 	}
 	s.snapshot, s.tail = nil, slices.Clone(s.tail[n:])
