@@ -115,6 +115,7 @@ type sim struct {
 	shared    bool            // several brokers
 	forked    bool            // an old copy was put back: forks are no false alarms
 	bounds    []time.Duration // that verifiers begin with
+	restored  time.Duration   // when an era last began
 	quiet     time.Duration   // at the end: nothing is revoked any more
 	clocksOff bool            // a broker's wall clock ever was, by more than is allowed for
 	calm      bool            // little is revoked, so that much lives on
