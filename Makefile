@@ -30,6 +30,10 @@ need-go:
 need: need-go
 	@command -v git >/dev/null || { echo "the tests need git, which isn't installed: apt-get install git" >&2; exit 1; }
 	@command -v ip >/dev/null || { echo "the tests need the command ip: apt-get install iproute2" >&2; exit 1; }
+	@command -v curl >/dev/null || { echo "the tests of other people's clients need curl: apt-get install curl" >&2; exit 1; }
+	@command -v python3 >/dev/null || { echo "the tests of other people's clients need Python 3: apt-get install python3" >&2; exit 1; }
+	@command -v npm >/dev/null || { echo "the tests of other people's clients need npm, which comes with Node: see https://nodejs.org" >&2; exit 1; }
+	@version=$$(node --version 2>/dev/null) || version=none; [[ "$$version" =~ ^v([0-9]+) ]] && (( BASH_REMATCH[1] >= 20 )) || { echo "the tests of other people's clients need Node 20 or newer, and this is $$version: see https://nodejs.org" >&2; exit 1; }
 	@cc=$$($(GO) env CC); command -v "$${cc%% *}" >/dev/null || { echo "the race detector needs a C compiler, and there is no '$$cc': apt-get install gcc libc6-dev" >&2; exit 1; }
 
 .PHONY: build
@@ -37,11 +41,12 @@ build: need-go ## the commands, into bin/
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags='-s -w' -o bin/ ./cmd/...
 
 # Other people's clients are a module of their own, so that nobody who uses
-# dayfly compiles them.
+# dayfly compiles them. The first time they build MinIO, which takes minutes.
 .PHONY: test
 test: need ## go vet and every test under the race detector, e2e on built binaries included
 	$(GO) vet ./...
-	@if [[ -f e2e/clients/go.mod ]]; then echo "$(GO) -C e2e/clients test -race ./..."; CGO_ENABLED=1 $(GO) -C e2e/clients test -race ./...; fi
+	$(GO) -C e2e/clients vet ./...
+	CGO_ENABLED=1 $(GO) -C e2e/clients test -race -timeout 30m ./...
 	CGO_ENABLED=1 $(GO) test -race -timeout 30m ./...
 
 .PHONY: race

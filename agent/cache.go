@@ -404,9 +404,10 @@ func (c *cache) fetch(ctx context.Context, e *entry) (*sdk.Credential, error) {
 const maxLimited = time.Minute
 
 // heed remembers a refusal for a limit of this identity: all who ask this agent share it.
+// Other refusals that say when to come back are about one audience.
 func (c *cache) heed(err error) {
 	var refusal *sdk.Error
-	if !errors.As(sdk.FromRPC(err), &refusal) || refusal.RetryAfter() == 0 {
+	if !errors.As(sdk.FromRPC(err), &refusal) || refusal.Code != codes.ResourceExhausted || refusal.RetryAfter() == 0 {
 		return
 	}
 	c.mu.Lock()

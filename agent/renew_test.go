@@ -182,3 +182,21 @@ func TestLimitIsHeeded(t *testing.T) {
 		}
 	})
 }
+
+// A refusal of one audience that says when to come back keeps nobody from another one.
+func TestRetryAfterOfOneAudience(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := &direct{b: unservedBroker(t, newDomain(t))}
+		d.b.set(func(b *broker) {
+			b.refuse = refusalWith(codes.Unavailable, "KEY_NOT_SPREAD_YET", "not yet", map[string]string{"hint": "wait", "retry_after": "20s"})
+		})
+		ask := bubble(t, d)
+		if _, err := ask(agent.Request{Audience: "cloud"}); reason(err) != "KEY_NOT_SPREAD_YET" {
+			t.Fatalf("got %v", err)
+		}
+		d.b.set(func(b *broker) { b.refuse = nil })
+		if _, err := ask(agent.Request{Audience: "orders"}); err != nil {
+			t.Errorf("another audience: %v", err)
+		}
+	})
+}

@@ -69,6 +69,9 @@ type Config struct {
 	Audit func(AuditEntry) error
 	// MaxTTL is a lower cap than the hard one; 0: the hard cap.
 	MaxTTL time.Duration
+	// MaxRevocations is a lower maximum of the set than the constant, for give-backs; 0:
+	// the constant.
+	MaxRevocations int
 
 	Log  *slog.Logger        // nil: discard
 	Now  func() time.Time    // nil: time.Now
@@ -112,8 +115,14 @@ func New(cfg Config) (*Broker, error) {
 	if cfg.MaxTTL < 0 || cfg.MaxTTL > token.MaxTTL {
 		problems = append(problems, fmt.Errorf("broker: MaxTTL is at most the hard cap of %s", token.MaxTTL))
 	}
+	if cfg.MaxRevocations < 0 || cfg.MaxRevocations > MaxRevocations {
+		problems = append(problems, fmt.Errorf("broker: MaxRevocations is at most %d", MaxRevocations))
+	}
 	if err := errors.Join(problems...); err != nil {
 		return nil, err
+	}
+	if cfg.MaxRevocations == 0 {
+		cfg.MaxRevocations = MaxRevocations
 	}
 	if cfg.MaxTTL == 0 {
 		cfg.MaxTTL = token.MaxTTL
@@ -350,15 +359,18 @@ func (b *Broker) entry(action Action, c Caller) AuditEntry {
 	if c.Peer.IsValid() {
 		e.Peer = c.Peer.Addr().String()
 	}
+	if c.JWT != nil {
+		e.Attestation = "jwt"
+	}
 	return e
 }
 
-// checkSVID refuses a caller whose SVID expired while its connection was open.
+// checkSVID refuses a caller whose SVID has expired, perhaps while its connection was open.
 func (b *Broker) checkSVID(c Caller) error {
 	if c.Local != "" {
 		return nil
 	}
-	if c.Leaf == nil || c.ID.IsZero() || b.cfg.Now().After(c.Leaf.NotAfter) {
+	if _, until := c.Attested(); c.ID.IsZero() || b.cfg.Now().After(until) {
 		return ErrSVIDExpired
 	}
 	return nil
@@ -367,17 +379,21 @@ func (b *Broker) checkSVID(c Caller) error {
 // checkWorkload is checkSVID for who wants a credential: break-glass has no identity to
 // issue to.
 func (b *Broker) checkWorkload(c Caller) error {
-	if c.Leaf == nil {
-		return ErrSVIDExpired.because("a credential needs an X.509-SVID")
+	if c.Local != "" {
+		return ErrSVIDExpired.because("a credential needs an SVID")
 	}
 	return b.checkSVID(c)
 }
 
-// decide asks policy; break-glass is not asked.
-func (b *Broker) decide(ctx context.Context, q Question) (Decision, error) {
+// decide asks policy, and writes question and answer into the entry; break-glass is not
+// asked.
+func (b *Broker) decide(ctx context.Context, q Question, e *AuditEntry) (Decision, error) {
 	if q.Caller.Local != "" {
-		return Decision{Allow: true, Rule: "break-glass"}, nil
+		e.Rule = "break-glass"
+		return Decision{Allow: true, Rule: e.Rule}, nil
 	}
+	e.Rule = ""
+	e.Asked = append(e.Asked, AskedOf(q))
 	d, err := b.cfg.Policy.Decide(ctx, q)
 	if errors.Is(err, ErrNoPolicy) {
 		return Decision{}, ErrNoPolicy
@@ -386,6 +402,8 @@ func (b *Broker) decide(ctx context.Context, q Question) (Decision, error) {
 		b.cfg.Log.ErrorContext(ctx, "policy could not be evaluated", "action", q.Action, "caller", q.Caller.Actor(), "err", err)
 		return Decision{}, ErrPolicyFailed
 	}
+	e.Rule, e.Revision = d.Rule, d.Revision
+	e.Asked[len(e.Asked)-1].Answer = answer(d)
 	if !d.Allow {
 		r := *ErrPolicyDenied
 		if d.Message != "" {

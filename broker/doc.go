@@ -25,6 +25,8 @@
 //   - A restore begins a new era, loses no lock without an operator's word, and lifts
 //     nothing that it isn't sure of (TestRestoreConsent, TestRestoreCarries,
 //     TestRestoreFork, TestRestorePruned).
+//   - Only its presenter gives a credential back; nobody else changes or learns anything
+//     (TestGiveBackMoot). Give-backs are bounded, operators are not (TestGiveBackMaximum).
 //   - The log is trimmed only where nothing it names can still be alive (TestPrune).
 //
 // Usage:

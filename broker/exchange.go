@@ -33,7 +33,7 @@ func (b *Broker) exchange(ctx context.Context, c Caller, req Request) (*Credenti
 	if err := b.checkWorkload(c); err != nil {
 		return nil, e, err
 	}
-	b.seen.note(c.ID, c.Leaf)
+	b.seen.note(c)
 	parent, err := b.subject(ctx, c, req.Subject)
 	if parent != nil {
 		e.Parent = parent.Grant().String()
@@ -49,12 +49,11 @@ func (b *Broker) exchange(ctx context.Context, c Caller, req Request) (*Credenti
 	d, err := b.decide(ctx, Question{
 		Action: ActionExchange, Caller: c, Time: b.cfg.Now(), Parent: &parent.Claims,
 		Audience: req.Audience, Scopes: req.Scopes, TTL: req.TTL, Binding: req.Binding,
-	})
-	e.Rule = d.Rule
+	}, &e)
 	if err != nil {
 		return nil, e, err
 	}
-	want, err := b.narrow(req, d)
+	want, err := b.narrow(c, req, d)
 	if err != nil {
 		return nil, e, err
 	}
@@ -90,16 +89,9 @@ func narrowScopes(asked, granted, parent []string) ([]string, error) {
 // subject checks a presented token: its form and signature, its time, that it is
 // addressed to the caller, that it is alive, and that it is on record.
 func (b *Broker) subject(ctx context.Context, c Caller, secret token.Secret) (*token.Token, error) {
-	t, err := token.Parse(secret.Reveal(), b.state.key)
-	switch {
-	case errors.Is(err, token.ErrUnknownKey):
-		return nil, ErrSubjectKeyUnknown
-	case errors.Is(err, token.ErrSignature):
-		return nil, ErrSubjectSignature
-	case err != nil:
-		return nil, ErrSubjectMalformed.because("%v", err)
-	case t.Issuer != b.cfg.Issuer:
-		return nil, ErrSubjectMalformed.because("the subject token is of another issuer")
+	t, err := b.parse(secret)
+	if err != nil {
+		return nil, err
 	}
 	now := b.cfg.Now()
 	switch {
@@ -118,13 +110,36 @@ func (b *Broker) subject(ctx context.Context, c Caller, secret token.Secret) (*t
 	if err != nil {
 		return t, err
 	}
+	_, err = b.onRecord(ctx, c, t)
+	return t, err
+}
+
+// parse reads a presented token of this broker, and checks form and signature.
+func (b *Broker) parse(secret token.Secret) (*token.Token, error) {
+	t, err := token.Parse(secret.Reveal(), b.state.key)
+	switch {
+	case errors.Is(err, token.ErrUnknownKey):
+		return nil, ErrSubjectKeyUnknown
+	case errors.Is(err, token.ErrSignature):
+		return nil, ErrSubjectSignature
+	case err != nil:
+		return nil, ErrSubjectMalformed.because("%v", err)
+	case t.Issuer != b.cfg.Issuer:
+		return nil, ErrSubjectMalformed.because("the subject token is of another issuer")
+	}
+	return t, nil
+}
+
+// onRecord returns the grant of a presented token. One that verifies and was never
+// recorded is an alarm.
+func (b *Broker) onRecord(ctx context.Context, c Caller, t *token.Token) (*Grant, error) {
 	g, err := b.cfg.Store.Grant(ctx, t.Grant())
 	if errors.Is(err, ErrNotFound) || err == nil && g.Fingerprint != t.Fingerprint {
 		b.cfg.Log.ErrorContext(ctx, "a presented token was never recorded: somebody holds a signing key",
 			"grant", t.Grant().String(), "key", t.Self().Key.String(), "presented_by", c.Actor())
-		return t, ErrSubjectUnknown
+		return nil, ErrSubjectUnknown
 	}
-	return t, err
+	return g, err
 }
 
 // checkParent judges a presented token. The caller holds the lock of the state.

@@ -69,3 +69,10 @@ func DrawLimit(l Limits) func() {
 		}
 	}
 }
+
+// SetLen is how many selectors are in force.
+func (b *Broker) SetLen() int {
+	b.state.mu.RLock()
+	defer b.state.mu.RUnlock()
+	return b.state.set.Len()
+}

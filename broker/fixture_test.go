@@ -103,7 +103,7 @@ func (p *policy) Decide(_ context.Context, q broker.Question) (broker.Decision, 
 }
 
 func yes(q broker.Question) broker.Decision {
-	d := broker.Decision{Allow: true, Scopes: q.Scopes, TTL: broker.DefaultTTL, Rule: "test"}
+	d := broker.Decision{Allow: true, Scopes: q.Scopes, TTL: broker.DefaultTTL, Rule: "test", Revision: "sha256:test"}
 	if len(q.Scopes) == 0 {
 		d.Scopes = []string{"read"}
 	}
@@ -229,6 +229,7 @@ type world struct {
 
 	mu       sync.Mutex
 	noSigner bool
+	spreadIn time.Duration // of the signing key
 	audit    []broker.AuditEntry
 	auditErr error
 	logs     []string
@@ -237,6 +238,8 @@ type world struct {
 	headErr  error
 	// disregard is what the next broker is told to disregard.
 	disregard feed.Position
+	// maxRevocations is a lower maximum of the next broker's set.
+	maxRevocations int
 
 	stop       func() // ends the broker and closes the store
 	stopBroker func() // ends the broker alone
@@ -320,8 +323,8 @@ func (w *world) newBroker() *broker.Broker {
 		VerifyHead: func(h feed.SignedHead) (feed.HeadStatement, error) {
 			return vouch.VerifyKeptHead(issuer, h, w.td, spiffeid.MatchID(brokerID), w.clock.Now())
 		},
-		Disregard: w.disregard,
-		Audit:     w.record, Log: slog.New(slog.NewJSONHandler(w, nil)),
+		Disregard: w.disregard, MaxRevocations: w.maxRevocations,
+		Audit: w.record, Log: slog.New(slog.NewJSONHandler(w, nil)),
 		Now: w.clock.Now, Boot: w.clock.Boot,
 	})
 	if err != nil {
@@ -364,7 +367,9 @@ func (w *world) signer() (broker.Signer, bool) {
 	if w.noSigner {
 		return broker.Signer{}, false
 	}
-	return broker.PrivateSigner(w.public, w.key), true
+	s := broker.PrivateSigner(w.public, w.key)
+	s.SpreadIn = w.spreadIn
+	return s, true
 }
 
 func (w *world) record(e broker.AuditEntry) error {

@@ -180,11 +180,10 @@ func (b *Broker) subscribe(ctx context.Context, c Caller, s Subscriber, e *Audit
 		actions = append(actions, ActionRelay)
 	}
 	for _, action := range actions {
-		d, err := b.decide(ctx, Question{
+		_, err := b.decide(ctx, Question{
 			Action: action, Caller: c, Time: b.cfg.Now(),
 			Audiences: s.Audiences, MaxStaleness: s.MaxStaleness, AcceptsStale: s.AcceptsStale,
-		})
-		e.Rule = d.Rule
+		}, e)
 		if err != nil {
 			return nil, err
 		}
@@ -522,7 +521,7 @@ func (b *Broker) External(ctx context.Context, rec RevocationRecord) ([]PlannedA
 	}
 	var out []PlannedAudience
 	for _, a := range reach.Audiences {
-		if a.Audience.VerifiedBy != "feed" {
+		if a.Audience.VerifiedBy != VerifiedByFeed {
 			out = append(out, a)
 		}
 	}

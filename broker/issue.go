@@ -51,16 +51,15 @@ func (b *Broker) issue(ctx context.Context, c Caller, req Request) (*Credential,
 	if err := b.checkWorkload(c); err != nil {
 		return nil, e, err
 	}
-	b.seen.note(c.ID, c.Leaf)
+	b.seen.note(c)
 	d, err := b.decide(ctx, Question{
 		Action: ActionIssue, Caller: c, Time: b.cfg.Now(),
 		Audience: req.Audience, Scopes: req.Scopes, TTL: req.TTL, Binding: req.Binding,
-	})
-	e.Rule = d.Rule
+	}, &e)
 	if err != nil {
 		return nil, e, err
 	}
-	want, err := b.narrow(req, d)
+	want, err := b.narrow(c, req, d)
 	if err != nil {
 		return nil, e, err
 	}
@@ -103,7 +102,7 @@ type terms struct {
 }
 
 // narrow applies the caps to policy's answer: Go code holds them, not Rego.
-func (b *Broker) narrow(req Request, d Decision) (terms, error) {
+func (b *Broker) narrow(c Caller, req Request, d Decision) (terms, error) {
 	scopes, err := token.NormalizeScopes(d.Scopes)
 	if err != nil {
 		return terms{}, ErrPolicyFailed.because("policy grants scopes that no token can have: %v", err)
@@ -121,6 +120,9 @@ func (b *Broker) narrow(req Request, d Decision) (terms, error) {
 	}
 	if req.Binding != "" {
 		t.binding = t.binding.Stricter(req.Binding)
+	}
+	if t.binding == token.BindingX5T && c.Leaf == nil {
+		return terms{}, ErrNoCertificate
 	}
 	return t, nil
 }
@@ -153,7 +155,7 @@ func (b *Broker) grant(ctx context.Context, c Caller, t terms, limits Limits, pa
 		if err != nil {
 			return nil, e, err
 		}
-		e.Grant, e.Scopes = g.ID().String(), g.Scopes
+		e.Grant, e.Scopes, e.TTL, e.Binding = g.ID().String(), g.Scopes, g.Expires.Sub(g.IssuedAt), g.Binding
 		unsigned, err := token.Encode(b.claims(g), key.Public.Algorithm)
 		if err != nil {
 			if errors.Is(err, token.ErrTooLarge) {
@@ -240,9 +242,12 @@ func (b *Broker) prepare(c Caller, t terms, parent *token.Token) (*Grant, Signer
 		return nil, Signer{}, err
 	}
 	now := b.cfg.Now().UTC().Truncate(time.Second)
-	key, ok := b.cfg.Signer()
+	key, ok := b.signer()
 	if !ok {
 		return nil, key, ErrNoSigningKey
+	}
+	if err := b.checkSpread(key, t.audience); err != nil {
+		return nil, key, err
 	}
 	position, err := b.admissible(c, parent, key.Public.ID, now)
 	if err != nil {
@@ -273,13 +278,36 @@ func (b *Broker) prepare(c Caller, t terms, parent *token.Token) (*Grant, Signer
 	return g, key, nil
 }
 
+// signer returns the current signing key, and notes which one that is: it stays in the
+// JWK set as long as a token that it signed may live.
+func (b *Broker) signer() (Signer, bool) {
+	key, ok := b.cfg.Signer()
+	if ok {
+		b.state.signs(key.Public.ID, b.cfg.Boot())
+	}
+	return key, ok
+}
+
+// checkSpread refuses an audience that may not know the signing key yet: those who only
+// read the JWK set, and those of whom nobody says how they verify.
+func (b *Broker) checkSpread(key Signer, audience string) error {
+	if key.SpreadIn <= 0 {
+		return nil
+	}
+	if a, ok := b.cfg.Policy.Audience(audience); ok && (a.VerifiedBy == VerifiedByFeed || a.VerifiedBy == VerifiedByIntrospection) {
+		return nil
+	}
+	return ErrKeyNotSpread.with(retryAfter, roundUp(key.SpreadIn).String())
+}
+
 // admissible is the snapshot: the head, the locks, the parent and the key, all of
 // one moment.
 func (b *Broker) admissible(c Caller, parent *token.Token, key token.KeyID, now time.Time) (feed.Position, error) {
 	s := b.state
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	if l := s.locked(c.ID, c.thumbprint(), c.Leaf.NotBefore, b.cfg.Now()); l != nil {
+	attested, _ := c.Attested()
+	if l := s.locked(c.ID, c.thumbprint(), attested, b.cfg.Now()); l != nil {
 		return feed.Position{}, lockedRefusal(l)
 	}
 	if _, ok := s.keys[key]; !ok || s.set.KeyRevoked(key) {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -331,15 +332,16 @@ func TestAudit(t *testing.T) {
 	cred := w.issue(c, "orders")
 	want := broker.AuditEntry{
 		Time: noon, Action: broker.ActionIssue, Actor: c.ID.String(), Peer: "192.0.2.7", Outcome: "allowed",
-		Rule: "test", Audience: "orders", Grant: cred.Grant.ID().String(),
+		Rule: "test", Revision: "sha256:test", Audience: "orders", Scopes: []string{"read"}, TTL: 5 * time.Minute, Binding: token.BindingSPIFFE,
+		Grant: cred.Grant.ID().String(),
+		Asked: []broker.Asked{{
+			Action: broker.ActionIssue, Time: noon, Attestation: "x509", Peer: "192.0.2.7:4711", Audience: "orders",
+			SVID:   broker.AskedSVID{Serial: c.Leaf.SerialNumber.Text(16), NotBefore: c.Leaf.NotBefore.UTC(), NotAfter: c.Leaf.NotAfter.UTC()},
+			Answer: &broker.Answer{Allow: true, Scopes: []string{"read"}, TTL: 5 * time.Minute},
+		}},
 	}
-	got := w.last()
-	if !slices.Equal(got.Scopes, []string{"read"}) {
-		t.Errorf("scopes %q", got.Scopes)
-	}
-	got.Scopes = nil
-	if fmt.Sprint(got) != fmt.Sprint(want) {
-		t.Errorf("got %+v\nwant %+v", got, want)
+	if got := w.last(); !reflect.DeepEqual(got, want) {
+		t.Errorf("got  %+v\nwant %+v", got, want)
 	}
 
 	w.mu.Lock()

@@ -15,10 +15,12 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
-// Limits are what policy lets one identity have of this broker; zero is no limit.
+// Limits are what policy lets one identity have of this broker; zero is no limit of policy's.
 type Limits struct {
 	IssuePerSecond int // credentials, issued and exchanged
 	LiveGrants     int // on record, neither expired nor revoked
+	// GiveBacksPerMinute is of credentials given back early; zero is the broker's default.
+	GiveBacksPerMinute int
 }
 
 // minIssueBurst is how many credentials an identity may get at once, whatever its rate:
@@ -41,6 +43,9 @@ type issuer struct {
 	granted tally
 	revoked tally
 	asOf    uint64
+
+	giveBacks     budget
+	giveBackBurst allowance // of its last draw
 }
 
 // A tally counts what ends, by the second in which it does.
@@ -161,11 +166,16 @@ func (all *issuers) place(id spiffeid.ID, limits Limits, life time.Duration, now
 const retryAfter = "retry_after"
 
 func limited(r *Refusal, limit int, of string, wait time.Duration) *Refusal {
+	return r.because("policy lets this identity have %d %s", limit, of).with("limit", strconv.Itoa(limit)).with(retryAfter, roundUp(wait).String())
+}
+
+// roundUp makes whole milliseconds of a wait, at least one.
+func roundUp(wait time.Duration) time.Duration {
 	wait = max(wait, time.Millisecond)
 	if rest := wait % time.Millisecond; rest > 0 {
 		wait += time.Millisecond - rest
 	}
-	return r.because("policy lets this identity have %d %s", limit, of).with("limit", strconv.Itoa(limit)).with(retryAfter, wait.String())
+	return wait
 }
 
 // issuer returns an identity's; the caller holds mu.
@@ -194,7 +204,7 @@ func (all *issuers) tidy(now feed.Instant) {
 	defer all.mu.Unlock()
 	maps.DeleteFunc(all.byID, func(_ spiffeid.ID, i *issuer) bool {
 		i.live(now)
-		return i.granted.n == 0 && i.rate.draw(i.burst, 0, now) && i.rate.drawn == 0
+		return i.granted.n == 0 && i.rate.full(i.burst, now) && i.giveBacks.full(i.giveBackBurst, now)
 	})
 }
 

@@ -307,7 +307,7 @@ func (p *Plan) add(g *Grant, identities map[spiffeid.ID]*PlannedIdentity, audien
 	if pa == nil {
 		a, ok := policy.Audience(g.Audience)
 		if !ok {
-			a = Audience{Name: g.Audience, VerifiedBy: "external"} // undeclared: promise nothing
+			a = Audience{Name: g.Audience, VerifiedBy: VerifiedByExternal} // undeclared: promise nothing
 		}
 		pa = &PlannedAudience{Audience: a}
 		audiences[g.Audience] = pa

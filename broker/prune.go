@@ -30,6 +30,7 @@ func (b *Broker) pruneLoop(ctx context.Context) {
 func (b *Broker) Prune(ctx context.Context) error {
 	now := b.cfg.Boot()
 	b.issuers.tidy(now)
+	b.signer() // so that a key is known to sign though nobody asks for a token
 	horizon, moved := b.nextHorizon(now)
 	keep := b.keeper(now)
 	p := Pruning{Keep: keep, GrantsExpiredBefore: b.cfg.Now().Add(-grantsKept), Observations: b.oldUses()}
@@ -116,8 +117,13 @@ func (b *Broker) keeper(now feed.Instant) func(Record) bool {
 const signGrace = time.Minute
 
 // retired reports whether a key was followed by another so long ago that every token
-// it signed has expired. The caller holds the lock.
+// it signed has expired. That another one is on record ends nothing by itself: it may be
+// the key of a successor that never took over. The caller holds the lock.
 func (s *state) retired(seq uint64, now feed.Instant) bool {
+	id := s.records[seq].Key.Public.ID
+	if at, was := s.replaced[id]; id == s.signing || was && now.Sub(at) <= forgetAfter+signGrace {
+		return false
+	}
 	for _, later := range s.keySeq {
 		if later > seq && now.Sub(s.known[later]) > forgetAfter+signGrace {
 			return true
@@ -170,6 +176,7 @@ func (b *Broker) forget(horizon feed.Position, keep func(Record) bool) {
 		if rec.Key != nil {
 			delete(s.keys, rec.Key.Public.ID)
 			delete(s.keySeq, rec.Key.Public.ID)
+			delete(s.replaced, rec.Key.Public.ID)
 		}
 		if rec.Revocation != nil {
 			delete(s.lifts, seq)

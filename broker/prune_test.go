@@ -3,6 +3,7 @@ package broker_test
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"testing"
 	"time"
 
@@ -154,6 +155,44 @@ func TestPruneForgetsKeysOfRetries(t *testing.T) {
 	again, err := w.b.Revoke(ctx, op, req)
 	if err != nil || again.Seq <= first.Seq {
 		t.Errorf("record %d, %v", again.Seq, err)
+	}
+}
+
+// The key of a successor that never took over retires nothing: the key that signs stays,
+// and goes only when the last token that it signed has expired.
+func TestPruneKeepsTheKeyThatSigns(t *testing.T) {
+	w := newWorld(t)
+	old := w.public
+	has := func() bool {
+		return slices.ContainsFunc(w.b.Keys(), func(k token.PublicKey) bool { return k.ID == old.ID })
+	}
+	successor, _ := w.vouched(newKey(t), brokerID)
+	if err := w.b.PublishKey(ctx, successor); err != nil {
+		t.Fatal(err)
+	}
+	w.revoke(broker.LockNone, revocation.Identity(id("other"))) // the head stays, whatever it is
+	w.clock.elapse(10 * time.Hour)
+	w.prune()
+	if !has() {
+		t.Fatal("the signing key is gone while it signs")
+	}
+	w.clock.elapse(time.Hour)
+	w.issue(w.caller("payments"), "orders") // lives for an hour
+	w.newKey()
+	w.prune()
+	if !has() {
+		t.Fatal("the key is gone as soon as it was replaced")
+	}
+	w.clock.elapse(broker.ForgetAfter + broker.SignGrace)
+	w.prune()
+	if !has() {
+		t.Fatal("the key is gone while what it signed may live")
+	}
+	w.revoke(broker.LockNone, revocation.Identity(id("other"))) // the horizon moves with the log
+	w.clock.elapse(broker.ForgetAfter + 1)
+	w.prune()
+	if has() {
+		t.Error("the key stays for ever")
 	}
 }
 

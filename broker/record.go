@@ -46,6 +46,9 @@ type Details struct {
 	// certificate can still be valid, where known: until then the lock stands.
 	SVIDExpires map[string]time.Time `json:"svid_expires,omitempty"`
 
+	// GivenBack is set where the holder revoked its own grant, and no operator did.
+	GivenBack bool `json:"given_back,omitempty"`
+
 	// Restored is set with an era that began with a backup.
 	Restored *Restored `json:"restored,omitempty"`
 	// CarriedFrom is set with what was carried over from an earlier era.

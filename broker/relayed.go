@@ -96,11 +96,10 @@ func (f *Follower) admit(ctx context.Context, v feed.Verifier, identity string) 
 	if identity != "" {
 		e.Message += ", by the relay's word " + identity
 	}
-	d, err := f.b.decide(ctx, Question{
+	_, err := f.b.decide(ctx, Question{
 		Action: ActionFollow, Caller: f.caller, Time: f.b.cfg.Now(),
 		Audiences: v.Audiences, MaxStaleness: v.Bound, AcceptsStale: v.AcceptsStale,
-	})
-	e.Rule = d.Rule
+	}, &e)
 	if err != nil {
 		return f.b.refuse(e, err)
 	}

@@ -113,7 +113,8 @@ func (r *retries) forget(key string, a *retriedAnswer) {
 // remembered.
 func (b *Broker) repeat(ctx context.Context, action Action, c Caller, req Request, cred *Credential) (*Credential, error) {
 	e := b.entry(action, c)
-	e.Audience, e.Scopes, e.Grant = cred.Grant.Audience, cred.Grant.Scopes, cred.Grant.ID().String()
+	g := cred.Grant
+	e.Audience, e.Scopes, e.TTL, e.Binding, e.Grant = g.Audience, g.Scopes, g.Expires.Sub(g.IssuedAt), g.Binding, g.ID().String()
 	q := Question{
 		Action: action, Caller: c, Time: b.cfg.Now(),
 		Audience: req.Audience, Scopes: req.Scopes, TTL: req.TTL, Binding: req.Binding,
@@ -125,9 +126,7 @@ func (b *Broker) repeat(ctx context.Context, action Action, c Caller, req Reques
 		}
 		q.Parent = &parent.Claims
 	}
-	d, err := b.decide(ctx, q)
-	e.Rule = d.Rule
-	if err != nil {
+	if _, err := b.decide(ctx, q, &e); err != nil {
 		return nil, b.refuse(e, err)
 	}
 	e.Outcome, e.Message = "allowed", "repeated"

@@ -12,7 +12,6 @@ import (
 	"github.com/dayflyhq/dayfly/proto/revocation"
 	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"golang.org/x/sync/singleflight"
 )
 
 // A Revoke is what an operator asks for: one atomic record, whatever it kills.
@@ -59,8 +58,7 @@ func (b *Broker) revoke(ctx context.Context, c Caller, req Revoke, e *AuditEntry
 		action = ActionRevokeEverything
 	}
 	e.Action = action
-	d, err := b.decide(ctx, Question{Action: action, Caller: c, Time: b.cfg.Now(), Selectors: texts(req.Selectors), Lock: req.Lock})
-	e.Rule = d.Rule
+	d, err := b.decide(ctx, Question{Action: action, Caller: c, Time: b.cfg.Now(), Selectors: texts(req.Selectors), Lock: req.Lock}, e)
 	if err != nil {
 		return Record{}, err
 	}
@@ -220,27 +218,32 @@ func (b *Broker) recordOnce(ctx context.Context, c Caller, key string, same func
 	if key == "" {
 		return b.append(ctx, next)
 	}
-	done := b.flight.DoChan(retryKey(c.Actor(), key), func() (any, error) {
+	rec, err := b.inOneFlight(ctx, retryKey(c.Actor(), key), func(ctx context.Context) (Record, error) {
 		if rec, ok := b.recorded(c, key); ok {
 			return rec, nil
 		}
-		// The work outlives a caller that gives up: others may wait for it.
-		return b.append(context.WithoutCancel(ctx), next)
+		return b.append(ctx, next)
 	})
-	var answer singleflight.Result
-	select {
-	case answer = <-done:
-	case <-ctx.Done():
-		return Record{}, ctx.Err()
+	if err != nil {
+		return Record{}, err
 	}
-	if answer.Err != nil {
-		return Record{}, answer.Err
-	}
-	rec := answer.Val.(Record)
 	if !same(rec) {
 		return Record{}, ErrIdempotencyReused
 	}
 	return rec, nil
+}
+
+// inOneFlight makes a record for all calls at once with the same key. The work outlives a
+// caller that gives up: others may wait for it.
+func (b *Broker) inOneFlight(ctx context.Context, key string, make func(context.Context) (Record, error)) (Record, error) {
+	done := b.flight.DoChan(key, func() (any, error) { return make(context.WithoutCancel(ctx)) })
+	select {
+	case answer := <-done:
+		rec, _ := answer.Val.(Record)
+		return rec, answer.Err
+	case <-ctx.Done():
+		return Record{}, ctx.Err()
+	}
 }
 
 // recorded returns the record that a key of the caller's made, or, where another
@@ -271,12 +274,12 @@ func (b *Broker) lift(ctx context.Context, c Caller, number uint64, reason, key 
 	if err := b.checkSVID(c); err != nil {
 		return Record{}, err
 	}
-	d, mayPropose := b.decide(ctx, Question{Action: ActionLift, Caller: c, Time: b.cfg.Now()})
-	e.Rule = d.Rule
+	d, mayPropose := b.decide(ctx, Question{Action: ActionLift, Caller: c, Time: b.cfg.Now()}, e)
 	var confirm Decision
 	mayConfirm := mayPropose
 	if d.SecondPerson.Required {
-		confirm, mayConfirm = b.decide(ctx, Question{Action: ActionLiftConfirm, Caller: c, Time: b.cfg.Now()})
+		confirm, mayConfirm = b.decide(ctx, Question{Action: ActionLiftConfirm, Caller: c, Time: b.cfg.Now()}, e)
+		e.Rule = d.Rule // until it has confirmed
 	}
 	if mayPropose != nil && mayConfirm != nil {
 		return Record{}, mayPropose
@@ -340,7 +343,7 @@ func (b *Broker) May(ctx context.Context, c Caller, action Action) error {
 	e := b.entry(action, c)
 	err := b.checkSVID(c)
 	if err == nil {
-		_, err = b.decide(ctx, Question{Action: action, Caller: c, Time: b.cfg.Now()})
+		_, err = b.decide(ctx, Question{Action: action, Caller: c, Time: b.cfg.Now()}, &e)
 	}
 	if err != nil {
 		return b.refuse(e, err)
@@ -384,13 +387,14 @@ func (b *Broker) Revocation(seq uint64) (RevocationRecord, error) {
 	return b.state.withLift(rec), nil
 }
 
-// Revocations returns up to limit revocations below a number (0: the newest), newest first.
-func (b *Broker) Revocations(below uint64, limit int) []RevocationRecord {
+// Revocations returns up to limit revocations below a number (0: the newest), newest
+// first; those of grants that their holders gave back only where givenBack is set.
+func (b *Broker) Revocations(below uint64, limit int, givenBack bool) []RevocationRecord {
 	b.state.mu.RLock()
 	defer b.state.mu.RUnlock()
 	var numbers []uint64
 	for seq, rec := range b.state.records {
-		if rec.Revocation != nil && (below == 0 || seq < below) {
+		if rec.Revocation != nil && (below == 0 || seq < below) && (givenBack || !rec.Details.GivenBack) {
 			numbers = append(numbers, seq)
 		}
 	}

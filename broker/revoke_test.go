@@ -662,10 +662,10 @@ func TestLists(t *testing.T) {
 		t.Errorf("state %s", s)
 	}
 	a, b := w.revoke(broker.LockNone, revocation.Identity(id("x"))), w.revoke(broker.LockNone, revocation.Identity(id("y")))
-	if got := w.b.Revocations(0, 10); len(got) != 2 || got[0].Seq != b.Seq || got[1].Seq != a.Seq {
+	if got := w.b.Revocations(0, 10, false); len(got) != 2 || got[0].Seq != b.Seq || got[1].Seq != a.Seq {
 		t.Errorf("revocations %+v", got)
 	}
-	if got := w.b.Revocations(b.Seq, 10); len(got) != 1 || got[0].Seq != a.Seq {
+	if got := w.b.Revocations(b.Seq, 10, false); len(got) != 1 || got[0].Seq != a.Seq {
 		t.Errorf("below the newest: %+v", got)
 	}
 }

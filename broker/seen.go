@@ -1,7 +1,6 @@
 package broker
 
 import (
-	"crypto/x509"
 	"sync"
 	"time"
 
@@ -9,8 +8,8 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
-// seenSVIDs remembers of each identity the newest NotBefore, for the cut of a reissue
-// lock (an SVID issuer's clock may be ahead of ours), and of each SVID when it expires,
+// seenSVIDs remembers of each identity the newest NotBefore (a JWT-SVID's iat), for
+// the cut of a reissue lock (an SVID issuer's clock may be ahead of ours), and of each SVID when it expires,
 // until when a lock on it must stand.
 type seenSVIDs struct {
 	mu        sync.Mutex
@@ -23,14 +22,18 @@ type seenSVIDs struct {
 // until its lock is lifted. Both err on the side of refusing.
 const maxSeen = 100_000
 
-func (s *seenSVIDs) note(id spiffeid.ID, leaf *x509.Certificate) {
-	s.noteNotBefore(id, leaf.NotBefore)
+func (s *seenSVIDs) note(c Caller) {
+	from, until := c.Attested()
+	s.noteNotBefore(c.ID, from)
+	if c.Leaf == nil {
+		return
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.notAfter == nil || len(s.notAfter) >= maxSeen {
 		s.notAfter = map[token.Thumbprint]time.Time{}
 	}
-	s.notAfter[token.ThumbprintOf(leaf)] = leaf.NotAfter
+	s.notAfter[c.thumbprint()] = until
 }
 
 // noteNotBefore notes that an identity has an SVID whose NotBefore may be as late as t.

@@ -42,6 +42,7 @@ func (s *sim) act() {
 	s.done, s.acted = s.done+1, true
 	if !s.skip[i] {
 		s.random(rand.New(rand.NewPCG(s.seed, uint64(1000+i))))
+		s.giveBack(i)
 	}
 	s.after(s.between(1500*time.Millisecond), s.act)
 }

@@ -425,7 +425,7 @@ func TestSimulation(t *testing.T) {
 		}
 	}
 	t.Logf("%d histories in %s: %v", histories, time.Since(began).Truncate(time.Millisecond), total)
-	for _, what := range []string{"issued", "exchanged", "revoked", "locked", "lifted", "accepted", "refused", "contained", "confirmed", "closed", "pruned", "crashed", "forged", "forked", "era"} {
+	for _, what := range []string{"issued", "exchanged", "revoked", "locked", "lifted", "accepted", "refused", "contained", "confirmed", "closed", "pruned", "crashed", "forged", "forked", "era", "given back"} {
 		if total[what] == 0 {
 			t.Errorf("nothing was ever %s", what)
 		}

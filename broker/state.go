@@ -83,6 +83,10 @@ type state struct {
 	set    *revocation.Set
 	keys   map[token.KeyID]feed.Key
 	keySeq map[token.KeyID]uint64
+	// signing is the key that this process signs with, and replaced is when it was last
+	// seen to sign with each other one.
+	signing  token.KeyID
+	replaced map[token.KeyID]feed.Instant
 	// unchecked are the numbers of key records of this era that wait for checkKeys, and
 	// the time as of which each is to be checked.
 	unchecked   map[uint64]time.Time
@@ -103,6 +107,7 @@ func newState() *state {
 	return &state{
 		keys:      map[token.KeyID]feed.Key{},
 		keySeq:    map[token.KeyID]uint64{},
+		replaced:  map[token.KeyID]feed.Instant{},
 		unchecked: map[uint64]time.Time{},
 		records:   map[uint64]Record{},
 		known:     map[uint64]feed.Instant{},
@@ -132,6 +137,7 @@ func (s *state) apply(rec Record, now feed.Instant, recorded time.Time, verify f
 		s.eras = append(s.eras, s.log.Head())
 		clear(s.keys) // private halves died with their era
 		clear(s.keySeq)
+		clear(s.replaced)
 		clear(s.unchecked)
 	}
 	if s.set == nil {
@@ -256,6 +262,22 @@ func (s *state) await(ctx context.Context, seq uint64) error {
 		case <-ctx.Done():
 			return ctx.Err()
 		}
+	}
+}
+
+// signs notes which key this process signs with now.
+func (s *state) signs(id token.KeyID, now feed.Instant) {
+	s.mu.RLock()
+	same := s.signing == id
+	s.mu.RUnlock()
+	if same {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.signing != id {
+		s.replaced[s.signing] = now
+		s.signing = id
 	}
 }
 

@@ -3,6 +3,7 @@ package e2e_test
 import (
 	"bufio"
 	"context"
+	"encoding/json"
 	"io"
 	"net"
 	"net/http"
@@ -59,7 +60,7 @@ func startDev(ctx context.Context, t *testing.T, tmp string) (*exec.Cmd, string,
 }
 
 // TestDevCommandsWork pastes every dayfly command that dev prints into a shell, and asks
-// the agent over HTTP as its curl does.
+// the agent over HTTP as its curl does; what curl is to ask the issuer, it asks.
 func TestDevCommandsWork(t *testing.T) {
 	tmp := shortTemp(t)
 	ctx, stop := context.WithTimeout(t.Context(), 2*time.Minute)
@@ -83,12 +84,16 @@ func TestDevCommandsWork(t *testing.T) {
 	if resp.StatusCode != http.StatusOK {
 		t.Errorf("GET %s over the agent's socket: %s %s", m[2], resp.Status, body)
 	}
+	checkDevCurls(t, ctx, printed, env)
+	checkRevokeCurl(t, ctx, env)
 	ran := 0
 	for line := range strings.Lines(printed) {
 		command, ok := strings.CutPrefix(line, "  dayfly ")
 		if !ok || strings.Contains(command, "curl") {
 			continue
 		}
+		// The number that revoke printed is one more: curl has given a token back.
+		command = strings.Replace(command, "lift 3 ", "lift 4 ", 1)
 		sh := exec.CommandContext(ctx, "sh", "-c", "dayfly "+command)
 		sh.Env = env
 		if out, err := sh.CombinedOutput(); err != nil {
@@ -105,6 +110,69 @@ func TestDevCommandsWork(t *testing.T) {
 		t.Errorf("dev ended with exit code %d after Ctrl-C", code)
 	}
 	wantEmpty(t, tmp)
+}
+
+// What commands for curl over HTTPS begin with, and what one has that gives a token back.
+const begin, revokes = "curl -s --cacert $DAYFLY_WEB_CA ", "$DAYFLY_ISSUER/revoke "
+
+// checkRevokeCurl pastes the command of the documents that gives a token back.
+func checkRevokeCurl(t *testing.T, ctx context.Context, env []string) {
+	t.Helper()
+	page := strings.ReplaceAll(string(must(os.ReadFile("../docs/oauth.md"))(t)), "\\\n", "")
+	for line := range strings.Lines(page) {
+		command := strings.TrimSpace(line)
+		if !strings.HasPrefix(command, begin) || !strings.Contains(command, revokes) {
+			continue
+		}
+		sh := exec.CommandContext(ctx, "sh", "-c", command+" -w '%{http_code}'")
+		sh.Env = env
+		out, err := sh.CombinedOutput()
+		if err != nil || string(out) != "200" {
+			t.Errorf("%s: %v\n%s", command, err, out)
+		}
+		list := exec.CommandContext(ctx, "sh", "-c", "dayfly revocations list --given-back | grep 'given back'")
+		list.Env = env
+		if out, err := list.CombinedOutput(); err != nil {
+			t.Errorf("nothing was given back: %v\n%s", err, out)
+		}
+		return
+	}
+	t.Error("no command gives a token back")
+}
+
+// checkDevCurls pastes every command for curl over HTTPS into a shell: those that dev
+// prints, and those of the documents. Each must be answered with what it asks for.
+func checkDevCurls(t *testing.T, ctx context.Context, printed string, env []string) {
+	t.Helper()
+	pages := must(filepath.Glob("../docs/*.md"))(t)
+	texts := map[string]string{"dayfly dev": printed}
+	for _, page := range pages {
+		texts[page] = strings.ReplaceAll(string(must(os.ReadFile(page))(t)), "\\\n", "")
+	}
+	ran := map[string]int{}
+	for where, text := range texts {
+		for line := range strings.Lines(text) {
+			command := strings.TrimSpace(line)
+			if !strings.HasPrefix(command, begin) || strings.Contains(command, revokes) {
+				continue
+			}
+			sh := exec.CommandContext(ctx, "sh", "-c", command)
+			sh.Env = env
+			out, err := sh.Output()
+			var answer map[string]any
+			if err == nil {
+				err = json.Unmarshal(out, &answer)
+			}
+			if asksToken := strings.Contains(command, "$DAYFLY_ISSUER/token "); err != nil || answer["error"] != nil || answer["code"] != nil || asksToken && answer["access_token"] == nil ||
+				strings.Contains(command, "$DAYFLY_ISSUER/introspect ") && answer["active"] != true {
+				t.Errorf("%s: %s: %v\n%s", where, command, err, out)
+			}
+			ran[where]++
+		}
+	}
+	if ran["dayfly dev"] < 6 || ran["../docs/oauth.md"] < 7 {
+		t.Errorf("curl was run %v times", ran)
+	}
 }
 
 // shortTemp is a temporary folder whose path leaves room for unix sockets.

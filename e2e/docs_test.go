@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"errors"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -32,9 +33,11 @@ func TestDocs(t *testing.T) {
 		t.Fatal(err)
 	}
 	pages, err := filepath.Glob("../docs/*.md")
-	if err != nil || len(pages) == 0 {
+	nested, nestedErr := filepath.Glob("../docs/*/*.md")
+	if err := errors.Join(err, nestedErr); err != nil || len(pages) == 0 || len(nested) == 0 {
 		t.Fatalf("no pages: %v", err)
 	}
+	pages = append(pages, nested...)
 	named := 0
 	for _, page := range append(pages, "../README.md") {
 		raw, err := os.ReadFile(page)

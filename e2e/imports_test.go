@@ -78,7 +78,8 @@ var house = []room{
 	{path: "broker/boltstore", direct: []ban{{grpc, disk}, {generated, disk}, {module + "/policy", disk}, {opa, disk}}},
 	{path: "broker/storetest", direct: []ban{{grpc, disk}, {generated, disk}, {module + "/policy", disk}, {opa, disk}, {bbolt, "the suite knows no particular store"}, {module + "/broker/boltstore", "the suite knows no particular store"}}},
 	{path: "broker/keys", direct: []ban{{grpc, apart}, {bbolt, apart}, {opa, apart}, {module + "/policy", apart}}},
-	{path: "broker/gate", closure: append(slices.Clip(ground), ban{module + "/proto", "it knows connections alone"})}, // both listeners bound strangers alike
+	{path: "broker/gate", closure: append(slices.Clip(ground), ban{module + "/proto", "it knows connections alone"})},                                     // both listeners bound strangers alike
+	{path: "broker/attest", direct: append(slices.Clip(adapters), ban{grpc, "it knows SVIDs and no door"}, ban{generated, "it knows SVIDs and no door"})}, // who a peer is, the same at every door
 	{path: "broker/rpc", direct: adapters},
 	{path: "broker/web", direct: adapters},
 	{path: "policy", direct: []ban{{grpc, apart}, {bbolt, apart}, {module + "/broker/keys", apart}}},

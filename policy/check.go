@@ -15,10 +15,10 @@ import (
 // testTimeout bounds one Rego test.
 const testTimeout = 10 * time.Second
 
-// Check reads everything in dir, the Rego tests included, and returns all that is
+// Check reads everything in a folder, or in a bundle whose signature nobody looks at, the Rego tests included, and returns all that is
 // wrong with it as [Problems], or nil. A folder that passes can be loaded.
-func Check(dir string) error {
-	f, err := readDir(dir)
+func Check(path string) error {
+	f, err := readAny(path)
 	if err != nil {
 		return err
 	}
@@ -51,16 +51,16 @@ type TestResult struct {
 // ErrTestsFailed says that at least one Rego test didn't pass.
 var ErrTestsFailed = errors.New("policy tests failed")
 
-// Test runs the Rego tests in dir (rules named test_* in files named *_test.rego)
+// Test runs the Rego tests in a folder or a bundle (rules named test_* in files named *_test.rego)
 // on its rules and data, and writes one line a test and a summary to w. It
 // returns all results; the error is [Problems] for a folder that Check refuses,
 // and wraps [ErrTestsFailed] where a test didn't pass. No tests at all isn't an
 // error, and is said.
-func Test(ctx context.Context, dir string, w io.Writer) ([]TestResult, error) {
-	if err := Check(dir); err != nil {
+func Test(ctx context.Context, path string, w io.Writer) ([]TestResult, error) {
+	if err := Check(path); err != nil {
 		return nil, err
 	}
-	f, err := readDir(dir)
+	f, err := readAny(path)
 	if err != nil {
 		return nil, err
 	}

@@ -15,11 +15,11 @@ import (
 // decisionRef is the rule that answers every question.
 const decisionRef = "data.policy.decision"
 
-// generation is one state of a policy folder, compiled. It never changes.
+// generation is one state of a policy source, compiled. It never changes.
 type generation struct {
 	number   uint64
 	loadedAt time.Time
-	hash     [32]byte
+	revision string
 	query    rego.PreparedEvalQuery
 	data     *dataset
 }
@@ -136,5 +136,5 @@ func build(ctx context.Context, f *folder, now time.Time) (*generation, error) {
 	if err != nil {
 		return nil, fmt.Errorf("preparing policy: %w", err)
 	}
-	return &generation{loadedAt: now, hash: f.hash, query: query, data: s.data}, nil
+	return &generation{loadedAt: now, revision: f.revision, query: query, data: s.data}, nil
 }

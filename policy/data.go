@@ -75,14 +75,17 @@ func (p place) String() string { return p.file + ":" + strconv.Itoa(p.line) }
 type dataset struct {
 	value ast.Object
 
-	audiences    map[string]Audience
-	entitlements table[entitlement]
-	exchange     map[string]table[entitlement]
-	operators    map[string][]string
-	verifiers    map[string]verifier
-	limits       map[string]Limits
-	lift         lift
+	audiences     map[string]Audience
+	entitlements  table[entitlement]
+	exchange      map[string]table[entitlement]
+	operators     map[string][]string
+	verifiers     map[string]verifier
+	introspectors map[string][]string
+	limits        map[string]Limits
+	lift          lift
 
+	// templates are the audiences with placeholders, sorted.
+	templates []*template
 	// names maps a pattern to the audience names it answers to.
 	names map[string][]string
 	// places maps dataRef(path) to its file and line.
@@ -115,14 +118,16 @@ type parser struct {
 	file     string
 	problems *Problems
 
-	audiences    map[string]Audience
-	entitlements table[entitlement]
-	exchange     map[string]table[entitlement]
-	operators    map[string][]string
-	verifiers    map[string]verifier
-	limits       map[string]Limits
-	lift         lift
-	custom       map[string]ast.Value
+	audiences     map[string]Audience
+	entitlements  table[entitlement]
+	exchange      map[string]table[entitlement]
+	operators     map[string][]string
+	verifiers     map[string]verifier
+	introspectors map[string][]string
+	limits        map[string]Limits
+	lift          lift
+	templates     []*template
+	custom        map[string]ast.Value
 
 	places map[string]place
 	// uses are mentions of audiences, checked once all files are read.
@@ -138,16 +143,17 @@ type use struct {
 // what could be read and adds every complaint to problems.
 func parseData(names []string, files map[string][]byte, problems *Problems) *dataset {
 	p := &parser{
-		problems:     problems,
-		audiences:    map[string]Audience{},
-		entitlements: table[entitlement]{},
-		exchange:     map[string]table[entitlement]{},
-		operators:    map[string][]string{},
-		verifiers:    map[string]verifier{},
-		limits:       map[string]Limits{},
-		lift:         lift{within: defaultConfirmWithin},
-		custom:       map[string]ast.Value{},
-		places:       map[string]place{},
+		problems:      problems,
+		audiences:     map[string]Audience{},
+		entitlements:  table[entitlement]{},
+		exchange:      map[string]table[entitlement]{},
+		operators:     map[string][]string{},
+		verifiers:     map[string]verifier{},
+		introspectors: map[string][]string{},
+		limits:        map[string]Limits{},
+		lift:          lift{within: defaultConfirmWithin},
+		custom:        map[string]ast.Value{},
+		places:        map[string]place{},
 	}
 	for _, name := range names {
 		p.file = name
@@ -205,14 +211,15 @@ func (p *parser) failf(n *yaml.Node, format string, args ...any) {
 
 func (p *parser) root(n *yaml.Node) {
 	p.fields(n, "policy data", map[string]func(*yaml.Node){
-		"audiences":    p.parseAudiences,
-		"entitlements": p.parseEntitlements,
-		"exchange":     p.parseExchange,
-		"operators":    p.parseOperators,
-		"verifiers":    p.parseVerifiers,
-		"limits":       p.parseLimits,
-		"lift":         p.parseLift,
-		"custom":       p.parseCustom,
+		"audiences":     p.parseAudiences,
+		"entitlements":  p.parseEntitlements,
+		"exchange":      p.parseExchange,
+		"operators":     p.parseOperators,
+		"verifiers":     p.parseVerifiers,
+		"introspectors": p.parseIntrospectors,
+		"limits":        p.parseLimits,
+		"lift":          p.parseLift,
+		"custom":        p.parseCustom,
 	})
 }
 
@@ -225,6 +232,10 @@ func (p *parser) parseAudiences(n *yaml.Node) {
 		}
 		if !p.claim(key, "audiences", name) {
 			return
+		}
+		if isTemplate(name) {
+			t, _ := parseTemplate(name) // checked above
+			p.templates = append(p.templates, t)
 		}
 		a := Audience{Name: name, VerifiedBy: VerifiedByFeed, MaxStaleness: defaultMaxStaleness, OnStale: OnStaleRefuse}
 		p.fields(v, "an audience", map[string]func(*yaml.Node){
@@ -246,6 +257,12 @@ func (p *parser) parseAudiences(n *yaml.Node) {
 func (p *parser) checkDeclaration(key *yaml.Node, a Audience) {
 	if a.Owner == "" {
 		p.failf(key, "audience %q has no owner: whom to ask when it breaks", a.Name)
+	}
+	if isTemplate(a.Name) {
+		if a.VerifiedBy != VerifiedByExternal || len(a.Identities) > 0 {
+			p.failf(key, "audience %q has placeholders: it needs \"verified_by: external\", and no identities", a.Name)
+		}
+		return
 	}
 	isID := strings.HasPrefix(a.Name, "spiffe://")
 	if isID && len(a.Identities) > 0 {
@@ -283,6 +300,10 @@ func (p *parser) parseExchange(n *yaml.Node) {
 		byParent := p.exchange[pattern]
 		p.mapping(v, "the audiences to exchange from", func(key, v *yaml.Node) {
 			if !p.audience(key) {
+				return
+			}
+			if isTemplate(key.Value) {
+				p.failf(key, "nobody answers to a name with placeholders, so it can't be exchanged from")
 				return
 			}
 			if byParent[key.Value] == nil {
@@ -358,10 +379,22 @@ func (p *parser) parseVerifiers(n *yaml.Node) {
 	})
 }
 
+func (p *parser) parseIntrospectors(n *yaml.Node) {
+	p.patterns(n, "introspectors", func(pattern string, v *yaml.Node) {
+		if p.claim(v, "introspectors", pattern) {
+			p.introspectors[pattern] = p.followed(v)
+		}
+	})
+}
+
+// followed reads a list of audiences, or of "*" for all that are declared.
 func (p *parser) followed(n *yaml.Node) []string {
 	list := p.strings(n, func(s string) error {
-		if s == "*" {
+		switch {
+		case s == "*":
 			return nil
+		case isTemplate(s):
+			return fmt.Errorf("audience %q has placeholders: the feed has no verifiers of it", s)
 		}
 		return checkAudience(s)
 	})
@@ -380,8 +413,9 @@ func (p *parser) parseLimits(n *yaml.Node) {
 		}
 		var l Limits
 		p.fields(v, "limits", map[string]func(*yaml.Node){
-			"issue_per_second": func(n *yaml.Node) { l.IssuePerSecond = p.count(n) },
-			"live_grants":      func(n *yaml.Node) { l.LiveGrants = p.count(n) },
+			"issue_per_second":      func(n *yaml.Node) { l.IssuePerSecond = p.count(n) },
+			"live_grants":           func(n *yaml.Node) { l.LiveGrants = p.count(n) },
+			"give_backs_per_minute": func(n *yaml.Node) { l.GiveBacksPerMinute = p.count(n) },
 		})
 		p.limits[pattern] = l
 	})
@@ -598,6 +632,11 @@ func checkPattern(s string) error {
 }
 
 func checkAudience(s string) error {
+	if isTemplate(s) {
+		if _, err := parseTemplate(s); err != nil {
+			return err
+		}
+	}
 	if strings.HasPrefix(s, "spiffe://") {
 		if _, err := spiffeid.FromString(s); err != nil {
 			return fmt.Errorf("audience %q isn't a SPIFFE ID: %w", s, err)

@@ -47,7 +47,26 @@ func TestDataProblems(t *testing.T) {
 		"no owner":         {"audiences:\n  a: {identities: [spiffe://td/a]}\n", []string{`2: audience "a" has no owner`}},
 		"no identities":    {"audiences:\n  a: {owner: o}\n", []string{`2: audience "a" has no identities`}},
 		"external":         {"audiences:\n  a: {owner: o, verified_by: external}\n", nil},
-		"SPIFFE audience":  {"audiences:\n  spiffe://td/a: {owner: o}\n", nil},
+		"a template":       {"audiences:\n  \"m/{segment.1}:{trust_domain}/{path}\": {owner: o, verified_by: external}\n", nil},
+		"templates that are none": {`audiences:
+  "m/{segment}": {owner: o, verified_by: external}
+  "m/{segment.0}": {owner: o, verified_by: external}
+  "m/{segment.01}": {owner: o, verified_by: external}
+  "m/{segment.100}": {owner: o, verified_by: external}
+  "m/{name": {owner: o, verified_by: external}
+  "m/name}": {owner: o, verified_by: external}
+  "m/{}": {owner: o, verified_by: external}
+  "m/{{path}}": {owner: o, verified_by: external}
+  "spiffe://td/{path}": {owner: o, verified_by: external}
+  "{segment.1}{segment.2}": {owner: o, verified_by: external}
+  "{segment.1}-x.{segment.2}": {owner: o, verified_by: external}
+  "m {path}": {owner: o, verified_by: external}
+`, []string{`2: audience "m/{segment}": unknown placeholder {segment}`, "3: ", "4: ", "5: ", "6: ", "7: ", "8: ", "9: ", "10: ", "11: ", "12: ", "13: "}},
+		"a template that a feed verifies": {"audiences:\n  \"m/{path}\": {owner: o, identities: [spiffe://td/a]}\n", []string{`2: audience "m/{path}" has placeholders: it needs "verified_by: external"`}},
+		"a template to exchange from, or to follow": {"audiences:\n  \"m/{path}\": {owner: o, verified_by: external}\nexchange:\n  spiffe://td/x:\n    \"m/{path}\": {}\nverifiers:\n  spiffe://td/x: {follow: [\"m/{path}\"]}\n",
+			[]string{"5: nobody answers", "7: audience \"m/{path}\" has placeholders"}},
+		"an undeclared template": {"entitlements:\n  spiffe://td/x:\n    \"m/{path}\": {scopes: []}\n", []string{`3: audience "m/{path}" isn't declared`}},
+		"SPIFFE audience":        {"audiences:\n  spiffe://td/a: {owner: o}\n", nil},
 		"SPIFFE audience with identities": {"audiences:\n  spiffe://td/a: {owner: o, identities: [spiffe://td/b]}\n",
 			[]string{"only that identity answers to"}},
 		"a bad SPIFFE audience": {"audiences:\n  spiffe://TD/a: {owner: o}\n", []string{"isn't a SPIFFE ID"}},
@@ -64,8 +83,11 @@ func TestDataProblems(t *testing.T) {
 			[]string{"twice", `scope "a b"`, `scope ""`, "must be a string"}},
 		"an unknown operator action": {"operators:\n  spiffe://td/x: [revoke, drop]\n", []string{`2: unknown action "drop"`}},
 		"relay":                      {"verifiers:\n  spiffe://td/x: {follow: [\"*\"], relay: \"yes\"}\n", []string{"2: must be true or false"}},
-		"limits": {"limits:\n  spiffe://td/x: {issue_per_second: 0, live_grants: -1}\n",
-			[]string{"2: must be a whole number", "2: must be a whole number"}},
+		"limits": {"limits:\n  spiffe://td/x: {issue_per_second: 0, live_grants: -1, give_backs_per_minute: 0}\n",
+			[]string{"2: must be a whole number", "2: must be a whole number", "2: must be a whole number"}},
+		"introspectors": {a + "introspectors:\n  spiffe://td/x: [a, \"*\"]\n  spiffe://td/y: []\n", nil},
+		"introspectors, wrong": {"introspectors:\n  spiffe://td/x: [b]\n  td/y: []\n  spiffe://td/z: {follow: []}\n",
+			[]string{`2: audience "b" isn't declared`, "3: pattern", "4: must be a list"}},
 		"lift":            {"lift: {two_person: true, within: 30m}\n", nil},
 		"lift, commented": {"lift:\n#  two_person: true\n", nil},
 		"lift, wrong":     {"lift: {two_person: 2, within: 2h, who: me}\n", []string{"1: must be true or false", "1: must be at most 1h", `1: unknown key "who"`}},
@@ -252,7 +274,17 @@ test_exchange if testing.ask("spiffe://dayfly.test/ns/shop/orders", "exchange", 
 	"parent": {"audience": "orders", "scopes": ["ledger.read"], "lineage": []},
 }).allow
 `)
-	dir := written(t, map[string]string{"agree_test.rego": b.String()})
+	p := load(t, policy.Config{Dir: written(t, map[string]string{"more.yaml": templates})})
+	for i, in := range templateQuestions() {
+		e, err := p.Explain(t.Context(), in)
+		if err != nil {
+			t.Fatal(err)
+		}
+		asked := e.Input.(map[string]any)
+		fmt.Fprintf(&b, "\ntest_template_%d if {\n\tq := testing.question(%q, \"issue\", {\"audience\": %q})\n\tq.match == %q\n\tq.target == %q\n}\n",
+			i, in.Caller.ID, in.Audience, asked["match"], asked["target"])
+	}
+	dir := written(t, map[string]string{"agree_test.rego": b.String(), "more.yaml": templates})
 	var out strings.Builder
 	if _, err := policy.Test(t.Context(), dir, &out); err != nil {
 		t.Errorf("%v\n%s", err, &out)

@@ -138,6 +138,10 @@ func TestDecideDefault(t *testing.T) {
 		"revoke everything":        {in: policy.Input{Action: policy.ActionRevokeEverything, Caller: alice}},
 		"plan":                     {in: policy.Input{Action: policy.ActionPlan, Caller: alice}},
 		"revoke without the right": {in: policy.Input{Action: policy.ActionRevoke, Caller: payments}, reasons: "not_operator"},
+		"give back its own":        {in: policy.Input{Action: policy.ActionGiveBack, Caller: orders, Lineage: []policy.Member{{ID: payments.ID}, {ID: orders.ID}}}},
+		"give back another's":      {in: policy.Input{Action: policy.ActionGiveBack, Caller: payments, Lineage: []policy.Member{{ID: payments.ID}, {ID: orders.ID}}}, reasons: "not_holder"},
+		"introspect what is its":   {in: policy.Input{Action: policy.ActionIntrospect, Caller: orders, ParentAudience: "orders"}},
+		"introspect another's":     {in: policy.Input{Action: policy.ActionIntrospect, Caller: orders, ParentAudience: "ledger"}, reasons: "introspection_not_allowed"},
 		"an unknown action":        {in: policy.Input{Action: "mint", Caller: alice}, reasons: "action_unknown"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -175,7 +179,8 @@ func TestDecideDefault(t *testing.T) {
 func TestDecideNewcomersPolicyDenies(t *testing.T) {
 	p := load(t, policy.Config{FS: policy.Default()})
 	for _, a := range []policy.Action{policy.ActionIssue, policy.ActionExchange, policy.ActionFollow, policy.ActionRelay, policy.ActionReport,
-		policy.ActionRevoke, policy.ActionRevokeEverything, policy.ActionLift, policy.ActionLiftConfirm, policy.ActionList, policy.ActionPlan} {
+		policy.ActionRevoke, policy.ActionRevokeEverything, policy.ActionLift, policy.ActionLiftConfirm, policy.ActionList, policy.ActionPlan,
+		policy.ActionGiveBack, policy.ActionIntrospect} {
 		d, err := p.Decide(t.Context(), policy.Input{Action: a, Caller: policy.Caller{ID: id("/x")}, Audience: "x"})
 		if err != nil || d.Allow || len(d.Denials) == 0 || d.Denials[0].Reason == "action_unknown" {
 			t.Errorf("%s: got %+v, %v, want a denial with a reason", a, d, err)
@@ -222,6 +227,11 @@ decision := {"allow": true, "scopes": [], "ttl_ns": 60000000000, "binding": "spi
 		if d, err := ask(tc.limits, tc.data); err != nil || d.Limits != tc.want {
 			t.Errorf("%s over %s: got %+v, %v, want %+v", tc.limits, tc.data, d.Limits, err, tc.want)
 		}
+	}
+	// They are for giving back, too.
+	in = policy.Input{Action: policy.ActionGiveBack, Caller: in.Caller}
+	if d, err := ask(`{"give_backs_per_minute": 9}`, "limits: {spiffe://dayfly.test/*: {give_backs_per_minute: 3}}"); err != nil || d.Limits.GiveBacksPerMinute != 3 {
+		t.Errorf("give_back: got %+v, %v, want 3 a minute", d.Limits, err)
 	}
 	for _, bad := range []string{`7`, `{"live_grants": 0}`, `{"live_grants": -1}`, `{"live_grants": 1.5}`, `{"live_grants": "7"}`, `{"live": 7}`, `{"live_grants": 99999999999}`} {
 		if d, err := ask(bad, data); err == nil || d.Allow {

@@ -26,7 +26,7 @@ type Decision struct {
 	TTL time.Duration `json:"ttl_ns,omitempty"`
 	// Binding is the stricter of what was asked for and what policy says.
 	Binding string `json:"binding,omitempty"`
-	// Limits of the caller, for issue and exchange; zero fields set none. They come
+	// Limits of the caller, for issue, exchange and give_back; zero fields set none. They come
 	// from the data, allowed or not. A rule may set lower ones and can't raise them.
 	Limits Limits `json:"limits"`
 	// SecondPerson is set for lift, lift_confirm and revoke_everything, allowed or
@@ -35,6 +35,10 @@ type Decision struct {
 
 	// Names are the audience names that the caller answers to, sorted.
 	Names []string `json:"names,omitempty"`
+
+	// Template is the audience of the data, with placeholders, that gives the caller the
+	// name that it asked for; empty where the name itself is declared.
+	Template string `json:"template,omitempty"`
 
 	// Denials say why not, at least one where Allow is false.
 	Denials []Denial `json:"denials,omitempty"`
@@ -46,6 +50,10 @@ type Decision struct {
 	Data []string `json:"data,omitempty"`
 	// Generation is that of the policy that decided; see [Status].
 	Generation uint64 `json:"generation"`
+	// Revision names the policy that decided, over restarts and brokers: a digest of
+	// the folder, "sha256:..."; of a bundle, its manifest's revision and the digest,
+	// "v42@sha256:...".
+	Revision string `json:"revision,omitempty"`
 
 	paths [][]string
 }
@@ -67,6 +75,8 @@ type Denial struct {
 type Limits struct {
 	IssuePerSecond int `json:"issue_per_second,omitempty"`
 	LiveGrants     int `json:"live_grants,omitempty"`
+	// GiveBacksPerMinute in place of the broker's default.
+	GiveBacksPerMinute int `json:"give_backs_per_minute,omitempty"`
 }
 
 // SecondPerson says whether one operator's call only proposes, and another's confirms.
@@ -147,6 +157,8 @@ func decodeLimits(v ast.Value) (Limits, error) {
 			l.IssuePerSecond = int(n)
 		case key == "live_grants":
 			l.LiveGrants = int(n)
+		case key == "give_backs_per_minute":
+			l.GiveBacksPerMinute = int(n)
 		default:
 			return errors.New("unknown key")
 		}
@@ -163,7 +175,10 @@ func (l Limits) stricter(m Limits) Limits {
 		}
 		return a
 	}
-	return Limits{lower(l.IssuePerSecond, m.IssuePerSecond), lower(l.LiveGrants, m.LiveGrants)}
+	return Limits{
+		lower(l.IssuePerSecond, m.IssuePerSecond), lower(l.LiveGrants, m.LiveGrants),
+		lower(l.GiveBacksPerMinute, m.GiveBacksPerMinute),
+	}
 }
 
 // check holds the answer against the question: policy narrows, it never widens.

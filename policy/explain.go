@@ -96,7 +96,7 @@ func (e Explanation) WriteText(w io.Writer) error {
 	} else {
 		b.WriteString("denied")
 	}
-	fmt.Fprintf(&b, " by rule %s (policy generation %d)\n", d.Rule, d.Generation)
+	fmt.Fprintf(&b, " by rule %s (policy generation %d, revision %s)\n", d.Rule, d.Generation, d.Revision)
 	if d.TTL > 0 {
 		fmt.Fprintf(&b, "  scopes   %s\n  ttl      %s\n  binding  %s\n", strings.Join(d.Scopes, " "), shortDuration(d.TTL), d.Binding)
 	}
@@ -106,11 +106,17 @@ func (e Explanation) WriteText(w io.Writer) error {
 	if d.Limits.LiveGrants > 0 {
 		fmt.Fprintf(&b, "  limit    %d live grants\n", d.Limits.LiveGrants)
 	}
+	if d.Limits.GiveBacksPerMinute > 0 {
+		fmt.Fprintf(&b, "  limit    %d give-backs a minute\n", d.Limits.GiveBacksPerMinute)
+	}
 	if d.SecondPerson.Required {
 		fmt.Fprintf(&b, "  takes a second person within %s; may confirm: %s\n", shortDuration(d.SecondPerson.Within), strings.Join(d.SecondPerson.Confirmers, " "))
 	}
 	if len(d.Names) > 0 {
 		fmt.Fprintf(&b, "  answers to  %s\n", strings.Join(d.Names, " "))
+	}
+	if d.Template != "" {
+		fmt.Fprintf(&b, "  template %s gives this caller its audience\n", d.Template)
 	}
 	for _, x := range d.Denials {
 		fmt.Fprintf(&b, "  %s: %s\n", x.Reason, x.Message)

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"path"
 	"path/filepath"
@@ -100,11 +101,26 @@ func writeNew(name string, content []byte) error {
 	return errors.Join(err, f.Close())
 }
 
-// folder is what a policy folder holds at one moment.
+// folder is what a source of policy holds at one moment.
 type folder struct {
-	names []string // sorted
-	files map[string][]byte
-	hash  [sha256.Size]byte
+	names    []string // sorted
+	files    map[string][]byte
+	revision string
+	fetched  *fetched // of a bundle that came over the network
+}
+
+// seal makes names and revision out of files; label is a bundle's own revision.
+func (f *folder) seal(label string) {
+	f.names = slices.Sorted(maps.Keys(f.files))
+	h := sha256.New()
+	for _, name := range f.names {
+		fmt.Fprintf(h, "%q %d\n", name, len(f.files[name]))
+		h.Write(f.files[name])
+	}
+	f.revision = fmt.Sprintf("sha256:%x", h.Sum(nil)[:16])
+	if label != "" {
+		f.revision = label + "@" + f.revision
+	}
 }
 
 // readFolder reads the policy files directly in fsys: *.rego, *.yaml, *.yml and
@@ -116,7 +132,6 @@ func readFolder(fsys fs.FS) (*folder, error) {
 		return nil, fmt.Errorf("reading policy folder: %w", err)
 	}
 	f := &folder{files: map[string][]byte{}}
-	h := sha256.New()
 	for _, e := range entries {
 		name := e.Name()
 		if strings.HasPrefix(name, ".") || !isRego(name) && !isData(name) {
@@ -126,15 +141,9 @@ func readFolder(fsys fs.FS) (*folder, error) {
 		if err != nil {
 			return nil, fmt.Errorf("reading policy folder: %w", err)
 		}
-		f.names = append(f.names, name)
 		f.files[name] = content
 	}
-	slices.Sort(f.names)
-	for _, name := range f.names {
-		fmt.Fprintf(h, "%q %d\n", name, len(f.files[name]))
-		h.Write(f.files[name])
-	}
-	h.Sum(f.hash[:0])
+	f.seal("")
 	return f, nil
 }
 
@@ -145,6 +154,15 @@ func readDir(dir string) (*folder, error) {
 		return nil, fmt.Errorf("reading policy folder %s: %w", dir, p.Err)
 	}
 	return f, err
+}
+
+// readAny reads a folder on disk, or a bundle that nobody needs to have signed: what
+// somebody wants to try out.
+func readAny(path string) (*folder, error) {
+	if info, err := os.Stat(path); err == nil && info.Mode().IsRegular() {
+		return readBundleFile(path)
+	}
+	return readDir(path)
 }
 
 func readFile(fsys fs.FS, name string) ([]byte, error) {

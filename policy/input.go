@@ -40,6 +40,12 @@ const (
 	ActionList Action = "list"
 	// ActionPlan asks what a revocation would kill.
 	ActionPlan Action = "plan"
+	// ActionGiveBack ends a credential before its time, for its holder; Lineage,
+	// ParentScopes and ParentAudience describe it.
+	ActionGiveBack Action = "give_back"
+	// ActionIntrospect asks whether a credential is good; Lineage, ParentScopes and
+	// ParentAudience describe it.
+	ActionIntrospect Action = "introspect"
 )
 
 // Attestations: how the caller proved its identity.
@@ -104,7 +110,7 @@ type Input struct {
 	Binding  string
 
 	// Lineage (root first), ParentScopes and ParentAudience are those of the
-	// presented token. Exchange only.
+	// presented token. Exchange, give_back and introspect only.
 	Lineage        []Member
 	ParentScopes   []string
 	ParentAudience string
@@ -182,6 +188,7 @@ type facts struct {
 	patterns []string // that match the caller, most specific first
 	names    []string // audience names that the caller answers to
 	match    string   // the pattern whose entry decides; empty if there is none
+	target   string   // what the audience stands under: its name, or a template
 }
 
 // value is the input document. It is built as AST values, because converting a Go
@@ -198,6 +205,7 @@ func (in Input) value(f facts) ast.Value {
 	switch in.Action {
 	case ActionIssue, ActionExchange:
 		add("audience", ast.StringTerm(in.Audience))
+		add("target", ast.StringTerm(f.target))
 		if len(in.Scopes) > 0 {
 			add("scopes", stringsTerm(in.Scopes))
 		}
@@ -208,7 +216,7 @@ func (in Input) value(f facts) ast.Value {
 			add("binding", ast.StringTerm(in.Binding))
 		}
 	}
-	if in.Action == ActionExchange {
+	if in.Action == ActionExchange || in.Action == ActionGiveBack || in.Action == ActionIntrospect {
 		add("parent", in.parentTerm())
 	}
 	if in.Action == ActionRevoke || in.Action == ActionRevokeEverything || in.Action == ActionPlan {

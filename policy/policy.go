@@ -8,7 +8,6 @@ import (
 	"io/fs"
 	"log/slog"
 	"maps"
-	"os"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -37,12 +36,17 @@ var ErrInput = errors.New("malformed policy input")
 // defaultTimeout bounds one evaluation: a thousand times what it should take.
 const defaultTimeout = 250 * time.Millisecond
 
-// Config says where policy comes from. One of Dir and FS must be set.
+// Config says where policy comes from: exactly one of Dir, FS, File and Bundle.
 type Config struct {
 	// Dir is a folder on disk, which Run follows.
 	Dir string
 	// FS is a folder that never changes, such as Default() or Demo().
 	FS fs.FS
+	// File is a bundle on disk, read once. Nobody looks at its signature: it is for
+	// trying a bundle out, and never for deciding in earnest.
+	File string
+	// Bundle is where signed bundles are fetched from, which Run does.
+	Bundle *Bundle
 	// Timeout bounds one decision; 0 means 250 ms.
 	Timeout time.Duration
 	// Rescan is how often Run reads Dir again in case the file system told it of
@@ -59,8 +63,14 @@ type Config struct {
 }
 
 func (c Config) withDefaults() (Config, error) {
-	if (c.Dir == "") == (c.FS == nil) {
-		return c, errors.New("policy needs either a folder (Dir) or a file system (FS)")
+	sources := 0
+	for _, given := range []bool{c.Dir != "", c.FS != nil, c.File != "", c.Bundle != nil} {
+		if given {
+			sources++
+		}
+	}
+	if sources != 1 {
+		return c, errors.New("policy needs exactly one source: a folder (Dir), a file system (FS), a bundle's File or a Bundle")
 	}
 	if c.Timeout < 0 || c.Rescan < 0 {
 		return c, errors.New("policy: Timeout and Rescan can't be negative")
@@ -76,35 +86,39 @@ func (c Config) withDefaults() (Config, error) {
 	if c.Now == nil {
 		c.Now = time.Now
 	}
-	if c.Dir != "" {
-		dir, err := filepath.Abs(c.Dir)
-		if err != nil {
-			return c, fmt.Errorf("finding policy folder: %w", err)
-		}
-		c.Dir = dir
-		c.FS = os.DirFS(dir)
-	}
 	return c, nil
 }
 
-// read reads the folder, and names it where it can.
-func (c *Config) read() (*folder, error) {
-	if c.Dir != "" {
-		return readDir(c.Dir)
+// origin makes the one that is configured.
+func (c *Config) origin() (origin, error) {
+	switch {
+	case c.Bundle != nil:
+		return newBundleOrigin(*c.Bundle, c.Log, c.Now)
+	case c.File != "":
+		return fixedOrigin(func() (*folder, error) { return readBundleFile(c.File) }), nil
+	case c.FS != nil:
+		return fixedOrigin(func() (*folder, error) { return readFolder(c.FS) }), nil
 	}
-	return readFolder(c.FS)
+	dir, err := filepath.Abs(c.Dir)
+	if err != nil {
+		return nil, fmt.Errorf("finding policy folder: %w", err)
+	}
+	return &folderOrigin{dir: dir, rescan: c.Rescan, log: c.Log}, nil
 }
 
 // Policy decides. All its methods may be called at once.
 type Policy struct {
 	cfg     Config
+	from    origin
 	current atomic.Pointer[generation]
 
 	ready chan struct{} // closed when the first generation is in force
 
-	mu      sync.Mutex
+	turn    sync.Mutex // held by a reload, which may wait for the network
+	lastBad string     // what lastErr is about: a folder's hash, or how reading failed
+
+	mu      sync.Mutex // guards lastErr; nobody waits while holding it
 	lastErr error
-	lastBad [32]byte // hash of the folder that lastErr is about; zero if unreadable
 }
 
 // Status is the state of the policy in force.
@@ -112,10 +126,12 @@ type Status struct {
 	// Generation counts from 1 and goes up with each reload that took effect; 0 while
 	// none is in force.
 	Generation uint64
+	// Revision names what is in force: see [Decision].
+	Revision string
 	// LoadedAt is when this generation came into force.
 	LoadedAt time.Time
-	// Err is what is wrong with the folder as it is now, while an older generation
-	// stays in force, or none is; nil if the folder is what is in force.
+	// Err is what is wrong with the source as it is now, while an older generation
+	// stays in force, or none is; nil if the source holds what is in force.
 	Err error
 }
 
@@ -139,7 +155,7 @@ func Load(ctx context.Context, cfg Config) (*Policy, error) {
 func Open(ctx context.Context, cfg Config) (*Policy, error) {
 	p, err := open(ctx, cfg)
 	if err == nil && p.lastErr != nil {
-		p.report(ctx, 0, p.lastErr)
+		p.complain(ctx, p.lastErr)
 	}
 	return p, err
 }
@@ -149,10 +165,14 @@ func open(ctx context.Context, cfg Config) (*Policy, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &Policy{cfg: cfg, ready: make(chan struct{})}
-	f, err := cfg.read()
+	from, err := cfg.origin()
 	if err != nil {
-		p.lastErr = err
+		return nil, err
+	}
+	p := &Policy{cfg: cfg, from: from, ready: make(chan struct{})}
+	f, err := from.first()
+	if err != nil {
+		p.fail(err, err.Error())
 		return p, nil
 	}
 	g, err := build(ctx, f, cfg.Now())
@@ -160,7 +180,7 @@ func open(ctx context.Context, cfg Config) (*Policy, error) {
 		return nil, ctx.Err()
 	}
 	if err != nil {
-		p.lastErr, p.lastBad = fmt.Errorf("loading policy: %w", err), f.hash
+		p.fail(fmt.Errorf("loading policy: %w", err), f.revision)
 		return p, nil
 	}
 	p.install(g, 1)
@@ -194,6 +214,11 @@ func (g *generation) decide(ctx context.Context, cfg Config, in Input, opts ...r
 	if err := in.validate(); err != nil {
 		return Decision{}, err
 	}
+	if isTemplate(in.Audience) { // a name that data holds, and no one may have
+		d := denied("audience_unknown", fmt.Sprintf("no audience %q is declared", in.Audience), "check the spelling, or ask the policy's owner to declare it")
+		d.Rule, d.Generation, d.Revision = string(in.Action), g.number, g.revision
+		return d, nil
+	}
 	f := g.data.facts(in)
 	if in.Time.IsZero() {
 		in.Time = cfg.Now()
@@ -216,13 +241,16 @@ func (g *generation) decide(ctx context.Context, cfg Config, in Input, opts ...r
 		return Decision{}, fmt.Errorf("%w: %w", ErrEvaluation, err)
 	}
 	d.Names = f.names
-	if in.Action == ActionIssue || in.Action == ActionExchange {
+	if isTemplate(f.target) {
+		d.Template = f.target
+	}
+	if in.Action == ActionIssue || in.Action == ActionExchange || in.Action == ActionGiveBack {
 		d.Limits = g.data.limitsOf(f.patterns).stricter(d.Limits)
 	} else {
 		d.Limits = Limits{}
 	}
 	d.SecondPerson = g.data.secondPerson(in)
-	d.Generation = g.number
+	d.Generation, d.Revision = g.number, g.revision
 	return d, nil
 }
 
@@ -244,9 +272,14 @@ func answer(rs rego.ResultSet, in Input) (Decision, error) {
 	return d, nil
 }
 
-// Audience returns what the policy in force declares about name.
+// Audience returns what the policy in force declares about name, itself or as what a
+// template can give.
 func (p *Policy) Audience(name string) (Audience, bool) {
-	a, ok := p.declared()[name]
+	g := p.current.Load()
+	if g == nil {
+		return Audience{}, false
+	}
+	a, ok := g.data.declaration(name)
 	a.Identities = slices.Clone(a.Identities)
 	return a, ok
 }
@@ -270,18 +303,20 @@ func (p *Policy) Fallback(caller spiffeid.ID, audience string) Fallback {
 	}
 	data := g.data
 	patterns := Patterns(caller)
-	own := first(patterns, func(pattern string) bool { _, ok := data.entitlements[pattern][audience]; return ok })
-	if f := data.entitlements[own][audience].fallback; f != (Fallback{}) {
+	own, target := data.match(Input{Action: ActionIssue, Caller: Caller{ID: caller}, Audience: audience}, patterns)
+	if f := data.entitlements[own][target].fallback; f != (Fallback{}) {
 		return f
 	}
 	for _, pattern := range patterns {
 		for _, from := range slices.Sorted(maps.Keys(data.exchange[pattern])) {
-			if f := data.exchange[pattern][from][audience].fallback; f != (Fallback{}) {
-				return f
+			for _, key := range data.keys(caller, audience) {
+				if f := data.exchange[pattern][from][key].fallback; f != (Fallback{}) {
+					return f
+				}
 			}
 		}
 	}
-	return data.audiences[audience].Fallback
+	return data.audiences[target].Fallback
 }
 
 // Audiences lists all that are declared, by name.
@@ -320,7 +355,7 @@ func (p *Policy) Status() Status {
 	defer p.mu.Unlock()
 	st := Status{Err: p.lastErr}
 	if g := p.current.Load(); g != nil {
-		st.Generation, st.LoadedAt = g.number, g.loadedAt
+		st.Generation, st.Revision, st.LoadedAt = g.number, g.revision, g.loadedAt
 	}
 	return st
 }

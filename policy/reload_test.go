@@ -399,3 +399,9 @@ func TestOpenWaits(t *testing.T) {
 		})
 	}
 }
+
+func contextFor(t *testing.T) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(context.Background())
+	t.Cleanup(cancel)
+	return ctx, cancel
+}

@@ -2,13 +2,16 @@ package sdk
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"net"
 	"net/http"
 	"net/netip"
 	"strings"
+	"sync"
 
+	"github.com/dayflyhq/dayfly/proto/token"
 	"golang.org/x/oauth2"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
@@ -50,6 +53,10 @@ var ErrPlaintext = errors.New("a token is sent over https, or over http to this 
 // A token that a service calls invalid (401 with error="invalid_token", RFC 6750) is
 // dropped: it was revoked, or the broker's store was restored since. The request is made
 // once more with a new one, unless its body can't be had again.
+//
+// A token that is bound to a certificate goes over connections that were made since that
+// became the current one: of a copy of Base, if that is an *http.Transport. Any other Base
+// must see to that itself.
 type Transport struct {
 	// Source gives the tokens. Required.
 	Source *TokenSource
@@ -57,17 +64,17 @@ type Transport struct {
 	Base http.RoundTripper
 	// AllowPlaintext sends tokens over http to other machines too.
 	AllowPlaintext bool
+
+	mu    sync.Mutex
+	bound *http.Transport // for tokens bound to the certificate
+	to    [sha256.Size]byte
 }
 
 // RoundTrip makes one request. It returns ErrPlaintext, or the error of the source,
 // without having sent anything.
 func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
-	base := t.Base
-	if base == nil {
-		base = http.DefaultTransport
-	}
 	if !sameOrigin(req) {
-		return base.RoundTrip(req)
+		return t.base().RoundTrip(req)
 	}
 	if req.URL.Scheme != "https" && !t.AllowPlaintext && !loopback(req.URL.Hostname()) {
 		return nil, refuse(req, ErrPlaintext)
@@ -76,7 +83,7 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 	if err != nil {
 		return nil, refuse(req, err)
 	}
-	resp, err := base.RoundTrip(authorized(req, cred))
+	resp, err := t.over(cred).RoundTrip(authorized(req, cred))
 	if err != nil || !invalidToken(resp) || !t.Source.refused(cred) {
 		return resp, err
 	}
@@ -89,7 +96,45 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 		return resp, nil
 	}
 	_ = resp.Body.Close()
-	return base.RoundTrip(authorized(again, fresh))
+	return t.over(fresh).RoundTrip(authorized(again, fresh))
+}
+
+func (t *Transport) base() http.RoundTripper {
+	if t.Base == nil {
+		return http.DefaultTransport
+	}
+	return t.Base
+}
+
+// over returns what makes a request with a credential. A connection from before the SVID
+// rotated shows the old certificate for as long as it is open, and so every token that is
+// bound to the new one would be refused on it.
+func (t *Transport) over(cred *Credential) http.RoundTripper {
+	base, ok := t.base().(*http.Transport)
+	if !ok || cred.Binding != token.BindingX5T {
+		return t.base()
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.bound == nil || t.to != cred.certificate {
+		if t.bound != nil {
+			t.bound.CloseIdleConnections()
+		}
+		t.bound, t.to = base.Clone(), cred.certificate
+	}
+	return t.bound
+}
+
+// CloseIdleConnections closes the connections that no request uses.
+func (t *Transport) CloseIdleConnections() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.bound != nil {
+		t.bound.CloseIdleConnections()
+	}
+	if base, ok := t.base().(interface{ CloseIdleConnections() }); ok {
+		base.CloseIdleConnections()
+	}
 }
 
 // authorized returns a copy of a request with a token. The caller's must stay as it is: a

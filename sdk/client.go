@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"crypto/sha256"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -64,13 +65,20 @@ type Config struct {
 	// Required.
 	Address string
 
-	// Source is this workload's identity. Required for a broker; unused over a unix
-	// socket, where the kernel says who calls.
+	// Source is this workload's identity. Required for a broker. Over a unix socket the
+	// kernel says who calls, and Source only tells when certificate-bound credentials are
+	// of no more use; without it a TokenSource asks the agent for each one.
 	Source Source
 
 	// BrokerID is the SPIFFE ID that the broker must prove. Required for a broker:
 	// any other identity of the trust domain could collect tokens in its place.
 	BrokerID spiffeid.ID
+
+	// JWTSVID, if set, is asked in every call for a JWT-SVID for the broker's issuer and
+	// nobody else, which proves who calls where mTLS ends before the broker: Address is
+	// then what leads to its listener for them, and BrokerID who ends mTLS. Not for a
+	// unix socket.
+	JWTSVID func(context.Context) (string, error)
 
 	// Timeout is for a call whose context has no deadline. Zero means
 	// DefaultTimeout.
@@ -87,6 +95,9 @@ func (c *Config) validate() error {
 	if c.unix() {
 		if !strings.HasPrefix(c.Address, unixScheme+"/") {
 			errs = append(errs, fmt.Errorf("address %q: a socket is unix:// and an absolute path", c.Address))
+		}
+		if c.JWTSVID != nil {
+			errs = append(errs, errors.New("JWT-SVID: the kernel says who calls a unix socket"))
 		}
 		return errors.Join(errs...)
 	}
@@ -200,6 +211,9 @@ type Credential struct {
 	IssuedAt time.Time // by the broker's clock
 	Expires  time.Time // by the broker's clock
 
+	// certificate is the SHA-256 of the certificate that it is bound to, zero for none.
+	certificate [sha256.Size]byte
+
 	// By the local clock: when the call that fetched it began, and what was left of
 	// its life then at the least.
 	asked time.Time
@@ -260,6 +274,13 @@ func (c *Client) credential(m *dayflyv1.Credential, asked time.Time) (*Credentia
 	if out.Token.IsZero() || !m.GetIssuedAt().IsValid() || !m.GetExpiresAt().IsValid() {
 		return nil, errors.New("reading credential: it is incomplete")
 	}
+	if binding == token.BindingX5T {
+		t, err := token.Inspect(m.GetToken())
+		if err != nil {
+			return nil, fmt.Errorf("reading credential: %w", err)
+		}
+		out.certificate = t.Certificate
+	}
 	// A broker's answer is new, so its life begins no earlier than the call: our own
 	// clock may be off by any amount. An agent's answer may come from its memory, but
 	// its clock is ours.
@@ -289,7 +310,7 @@ func (c *Client) dial() (*connection, error) {
 	if !c.cfg.unix() {
 		target, creds = "dns:///"+c.cfg.Address, credentials.NewTLS(c.tls(conn))
 	}
-	cc, err := grpc.NewClient(target,
+	options := []grpc.DialOption{
 		grpc.WithTransportCredentials(creds),
 		grpc.WithDisableServiceConfig(), // from DNS, which proves nothing
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(MaxReceiveBytes), grpc.MaxCallSendMsgSize(MaxSendBytes)),
@@ -298,13 +319,31 @@ func (c *Client) dial() (*connection, error) {
 			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.3, MaxDelay: maxRedial},
 			MinConnectTimeout: 5 * time.Second,
 		}),
-	)
+	}
+	if c.cfg.JWTSVID != nil {
+		options = append(options, grpc.WithPerRPCCredentials(jwtSVID(c.cfg.JWTSVID)))
+	}
+	cc, err := grpc.NewClient(target, options...)
 	if err != nil {
 		return nil, err
 	}
 	conn.cc = cc
 	return conn, nil
 }
+
+// jwtSVID shows a JWT-SVID in each call.
+type jwtSVID func(context.Context) (string, error)
+
+func (fetch jwtSVID) GetRequestMetadata(ctx context.Context, _ ...string) (map[string]string, error) {
+	s, err := fetch(ctx)
+	if err != nil {
+		return nil, status.Errorf(codes.Unavailable, "fetching a JWT-SVID: %v", err)
+	}
+	return map[string]string{"authorization": "Bearer " + s}, nil
+}
+
+// RequireTransportSecurity: it is a bearer document.
+func (jwtSVID) RequireTransportSecurity() bool { return true }
 
 // tls authorises the broker in VerifyConnection as well, because crypto/tls skips
 // VerifyPeerCertificate on a resumed session; there is no session cache either.
@@ -329,6 +368,24 @@ func (c *Client) tls(conn *connection) *tls.Config {
 		return cert, err
 	}
 	return cfg
+}
+
+// fits reports whether a credential goes with this workload's current SVID: one that is
+// bound to a certificate dies with it. Where there is no telling, it does.
+func (c *Client) fits(cred *Credential) bool {
+	if cred.Binding != token.BindingX5T || c.cfg.Source == nil {
+		return true
+	}
+	svid, err := c.cfg.Source.GetX509SVID()
+	if err != nil || len(svid.Certificates) == 0 {
+		return true
+	}
+	return sha256.Sum256(svid.Certificates[0].Raw) == cred.certificate
+}
+
+// keeps reports whether it is known when a credential fits no more.
+func (c *Client) keeps(cred *Credential) bool {
+	return cred.Binding != token.BindingX5T || c.cfg.Source != nil
 }
 
 // outdated reports whether the connection was made with an SVID that is no longer the

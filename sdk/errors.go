@@ -74,7 +74,8 @@ func (e *Error) Temporary() bool {
 const retryAfterKey = "retry_after"
 
 // RetryAfter is how long the same call would be refused again, where a limit of this
-// identity is reached; zero if the refusal says nothing of it.
+// identity is reached or an audience may not know the signing key yet; zero if the refusal
+// says nothing of it.
 func (e *Error) RetryAfter() time.Duration {
 	d, err := time.ParseDuration(e.Metadata[retryAfterKey])
 	if err != nil {
@@ -91,6 +92,7 @@ var (
 	ErrTokenTooLarge       = refusal(codes.InvalidArgument, "TOKEN_TOO_LARGE")
 	ErrRateLimited         = refusal(codes.ResourceExhausted, "ISSUE_RATE_LIMITED")
 	ErrLiveLimited         = refusal(codes.ResourceExhausted, "LIVE_GRANTS_LIMITED")
+	ErrKeyNotSpread        = refusal(codes.Unavailable, "KEY_NOT_SPREAD_YET")
 	ErrSVIDExpired         = refusal(codes.Unauthenticated, "SVID_EXPIRED")
 	ErrPolicyDenied        = refusal(codes.PermissionDenied, "POLICY_DENIED")
 	ErrIdentityLocked      = refusal(codes.PermissionDenied, "IDENTITY_LOCKED")

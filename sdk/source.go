@@ -8,6 +8,8 @@ import (
 	"math/rand/v2"
 	"sync"
 	"time"
+
+	"github.com/dayflyhq/dayfly/proto/token"
 )
 
 // When a credential is renewed and how failures are spaced.
@@ -22,13 +24,32 @@ const (
 	// maxRetryAfter is the longest pause that a broker's retry_after makes: limits are
 	// raised, and revoked credentials make room, before that is over.
 	maxRetryAfter = time.Minute
+	// lookEvery is how often Run looks whether a certificate-bound credential still goes
+	// with the SVID: nothing tells of a rotation.
+	lookEvery = time.Second
 )
+
+// unfitPauses are between fetches of what doesn't fit when it comes: the SVID rotated
+// meanwhile, or an agent hears of it a moment later.
+var unfitPauses = []time.Duration{0, 50 * time.Millisecond, 100 * time.Millisecond, 200 * time.Millisecond, 400 * time.Millisecond, 800 * time.Millisecond}
+
+var errUnfit = errors.New("the credential is bound to another certificate than the current SVID's: does something end TLS between here and the broker?")
 
 // SourceConfig describes a TokenSource. Only Fetch must be set.
 type SourceConfig struct {
 	// Fetch gets a new credential, usually Client.Issue. It is called by one
 	// goroutine at a time.
 	Fetch func(ctx context.Context) (*Credential, error)
+
+	// Fits reports whether a credential may still be presented. One that doesn't fit is
+	// not given out, and another is fetched at once. It must be quick, and is called with
+	// every Token. Nil means that each does.
+	Fits func(*Credential) bool
+
+	// Keeps reports whether a credential may be given out from memory. One that may not
+	// goes to those who wait for it, and the next Token fetches anew. Nil means that each
+	// may.
+	Keeps func(*Credential) bool
 
 	// Timeout bounds one Fetch. Zero means DefaultTimeout.
 	Timeout time.Duration
@@ -47,7 +68,8 @@ type SourceConfig struct {
 // A TokenSource keeps one credential fresh and gives it out from memory. It renews at a
 // random point of 60 to 75 % of its life, one fetch at a time whoever asks; while
 // fetching fails it serves what is still valid and tries again with growing pauses; an
-// expired credential is never given out.
+// expired credential is never given out, nor one that is bound to a certificate which has
+// been rotated since: another one is fetched, which whoever asks waits for.
 //
 // Renewal begins when somebody asks; Run renews also while nobody does. Its methods may
 // be called from any goroutine.
@@ -64,6 +86,7 @@ type TokenSource struct {
 	retryAt time.Time     // not before, while failed
 	soonest time.Time     // not before, for whoever has nothing
 	pause   time.Duration
+	passing bool          // the last credential was not to be kept
 	spared  time.Duration // age below which a refused credential is not dropped
 	changed chan struct{} // closed and replaced at every change: wakes Run
 	wg      sync.WaitGroup
@@ -72,13 +95,21 @@ type TokenSource struct {
 // A flight is one fetch and those who wait for it.
 type flight struct {
 	done    chan struct{}
-	discard bool // Invalidate came meanwhile: what arrives may be dead already
+	cred    *Credential // not to be kept: for those who wait
+	discard bool        // Invalidate came meanwhile: what arrives may be dead already
 }
 
 // NewTokenSource returns a source. It fetches nothing before it is asked or Run.
 func NewTokenSource(cfg SourceConfig) (*TokenSource, error) {
 	if cfg.Fetch == nil {
 		return nil, errors.New("configuring token source: fetch must be set")
+	}
+	all := func(*Credential) bool { return true }
+	if cfg.Fits == nil {
+		cfg.Fits = all
+	}
+	if cfg.Keeps == nil {
+		cfg.Keeps = all
 	}
 	if cfg.Timeout <= 0 {
 		cfg.Timeout = DefaultTimeout
@@ -102,6 +133,8 @@ func NewTokenSource(cfg SourceConfig) (*TokenSource, error) {
 func (c *Client) TokenSource(r Request) *TokenSource {
 	s, err := NewTokenSource(SourceConfig{
 		Fetch:   func(ctx context.Context) (*Credential, error) { return c.Issue(ctx, r) },
+		Fits:    c.fits,
+		Keeps:   c.keeps,
 		Timeout: c.cfg.Timeout,
 		Now:     c.cfg.Now,
 	})
@@ -132,6 +165,9 @@ func (s *TokenSource) Token(ctx context.Context) (*Credential, error) {
 		}
 		select {
 		case <-f.done:
+			if f.cred != nil {
+				return f.cred, nil
+			}
 		case <-ctx.Done():
 			return nil, fmt.Errorf("waiting for a credential: %w", ctx.Err())
 		}
@@ -162,9 +198,9 @@ func (s *TokenSource) take() (*Credential, *flight, error) {
 	return nil, nil, fmt.Errorf("fetching a credential: %w", s.failed)
 }
 
-// valid returns the current credential if it has not expired.
+// valid returns the current credential if it has not expired and fits.
 func (s *TokenSource) valid(now time.Time) *Credential {
-	if s.current == nil || s.current.age(now) >= s.current.left {
+	if s.current == nil || s.current.age(now) >= s.current.left || !s.cfg.Fits(s.current) {
 		return nil
 	}
 	return s.current
@@ -197,10 +233,28 @@ func (s *TokenSource) fetch() {
 	s.wg.Go(func() {
 		ctx, cancel := context.WithTimeout(s.ctx, s.cfg.Timeout)
 		defer cancel()
-		asked := s.cfg.Now()
-		cred, err := s.cfg.Fetch(ctx)
+		cred, asked, err := s.fetchFit(ctx)
 		s.land(f, cred, err, asked)
 	})
+}
+
+// fetchFit fetches until what comes fits, within reason, and says when it was asked for.
+func (s *TokenSource) fetchFit(ctx context.Context) (*Credential, time.Time, error) {
+	for i := 0; ; i++ {
+		asked := s.cfg.Now()
+		cred, err := s.cfg.Fetch(ctx)
+		switch {
+		case err != nil, cred == nil, s.cfg.Fits(cred):
+			return cred, asked, err
+		case i == len(unfitPauses):
+			return nil, asked, errUnfit
+		}
+		select {
+		case <-time.After(unfitPauses[i]):
+		case <-ctx.Done():
+			return nil, asked, errUnfit
+		}
+	}
 }
 
 // land takes what a flight brought.
@@ -222,8 +276,10 @@ func (s *TokenSource) land(f *flight, cred *Credential, err error, asked time.Ti
 	case f.discard, s.ctx.Err() != nil:
 	case err != nil:
 		s.failure(now, err)
+	case !s.cfg.Keeps(cred):
+		f.cred, s.current, s.failed, s.pause, s.passing = cred, nil, nil, 0, true
 	default:
-		s.current, s.failed, s.pause = cred, nil, 0
+		s.current, s.failed, s.pause, s.passing = cred, nil, 0, false
 		s.renewAt = time.Duration(float64(cred.left) * (RenewFrom + (RenewTo-RenewFrom)*s.cfg.Jitter()))
 	}
 	close(f.done)
@@ -328,8 +384,13 @@ func (s *TokenSource) tend() (time.Duration, <-chan struct{}) {
 	case s.ctx.Err() != nil, s.flight != nil:
 	case s.pausing(now, false):
 		return s.retryAt.Sub(now), s.changed
+	case s.passing: // nothing to keep fresh
 	case s.valid(now) != nil && s.current.age(now) < s.renewAt:
-		return s.renewAt - s.current.age(now), s.changed
+		wait := s.renewAt - s.current.age(now)
+		if s.current.Binding == token.BindingX5T {
+			wait = min(wait, lookEvery)
+		}
+		return wait, s.changed
 	default:
 		s.fetch()
 	}

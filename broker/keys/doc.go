@@ -8,16 +8,20 @@
 //
 //   - It signs only once its record is durable and applied
 //     (TestNothingSignsBeforeItIsPublished, TestPublishFailsThenRecovers).
-//   - It goes on signing until another one is published, but no longer than
-//     SignGrace after that (TestRotation, TestReplacedSignerStops).
-//   - It is replaced at once when another authority is behind the broker's SVID
-//     (TestAuthorityReplaced).
+//   - It signs only once it is in every copy of the JWK set that a reader may still use,
+//     unless there is no other one to sign with: then it says how long that takes, and
+//     the broker gives no token to those who only read the JWK set until then
+//     (TestRotation, TestSpreadBeforeItSigns).
+//   - It goes on signing until another one has spread, but no longer than SignGrace after
+//     that (TestRotation, TestReplacedSignerStops).
+//   - It is replaced when another authority is behind the broker's SVID
+//     (TestAuthorityReplaced, TestAuthorityOfTheNextKeyIsReplaced).
 //   - Once revoked it never signs again (TestRevoked).
 //   - A record that its broker's SVID didn't sign is no key (TestVerifyKey).
 //
 // Use:
 //
-//	ring, err := keys.New(keys.Config{Issuer: issuer, SVID: source.GetX509SVID, Publish: appendKey})
+//	ring, err := keys.New(keys.Config{Issuer: issuer, SVID: source.GetX509SVID, Publish: appendKey, Boot: boottime.Now})
 //	if err != nil { ... }
 //	go ring.Run(ctx)
 //	...

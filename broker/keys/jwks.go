@@ -4,24 +4,28 @@ import (
 	"cmp"
 	"crypto/ecdsa"
 	"crypto/ed25519"
+	"crypto/rsa"
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
+	"math/big"
 	"slices"
 
 	"github.com/dayflyhq/dayfly/proto/token"
 )
 
-// jwk is a public key of RFC 7517: kty "EC" as in RFC 7518 section 6.2, or "OKP" as
-// in RFC 8037 section 2.
+// jwk is a public key of RFC 7517: kty "EC" and "RSA" as in RFC 7518 sections 6.2 and
+// 6.3, or "OKP" as in RFC 8037 section 2.
 type jwk struct {
 	Type      string `json:"kty"`
 	Use       string `json:"use"`
 	Algorithm string `json:"alg"`
 	ID        string `json:"kid"`
-	Curve     string `json:"crv"`
-	X         string `json:"x"`
+	Curve     string `json:"crv,omitempty"`
+	X         string `json:"x,omitempty"`
 	Y         string `json:"y,omitempty"`
+	Modulus   string `json:"n,omitempty"`
+	Exponent  string `json:"e,omitempty"`
 }
 
 // JWKS returns the JWK set (RFC 7517 section 5) of the keys, ordered by kid, so that
@@ -54,6 +58,8 @@ func jwkOf(key token.PublicKey) (jwk, error) {
 		k.X, k.Y = enc(point[1:1+half]), enc(point[1+half:])
 	case ed25519.PublicKey:
 		k.Type, k.Curve, k.X = "OKP", "Ed25519", enc(pub)
+	case *rsa.PublicKey:
+		k.Type, k.Modulus, k.Exponent = "RSA", enc(pub.N.Bytes()), enc(big.NewInt(int64(pub.E)).Bytes())
 	default:
 		return jwk{}, fmt.Errorf("a %T has no JWK here", key.Key)
 	}

@@ -7,6 +7,7 @@ import (
 	"crypto/ed25519"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/rsa"
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
@@ -120,6 +121,10 @@ func TestJWKSKeepsLeadingZeros(t *testing.T) {
 
 // Any set of keys can be read back by somebody who knows only the RFCs.
 func TestJWKSRoundTrip(t *testing.T) {
+	rsaKey, err := rsa.GenerateKey(rand.Reader, token.RSABits)
+	if err != nil {
+		t.Fatal(err)
+	}
 	rapid.Check(t, func(rt *rapid.T) {
 		var set []token.PublicKey
 		for range rapid.IntRange(0, 4).Draw(rt, "ec") {
@@ -135,6 +140,9 @@ func TestJWKSRoundTrip(t *testing.T) {
 				rt.Fatal(err)
 			}
 			set = append(set, mustPublic(rt, token.EdDSA, k))
+		}
+		if rapid.Bool().Draw(rt, "rsa") {
+			set = append(set, mustPublic(rt, token.RS256, rsaKey.Public()))
 		}
 		got := readJWKS(rt, set)
 		if len(got) != len(set) {
@@ -195,6 +203,12 @@ func readJWKS(t fataler, set []token.PublicKey) map[string]crypto.PublicKey {
 				t.Fatalf("x of %d bytes", len(x))
 			}
 			out[k["kid"]] = ed25519.PublicKey(x)
+		case [3]string{"RSA", "", "RS256"}:
+			n, errN := base64.RawURLEncoding.DecodeString(k["n"])
+			if errN != nil || len(n) != token.RSABits/8 || k["e"] != "AQAB" {
+				t.Fatalf("bad key: %v", k)
+			}
+			out[k["kid"]] = &rsa.PublicKey{N: new(big.Int).SetBytes(n), E: 65537}
 		default:
 			t.Fatalf("unknown kind of key: %v", k)
 		}

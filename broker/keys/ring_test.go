@@ -72,8 +72,10 @@ func newRing(t *testing.T, p *publisher, change func(*keys.Config)) (*keys.Ring,
 	if err != nil {
 		t.Fatal(err)
 	}
+	begin := time.Now()
 	cfg := keys.Config{
 		Issuer:  issuer,
+		Boot:    func() feed.Instant { return feed.Instant(time.Since(begin)) },
 		SVID:    func() (*x509svid.SVID, error) { return svid, nil },
 		Publish: p.publish,
 	}
@@ -145,11 +147,11 @@ func signs(t *testing.T, s keys.Signer) error {
 }
 
 func TestNewRefusesBadConfig(t *testing.T) {
-	_, err := keys.New(keys.Config{Issuer: "broker", Algorithm: "RS256", RotateEvery: 13 * time.Hour})
+	_, err := keys.New(keys.Config{Issuer: "broker", Algorithm: "PS256", RotateEvery: 13 * time.Hour})
 	if err == nil {
 		t.Fatal("accepted")
 	}
-	for _, want := range []string{"issuer", "RS256", "13h", "SVID", "publish"} {
+	for _, want := range []string{"issuer", "PS256", "13h", "SVID", "publish"} {
 		if !strings.Contains(err.Error(), want) {
 			t.Errorf("%q doesn't mention %q", err, want)
 		}
@@ -157,7 +159,7 @@ func TestNewRefusesBadConfig(t *testing.T) {
 }
 
 func TestSigns(t *testing.T) {
-	for _, alg := range []token.Algorithm{token.ES256, token.EdDSA} {
+	for _, alg := range []token.Algorithm{token.ES256, token.EdDSA, token.RS256} {
 		t.Run(string(alg), func(t *testing.T) {
 			p := &publisher{}
 			r, td := newRing(t, p, func(c *keys.Config) { c.Algorithm = alg })
@@ -290,7 +292,7 @@ func TestPublishFailsThenRecovers(t *testing.T) {
 			t.Errorf("the old key, during the outage: %v", err)
 		}
 		p.setFail(nil)
-		time.Sleep(time.Minute)
+		time.Sleep(time.Minute + keys.SpreadAfter(keys.DefaultJWKSMaxAge))
 		synctest.Wait()
 		if got := mustCurrent(t, r); got.Public.ID == first.Public.ID {
 			t.Error("not rotated after the outage")
@@ -454,11 +456,17 @@ func TestAuthorityReplaced(t *testing.T) {
 		}
 		r.SVIDChanged(td)
 		synctest.Wait()
+		if got := mustCurrent(t, r).Public; got.ID != first.ID {
+			t.Fatal("the new key signs before it has spread")
+		}
+		time.Sleep(keys.SpreadAfter(keys.DefaultJWKSMaxAge))
+		synctest.Wait()
 		second := mustCurrent(t, r).Public
 		if second.ID == first.ID {
 			t.Fatal("the key of the old authority goes on")
 		}
 		r.SVIDChanged(td)
+		time.Sleep(keys.SpreadAfter(keys.DefaultJWKSMaxAge))
 		synctest.Wait()
 		if got := mustCurrent(t, r).Public; got.ID != second.ID {
 			t.Error("rotated twice")

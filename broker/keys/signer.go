@@ -6,9 +6,11 @@ import (
 	"crypto/ed25519"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/rsa"
 	"fmt"
 	"io"
 	"log/slog"
+	"time"
 
 	"github.com/dayflyhq/dayfly/proto/token"
 )
@@ -17,6 +19,9 @@ import (
 // is printed, logged or marshalled it shows the key's ID only.
 type Signer struct {
 	Public token.PublicKey
+	// SpreadIn is how long readers of the JWK set may still use a copy without this key;
+	// zero: each has it.
+	SpreadIn time.Duration
 	// Sign completes a token that was encoded for this key's ID and algorithm. It
 	// returns ErrRevoked or ErrReplaced once the key may not sign any more.
 	Sign func(token.Unsigned) (token.Secret, error)
@@ -64,9 +69,12 @@ func generate(alg token.Algorithm) (*signingKey, error) {
 }
 
 func generatePrivate(alg token.Algorithm) (crypto.Signer, error) {
-	if alg == token.EdDSA {
+	switch alg {
+	case token.EdDSA:
 		_, private, err := ed25519.GenerateKey(rand.Reader)
 		return private, err
+	case token.RS256:
+		return rsa.GenerateKey(rand.Reader, token.RSABits)
 	}
 	return ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 }

@@ -22,6 +22,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
 	"github.com/dayflyhq/dayfly/broker/keys"
+	"github.com/dayflyhq/dayfly/proto/boottime"
 	"github.com/dayflyhq/dayfly/proto/feed"
 	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/dayflyhq/dayfly/sdk/spiffetest"
@@ -33,6 +34,7 @@ func record(t testing.TB, issuer string, svid *x509svid.SVID) feed.Key {
 	var key feed.Key
 	r, err := keys.New(keys.Config{
 		Issuer:  issuer,
+		Boot:    boottime.Now,
 		SVID:    func() (*x509svid.SVID, error) { return svid, nil },
 		Publish: publishTo(&key),
 	})

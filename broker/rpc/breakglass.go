@@ -9,6 +9,7 @@ import (
 	"syscall"
 
 	"github.com/dayflyhq/dayfly/broker"
+	"github.com/dayflyhq/dayfly/broker/attest"
 	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
@@ -31,6 +32,9 @@ func NewBreakGlass(cfg Config) (*Server, error) {
 	if cfg.Backup != nil {
 		dayflyv1.RegisterBackupServiceServer(srv.Server, &backupService{handlers: h, begin: cfg.Backup})
 	}
+	if cfg.Handover != nil {
+		dayflyv1.RegisterHandoverServiceServer(srv.Server, &handoverService{handlers: h, Handover: *cfg.Handover})
+	}
 	return srv, nil
 }
 
@@ -45,11 +49,11 @@ func (local) AuthType() string { return "unix" }
 func localCaller(ctx context.Context) (broker.Caller, error) {
 	p, ok := peer.FromContext(ctx)
 	if !ok {
-		return broker.Caller{}, errNoSVID
+		return broker.Caller{}, attest.ErrNoSVID
 	}
 	l, ok := p.AuthInfo.(local)
 	if !ok {
-		return broker.Caller{}, errNoSVID
+		return broker.Caller{}, attest.ErrNoSVID
 	}
 	return broker.Caller{Local: fmt.Sprintf("break-glass:uid=%d", l.uid)}, nil
 }

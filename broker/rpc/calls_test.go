@@ -277,6 +277,23 @@ func TestRevokeAndLift(t *testing.T) {
 	if err != nil || len(page.GetRevocations()) != 1 || page.GetRevocations()[0].GetLift().GetReason() != "over" || page.GetNextPageToken() != "" {
 		t.Errorf("revocations %v, %v", page, err)
 	}
+
+	// What its holder gives back is shown to who asks for it, and marked.
+	held, err := issue(t, conn)
+	if err != nil {
+		t.Fatal(err)
+	}
+	holder := broker.Caller{ID: payments, Leaf: w.svid(payments, spiffetest.SVIDOptions{}).Certificates[0]}
+	if err := w.b.GiveBack(ctx, holder, token.NewSecret(held.GetCredential().GetToken())); err != nil {
+		t.Fatal(err)
+	}
+	if page, err = revocations.ListRevocations(ctx, &dayflyv1.ListRevocationsRequest{}); err != nil || len(page.GetRevocations()) != 1 {
+		t.Errorf("revocations %v, %v", page, err)
+	}
+	page, err = revocations.ListRevocations(ctx, &dayflyv1.ListRevocationsRequest{GivenBack: true})
+	if err != nil || len(page.GetRevocations()) != 2 || !page.GetRevocations()[0].GetGivenBack() || page.GetRevocations()[1].GetGivenBack() {
+		t.Errorf("with give-backs: %v, %v", page, err)
+	}
 }
 
 func everything(reason string) *dayflyv1.RevokeRequest {

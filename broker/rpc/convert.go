@@ -112,6 +112,7 @@ func revocationMessage(r broker.RevocationRecord) *dayflyv1.Revocation {
 		Actor:      r.Details.Actor,
 		Time:       timestamp(r.Details.Time),
 		Proposal:   proposalMessage(r.Details.Proposed, nil),
+		GivenBack:  r.Details.GivenBack,
 	}
 	if r.Lift != nil {
 		m.Lift = liftMessage(*r.Lift)

@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"net"
 
+	"github.com/dayflyhq/dayfly/broker/attest"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
 )
@@ -13,7 +14,7 @@ import (
 var (
 	ToStatus  = toStatus
 	CodeOf    = codeOf
-	ErrNoSVID = errNoSVID
+	ErrNoSVID = attest.ErrNoSVID
 )
 
 // Unary runs a handler as the server does.

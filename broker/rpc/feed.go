@@ -63,7 +63,8 @@ func (s *feedService) Follow(stream followStream) error {
 	// The reader ends when the handler returns, because Recv then does.
 	ended := make(chan error, 1)
 	go func() { ended <- up.read(ctx) }()
-	return s.send(ctx, stream, f, up, ended, c.Leaf.NotAfter)
+	_, until := c.Attested()
+	return s.send(ctx, stream, f, up, ended, until)
 }
 
 // first waits for the Subscribe, but not for ever: a stream without one holds a place,

@@ -127,7 +127,7 @@ func (s *revocationService) ListRevocations(ctx context.Context, m *dayflyv1.Lis
 		return nil, err
 	}
 	out := &dayflyv1.ListRevocationsResponse{}
-	page := s.broker.Revocations(below, size+1)
+	page := s.broker.Revocations(below, size+1, m.GetGivenBack())
 	for i, r := range page {
 		if i == size {
 			out.NextPageToken = numberToken(page[size-1].Seq)

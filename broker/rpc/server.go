@@ -11,8 +11,10 @@ import (
 	"time"
 
 	"github.com/dayflyhq/dayfly/broker"
+	"github.com/dayflyhq/dayfly/broker/attest"
 	"github.com/dayflyhq/dayfly/broker/gate"
 	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
+	"github.com/spiffe/go-spiffe/v2/bundle/jwtbundle"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
@@ -44,6 +46,8 @@ type Config struct {
 	Broker *broker.Broker
 	SVIDs  x509svid.Source   // the broker's own identity
 	Bundle x509bundle.Source // of all trust domains served
+	// JWT has the authorities of JWT-SVIDs, for NewJWTServer alone.
+	JWT jwtbundle.Source
 	// BundlesChanged returns a channel that is closed when a bundle changes next, so that
 	// streams of those it no longer vouches for end at once. Nil: they end at their next
 	// beat or delivery.
@@ -55,6 +59,8 @@ type Config struct {
 	Now          func() time.Time
 	// Backup begins a backup, over the break-glass socket; nil: there is none to have.
 	Backup func() (Backup, error)
+	// Handover lets the next process take over, over the break-glass socket; nil: none can.
+	Handover *Handover
 	// Options are added to the gRPC server: a stats handler for metrics and traces.
 	Options []grpc.ServerOption
 }
@@ -76,9 +82,12 @@ func NewServer(cfg Config) (*Server, error) {
 		return nil, errors.New("rpc: Broker, SVIDs, Bundle and TrustDomains are required")
 	}
 	cfg.setDefaults()
-	auth := &authenticator{cfg.Bundle, cfg.TrustDomains, cfg.Now}
-	h := &handlers{broker: cfg.Broker, log: cfg.Log, now: cfg.Now, caller: auth.caller, bundlesChanged: cfg.BundlesChanged, stopping: make(chan struct{})}
-	creds := auth.transport(cfg.SVIDs)
+	auth, err := attest.New(attest.Config{X509: cfg.Bundle, TrustDomains: cfg.TrustDomains, Now: cfg.Now})
+	if err != nil {
+		return nil, err
+	}
+	h := &handlers{broker: cfg.Broker, log: cfg.Log, now: cfg.Now, caller: certified(auth), bundlesChanged: cfg.BundlesChanged, stopping: make(chan struct{})}
+	creds := newTransport(auth, cfg.SVIDs)
 	srv := h.server(append(cfg.Options, grpc.Creds(creds)))
 	srv.open, srv.handshakes = creds.open, creds.handshakes
 	dayflyv1.RegisterTokenServiceServer(srv.Server, &tokenService{handlers: h})
@@ -86,6 +95,25 @@ func NewServer(cfg Config) (*Server, error) {
 	dayflyv1.RegisterRevocationServiceServer(srv.Server, &revocationService{handlers: h})
 	dayflyv1.RegisterGrantServiceServer(srv.Server, &grantService{handlers: h})
 	reflection.Register(srv.Server)
+	return srv, nil
+}
+
+// NewJWTServer makes the server for workloads whose mTLS ends before the broker: TLS with
+// the broker's SVID, and in each call a JWT-SVID in its metadata. Whoever reads one on its
+// way can show it too, so credentials can be had here, and nothing else: no feed, and no
+// operator's call.
+func NewJWTServer(cfg Config) (*Server, error) {
+	if cfg.Broker == nil || cfg.SVIDs == nil || cfg.Bundle == nil || cfg.JWT == nil || len(cfg.TrustDomains) == 0 {
+		return nil, errors.New("rpc: Broker, SVIDs, Bundle, JWT and TrustDomains are required")
+	}
+	cfg.setDefaults()
+	auth, err := attest.New(attest.Config{X509: cfg.Bundle, JWT: cfg.JWT, TrustDomains: cfg.TrustDomains, Audience: cfg.Broker.Issuer(), Now: cfg.Now})
+	if err != nil {
+		return nil, err
+	}
+	h := &handlers{broker: cfg.Broker, log: cfg.Log, now: cfg.Now, caller: bearer(auth), bundlesChanged: cfg.BundlesChanged, stopping: make(chan struct{})}
+	srv := h.server(append(cfg.Options, grpc.Creds(newJWTTransport(cfg.SVIDs))))
+	dayflyv1.RegisterTokenServiceServer(srv.Server, &tokenService{handlers: h})
 	return srv, nil
 }
 

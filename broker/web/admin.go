@@ -56,14 +56,14 @@ func Admin(cfg AdminConfig) (http.Handler, error) {
 		Timeout:             scrapeTimeout,
 	})
 	rs := routes{
-		"/healthz": func(w http.ResponseWriter, _ *http.Request) {
+		"/healthz": {get: func(w http.ResponseWriter, _ *http.Request) {
 			writeJSON(w, http.StatusOK, map[string]string{"status": "ok"})
-		},
-		"/readyz": func(w http.ResponseWriter, _ *http.Request) { writeReadiness(w, cfg.Ready()) },
-		"/metrics": func(w http.ResponseWriter, r *http.Request) {
+		}},
+		"/readyz": {get: func(w http.ResponseWriter, _ *http.Request) { writeReadiness(w, cfg.Ready()) }},
+		"/metrics": {get: func(w http.ResponseWriter, r *http.Request) {
 			w.Header().Set("Cache-Control", "no-store")
 			metrics.ServeHTTP(w, r)
-		},
+		}},
 	}
 	return traced(hardened(onlyLoopbackHost(rs)), rs, "admin", cfg.TracerProvider), nil
 }

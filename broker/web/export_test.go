@@ -1,7 +1,18 @@
 package web
 
+import (
+	"net/http"
+	"net/url"
+)
+
 // Inner doors for the tests of this package.
 const (
 	MaxConnections    = maxConnections
 	ReadHeaderTimeout = readHeaderTimeout
 )
+
+// ReadForm reads a request's form.
+func ReadForm(r *http.Request) (url.Values, error) {
+	f, err := readForm(r)
+	return f.values, err
+}

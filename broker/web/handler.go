@@ -9,21 +9,31 @@ import (
 	"go.opentelemetry.io/otel/trace"
 )
 
-// routes answers GET and HEAD by exact path: no pattern, no redirect, no prefix.
-type routes map[string]http.HandlerFunc
+// routes answers by exact path: no pattern, no redirect, no prefix.
+type routes map[string]route
+
+// route is what one path is for: reading, with GET and HEAD, or posting to.
+type route struct{ get, post http.HandlerFunc }
 
 func (rs routes) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	handle, ok := rs[r.URL.Path]
+	route, ok := rs[r.URL.Path]
+	reading := r.Method == http.MethodGet || r.Method == http.MethodHead
 	switch {
 	case !ok:
 		writeProblem(w, http.StatusNotFound, Problem{
 			Reason: "NOT_FOUND", Message: "there is nothing at this path", Hint: "paths are exact; a slash at the end is another path"})
-	case r.Method != http.MethodGet && r.Method != http.MethodHead:
+	case reading && route.get != nil:
+		route.get(w, r)
+	case r.Method == http.MethodPost && route.post != nil:
+		route.post(w, r)
+	case route.get != nil:
 		w.Header().Set("Allow", "GET, HEAD")
 		writeProblem(w, http.StatusMethodNotAllowed, Problem{
 			Reason: "METHOD_NOT_ALLOWED", Message: "this path is only for reading", Hint: "use GET or HEAD"})
 	default:
-		handle(w, r)
+		w.Header().Set("Allow", "POST")
+		writeProblem(w, http.StatusMethodNotAllowed, Problem{
+			Reason: "METHOD_NOT_ALLOWED", Message: "this path is only for posting to", Hint: "use POST, with a form in the body"})
 	}
 }
 

@@ -18,17 +18,18 @@ import (
 
 	"go.opentelemetry.io/otel/trace"
 
+	"github.com/dayflyhq/dayfly/broker"
+	"github.com/dayflyhq/dayfly/broker/attest"
 	"github.com/dayflyhq/dayfly/broker/keys"
 	"github.com/dayflyhq/dayfly/proto/token"
 )
 
 const (
 	// DefaultJWKSMaxAge is how long a reader may keep keys when
-	// PublicConfig.JWKSMaxAge is zero: as long as a revoked key may go unnoticed by
-	// those who only read the JWK set.
-	DefaultJWKSMaxAge = 60 * time.Second
+	// PublicConfig.JWKSMaxAge is zero.
+	DefaultJWKSMaxAge = keys.DefaultJWKSMaxAge
 	// MaxJWKSMaxAge is the longest that may be configured.
-	MaxJWKSMaxAge = 5 * time.Minute
+	MaxJWKSMaxAge = keys.MaxJWKSMaxAge
 )
 
 // PublicConfig describes the public handler. Issuer and Keys must be set.
@@ -45,6 +46,13 @@ type PublicConfig struct {
 	// JWKSMaxAge is the max-age of the documents, in whole seconds. Zero means
 	// DefaultJWKSMaxAge; at most MaxJWKSMaxAge.
 	JWKSMaxAge time.Duration
+	// Broker serves the endpoints of OAuth to clients that Attestor proves. Nil: there
+	// are none.
+	Broker   *broker.Broker
+	Attestor *attest.Attestor
+	// MutualTLS is the base URL at which clients with a certificate are served, where that
+	// isn't the issuer: something that ends TLS stands before that. Empty: it is.
+	MutualTLS string
 	// TracerProvider makes a span of every request. Nil: none.
 	TracerProvider trace.TracerProvider
 	// Log receives what goes wrong inside. Nil: nothing does.
@@ -62,8 +70,12 @@ type public struct {
 //	GET /.well-known/oauth-authorization-server<path of the issuer>    RFC 8414 section 3
 //	GET <issuer>/jwks.json    RFC 7517 section 5
 //
-// All have an ETag and a short max-age. Refusals are JSON with code, reason, message
-// and hint.
+// These have an ETag and a short max-age; their refusals are JSON with code, reason,
+// message and hint. With a broker there are endpoints that want an authenticated client:
+//
+//	POST <issuer>/token    RFC 6749 section 4.4, RFC 8693
+//	POST <issuer>/introspect    RFC 7662
+//	POST <issuer>/revoke    RFC 7009
 func Public(cfg PublicConfig) (http.Handler, error) {
 	if cfg.Algorithm == "" {
 		cfg.Algorithm = token.ES256
@@ -78,11 +90,32 @@ func Public(cfg PublicConfig) (http.Handler, error) {
 	}
 	p := &public{cfg, "public, max-age=" + strconv.Itoa(int(cfg.JWKSMaxAge/time.Second)) + ", must-revalidate"}
 	rs := routes{
-		path + "/.well-known/openid-configuration":       p.document(p.openID),
-		"/.well-known/oauth-authorization-server" + path: p.document(p.authorizationServer),
-		path + "/jwks.json":                              p.document(p.jwks),
+		path + "/.well-known/openid-configuration":       {get: p.document(p.openID)},
+		"/.well-known/oauth-authorization-server" + path: {get: p.document(p.authorizationServer)},
+		path + "/jwks.json":                              {get: p.document(p.jwks)},
+	}
+	for _, e := range p.endpoints() {
+		rs[path+e.path] = route{post: p.post(e.serve)}
 	}
 	return traced(hardened(rs), rs, "public", cfg.TracerProvider), nil
+}
+
+// oauthEndpoint is where an endpoint is, below the issuer, and what the metadata calls it.
+type oauthEndpoint struct {
+	path, name string
+	serve      endpoint
+}
+
+// endpoints are those of OAuth, if there is a broker to serve them.
+func (p *public) endpoints() []oauthEndpoint {
+	if p.cfg.Broker == nil {
+		return nil
+	}
+	return []oauthEndpoint{
+		{"/token", "token", p.token},
+		{"/introspect", "introspection", p.introspect},
+		{"/revoke", "revocation", p.revoke},
+	}
 }
 
 // validate returns the issuer's path.
@@ -95,11 +128,19 @@ func (c *PublicConfig) validate() (string, error) {
 	if c.Keys == nil {
 		errs = append(errs, errors.New("no source of keys"))
 	}
-	if c.Algorithm != token.ES256 && c.Algorithm != token.EdDSA {
-		errs = append(errs, fmt.Errorf("algorithm %q is neither %s nor %s", c.Algorithm, token.ES256, token.EdDSA))
+	if !c.Algorithm.Valid() {
+		errs = append(errs, fmt.Errorf("algorithm %q is none of %s, %s and %s", c.Algorithm, token.ES256, token.EdDSA, token.RS256))
 	}
 	if c.JWKSMaxAge < time.Second || c.JWKSMaxAge > MaxJWKSMaxAge {
 		errs = append(errs, fmt.Errorf("max-age %v: at least 1s, at most %v", c.JWKSMaxAge, MaxJWKSMaxAge))
+	}
+	if (c.Broker == nil) != (c.Attestor == nil) {
+		errs = append(errs, errors.New("a broker and an attestor go together"))
+	}
+	if c.MutualTLS != "" {
+		if _, err := issuerPath(c.MutualTLS); err != nil {
+			errs = append(errs, fmt.Errorf("base URL for clients with a certificate %q: %w", c.MutualTLS, err))
+		}
 	}
 	return path, errors.Join(errs...)
 }
@@ -163,43 +204,45 @@ func (p *public) document(render func() ([]byte, error)) http.HandlerFunc {
 
 func (p *public) jwks() ([]byte, error) { return keys.JWKS(p.cfg.Keys()) }
 
-// metadata is what both discovery documents say. Lists that the standards require or
-// give another default to are there though empty: nobody logs in here, and there is
-// no grant over HTTP.
-type metadata struct {
-	Issuer        string   `json:"issuer"`
-	JWKSURI       string   `json:"jwks_uri"`
-	ResponseTypes []string `json:"response_types_supported"`
-	GrantTypes    []string `json:"grant_types_supported"`
-}
+// metadata is what both discovery documents say: RFC 8414 section 2, and what other
+// standards added to it. Lists that the standards require or give another default to are
+// there though empty: nobody logs in here.
+type metadata map[string]any
 
 func (p *public) metadata() metadata {
-	return metadata{
-		Issuer: p.cfg.Issuer, JWKSURI: p.cfg.Issuer + "/jwks.json",
-		ResponseTypes: []string{}, GrantTypes: []string{},
+	m := metadata{
+		"issuer": p.cfg.Issuer, "jwks_uri": p.cfg.Issuer + "/jwks.json",
+		// Nobody is sent here through a browser, so no response type can be used. But both
+		// standards want one and no empty list, and this is what clouds read elsewhere.
+		"response_types_supported": []string{"id_token"}, "grant_types_supported": []string{},
+		// RFC 8705 section 3.3: the x5t binding.
+		"tls_client_certificate_bound_access_tokens": true,
 	}
+	aliases := map[string]string{}
+	for _, e := range p.endpoints() {
+		m[e.name+"_endpoint"] = p.cfg.Issuer + e.path
+		m[e.name+"_endpoint_auth_methods_supported"] = []string{"spiffe_x509", "spiffe_jwt"}
+		aliases[e.name+"_endpoint"] = p.cfg.MutualTLS + e.path
+	}
+	if p.cfg.Broker != nil {
+		m["grant_types_supported"] = []string{grantClientCredentials, grantTokenExchange}
+		if p.cfg.MutualTLS != "" {
+			m["mtls_endpoint_aliases"] = aliases // RFC 8705 section 5
+		}
+	}
+	return m
 }
 
 // openID is what a cloud's token service reads before it federates.
 func (p *public) openID() ([]byte, error) {
-	return json.Marshal(struct {
-		metadata
-		SubjectTypes      []string          `json:"subject_types_supported"`
-		SigningAlgorithms []token.Algorithm `json:"id_token_signing_alg_values_supported"`
-		Claims            []string          `json:"claims_supported"`
-	}{
-		p.metadata(), []string{"public"}, p.algorithms(),
-		[]string{"iss", "sub", "aud", "exp", "nbf", "iat", "jti", "client_id", "scope", "act", "cnf", "txn"},
-	})
+	m := p.metadata()
+	m["subject_types_supported"] = []string{"public"}
+	m["id_token_signing_alg_values_supported"] = p.algorithms()
+	m["claims_supported"] = []string{"iss", "sub", "aud", "exp", "nbf", "iat", "jti", "client_id", "scope", "act", "cnf", "txn"}
+	return json.Marshal(m)
 }
 
-func (p *public) authorizationServer() ([]byte, error) {
-	return json.Marshal(struct {
-		metadata
-		// CertificateBound is that of RFC 8705 section 3.3: the x5t binding.
-		CertificateBound bool `json:"tls_client_certificate_bound_access_tokens"`
-	}{p.metadata(), true})
-}
+func (p *public) authorizationServer() ([]byte, error) { return json.Marshal(p.metadata()) }
 
 func (p *public) algorithms() []token.Algorithm {
 	algs := []token.Algorithm{p.cfg.Algorithm}

@@ -2,6 +2,7 @@ package web
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -39,6 +40,11 @@ var ErrNotLoopback = errors.New("the admin listener must be on loopback or a uni
 // for at most 10 seconds. It owns the listener and has closed it when it returns. It
 // returns nil after a shutdown in which everything finished. Log may be nil.
 func Serve(ctx context.Context, ln net.Listener, handler http.Handler, log *slog.Logger) error {
+	return ServeTLS(ctx, ln, nil, handler, log)
+}
+
+// ServeTLS is Serve over TLS: HTTP/1.1 and HTTP/2. A nil configuration is plain HTTP.
+func ServeTLS(ctx context.Context, ln net.Listener, cfg *tls.Config, handler http.Handler, log *slog.Logger) error {
 	open := gate.New(maxConnections)
 	server := &http.Server{
 		ConnState: func(c net.Conn, s http.ConnState) {
@@ -49,6 +55,8 @@ func Serve(ctx context.Context, ln net.Listener, handler http.Handler, log *slog
 				open.Leave(c)
 			}
 		},
+		TLSConfig:         cfg,
+		ConnContext:       withShown,
 		Handler:           http.MaxBytesHandler(handler, maxBodyBytes),
 		ReadHeaderTimeout: readHeaderTimeout,
 		ReadTimeout:       readTimeout,
@@ -60,7 +68,13 @@ func Serve(ctx context.Context, ln net.Listener, handler http.Handler, log *slog
 		BaseContext: func(net.Listener) context.Context { return context.WithoutCancel(ctx) },
 	}
 	ended := make(chan error, 1)
-	go func() { ended <- server.Serve(ln) }()
+	go func() {
+		if cfg != nil {
+			ended <- server.ServeTLS(ln, "", "")
+		} else {
+			ended <- server.Serve(ln)
+		}
+	}()
 	select {
 	case err := <-ended:
 		_ = ln.Close()

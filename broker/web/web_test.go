@@ -60,7 +60,7 @@ func edKey(t *testing.T) token.PublicKey {
 	return pub
 }
 
-func mustPublic(t *testing.T, cfg web.PublicConfig) http.Handler {
+func mustPublic(t testing.TB, cfg web.PublicConfig) http.Handler {
 	t.Helper()
 	if cfg.Issuer == "" {
 		cfg.Issuer = issuer
@@ -123,14 +123,14 @@ func TestDiscovery(t *testing.T) {
 	h := mustPublic(t, web.PublicConfig{})
 	openID := map[string]any{
 		"issuer": issuer, "jwks_uri": issuer + "/jwks.json",
-		"response_types_supported": []any{}, "grant_types_supported": []any{},
+		"response_types_supported": []any{"id_token"}, "grant_types_supported": []any{}, "tls_client_certificate_bound_access_tokens": true,
 		"subject_types_supported":               []any{"public"},
 		"id_token_signing_alg_values_supported": []any{"ES256"},
 		"claims_supported":                      []any{"iss", "sub", "aud", "exp", "nbf", "iat", "jti", "client_id", "scope", "act", "cnf", "txn"},
 	}
 	oauth := map[string]any{
 		"issuer": issuer, "jwks_uri": issuer + "/jwks.json",
-		"response_types_supported": []any{}, "grant_types_supported": []any{},
+		"response_types_supported": []any{"id_token"}, "grant_types_supported": []any{},
 		"tls_client_certificate_bound_access_tokens": true,
 	}
 	for path, want := range map[string]map[string]any{
@@ -330,11 +330,11 @@ func TestPublicRefusesBadConfig(t *testing.T) {
 			t.Errorf("issuer %q: %v", iss, err)
 		}
 	}
-	_, err := web.Public(web.PublicConfig{Issuer: "x", Algorithm: "RS256", JWKSMaxAge: time.Hour})
+	_, err := web.Public(web.PublicConfig{Issuer: "x", Algorithm: "PS256", JWKSMaxAge: time.Hour})
 	if err == nil {
 		t.Fatal("accepted")
 	}
-	for _, want := range []string{"issuer", "RS256", "max-age 1h", "keys"} {
+	for _, want := range []string{"issuer", "PS256", "max-age 1h", "keys"} {
 		if !strings.Contains(err.Error(), want) {
 			t.Errorf("%q doesn't mention %q", err, want)
 		}
@@ -451,7 +451,7 @@ func (s *serving) wait(t *testing.T) error {
 	}
 }
 
-func listen(t *testing.T, network, addr string) net.Listener {
+func listen(t testing.TB, network, addr string) net.Listener {
 	t.Helper()
 	ln, err := net.Listen(network, addr)
 	if err != nil {

@@ -48,17 +48,17 @@ func again(err error) bool {
 // follow watches a containment until it is complete or ctx ends, over brokers that
 // restart and SVIDs that rotate, and returns the last that is known. show is called
 // with each, in order; the given client stays open. The error is one that waiting doesn't
-// mend.
+// mend. It watches once at least: who accepts outside the feed is said there alone.
 func (a *app) follow(ctx context.Context, given *sdk.Client, sequence uint64, last *dayflyv1.Containment, show func(*dayflyv1.Containment)) (*dayflyv1.Containment, error) {
-	client := given
-	for attempt := 0; !last.GetContained() && ctx.Err() == nil; attempt++ {
+	client, heard := given, false
+	for attempt := 0; !(heard && last.GetContained()) && ctx.Err() == nil; attempt++ {
 		var err error
 		if client == nil {
 			client, err = a.dialOperator(ctx)
 		}
 		if err == nil {
 			err = watch(ctx, client, sequence, func(c *dayflyv1.Containment) {
-				last, attempt = c, 0
+				last, heard, attempt = c, true, 0
 				show(c)
 			})
 			if client != given {
@@ -67,8 +67,10 @@ func (a *app) follow(ctx context.Context, given *sdk.Client, sequence uint64, la
 			client = nil
 		}
 		switch {
-		case last.GetContained() || ctx.Err() != nil:
+		case heard && last.GetContained():
 			return last, nil
+		case ctx.Err() != nil:
+			continue // to the end
 		case !again(err):
 			return last, err
 		}
@@ -76,6 +78,9 @@ func (a *app) follow(ctx context.Context, given *sdk.Client, sequence uint64, la
 			a.notef("the broker can't be reached, trying on: %s", clean(reportOf(err).Message))
 		}
 		pause(ctx, attempt)
+	}
+	if !heard && last.GetContained() {
+		return last, errors.New("who accepts outside the feed wasn't answered")
 	}
 	return last, nil
 }

@@ -3,12 +3,15 @@ package main
 import (
 	"context"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/dayflyhq/dayfly/e2e/sandbox"
 	"github.com/dayflyhq/dayfly/sdk"
 	"github.com/spf13/cobra"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
 func (a *app) devCmd() *cobra.Command {
@@ -40,6 +43,8 @@ func (a *app) dev(ctx context.Context) error {
 		return err
 	}
 	fmt.Fprint(a.stdout, env)
+	stopFiles := keepFiles(ctx, box, a.stderr)
+	defer stopFiles() // before the folder goes
 	select {
 	case <-ctx.Done():
 		fmt.Fprintln(a.stderr, "stopping")
@@ -47,6 +52,45 @@ func (a *app) dev(ctx context.Context) error {
 	case <-box.BrokerEnded():
 		return failf(exitFailure, "start dayfly dev again", "the broker's process ended: %s", box.Log("broker"))
 	}
+}
+
+// devFilesEvery is how often the SVIDs in files are written anew: a JWT-SVID lives for five
+// minutes, and a client should find most of its life left.
+const devFilesEvery = time.Minute
+
+// devFiles writes the SVIDs of those whom dev's commands speak as, and returns the folder.
+func devFiles(box *sandbox.Sandbox) (string, error) {
+	dir := ""
+	for _, id := range []spiffeid.ID{sandbox.Payments, sandbox.Orders, sandbox.Ledger} {
+		of, err := box.SVIDFiles(id)
+		if err != nil {
+			return "", fmt.Errorf("writing the SVIDs of %s: %w", id, err)
+		}
+		dir = filepath.Dir(of)
+	}
+	return dir, nil
+}
+
+// keepFiles writes them again and again, until the function it returns is called.
+func keepFiles(ctx context.Context, box *sandbox.Sandbox, stderr io.Writer) (stop func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		tick := time.NewTicker(devFilesEvery)
+		defer tick.Stop()
+		for {
+			select {
+			case <-tick.C:
+				if _, err := devFiles(box); err != nil {
+					fmt.Fprintln(stderr, err)
+				}
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	return func() { cancel(); <-done }
 }
 
 // startDev starts everything and returns what to print.
@@ -91,9 +135,13 @@ func (a *app) startDev(ctx context.Context, box *sandbox.Sandbox, exe string) (s
 	if err != nil {
 		return "", err
 	}
+	svids, err := devFiles(box)
+	if err != nil {
+		return "", err
+	}
 	return fmt.Sprintf(devText, filepath.Dir(exe), box.Info.GRPC, sandbox.Broker, agent, alice,
 		services["web"].URL, sandbox.Payments, orders, services["orders"].URL, services["ledger"].URL,
-		box.PolicyDir(), box.AuditPath(), box.Info.Public, box.Info.Admin, box.Info.BreakGlass, bob, os.Getpid(), box.AgentHTTP(sandbox.Payments), box.AgentPID(sandbox.Payments)), nil
+		box.PolicyDir(), box.AuditPath(), box.Issuer, box.Info.Admin, box.Info.BreakGlass, bob, os.Getpid(), box.AgentHTTP(sandbox.Payments), box.AgentPID(sandbox.Payments), box.WebCA(), svids), nil
 }
 
 const devText = `A whole dayfly is running; Ctrl-C ends it, or: kill %[17]d. In another terminal:
@@ -103,6 +151,9 @@ const devText = `A whole dayfly is running; Ctrl-C ends it, or: kill %[17]d. In 
   export DAYFLY_BROKER_ID=%[3]s
   export DAYFLY_AGENT=%[4]s            # payments' agent
   export SPIFFE_ENDPOINT_SOCKET=%[5]s  # you are the operator alice
+  export DAYFLY_ISSUER=%[13]s
+  export DAYFLY_WEB_CA=%[20]s  # vouches for the issuer's certificate
+  export DAYFLY_SVIDS=%[21]s  # SVIDs in files, written anew every minute
   export BOB=%[16]s                     # for a second person
   export BREAK_GLASS=unix://%[15]s
   export AGENT_PID=%[19]d               # kill -STOP freezes payments' agent, kill -CONT thaws it
@@ -117,6 +168,21 @@ As the workload payments, through its agent:
 As orders, exchange payments' token for one of ledger:
 
   dayfly token get --audience orders | SPIFFE_ENDPOINT_SOCKET=%[8]s DAYFLY_AGENT= dayfly token exchange --audience ledger | dayfly token inspect
+
+Without our SDK, by OAuth. As payments with a certificate, then with a JWT-SVID:
+
+  curl -s --cacert $DAYFLY_WEB_CA --cert $DAYFLY_SVIDS/payments/svid.pem --key $DAYFLY_SVIDS/payments/key.pem $DAYFLY_ISSUER/token -d grant_type=client_credentials -d audience=orders
+  curl -s --cacert $DAYFLY_WEB_CA $DAYFLY_ISSUER/token -d grant_type=client_credentials -d audience=web -d client_assertion_type=urn:ietf:params:oauth:client-assertion-type:jwt-spiffe --data-urlencode client_assertion@$DAYFLY_SVIDS/payments/jwt-svid
+
+As orders, exchange payments' token:
+
+  curl -s --cacert $DAYFLY_WEB_CA --cert $DAYFLY_SVIDS/orders/svid.pem --key $DAYFLY_SVIDS/orders/key.pem $DAYFLY_ISSUER/token -d grant_type=urn:ietf:params:oauth:grant-type:token-exchange -d audience=ledger -d subject_token_type=urn:ietf:params:oauth:token-type:access_token -d subject_token=$(dayfly token get --audience orders)
+
+As anybody, see where the rest is:
+
+  curl -s --cacert $DAYFLY_WEB_CA $DAYFLY_ISSUER/.well-known/openid-configuration
+  curl -s --cacert $DAYFLY_WEB_CA $DAYFLY_ISSUER/.well-known/oauth-authorization-server
+  curl -s --cacert $DAYFLY_WEB_CA $DAYFLY_ISSUER/jwks.json
 
 As the security team (docs/incident.md goes through it all):
 
@@ -136,7 +202,7 @@ orders  %[9]s   (mTLS)
 ledger  %[10]s   (mTLS)
 policy  %[11]s   (edit it: it is reloaded)
 audit   %[12]s
-public  http://%[13]s/jwks.json
+issuer  %[13]s
 admin   http://%[14]s/metrics
 break-glass  dayfly locks --break-glass $BREAK_GLASS
 `

@@ -22,6 +22,7 @@ const (
 	exitRefused     = 4
 	exitUnavailable = 5
 	exitProposed    = 6
+	exitChanged     = 7
 )
 
 // usageError is a mistake in the command line.

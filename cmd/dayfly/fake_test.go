@@ -446,9 +446,12 @@ func (f *fake) Revoke(ctx context.Context, r *dayflyv1.RevokeRequest) (*dayflyv1
 	resp := &dayflyv1.RevokeResponse{
 		Revocation: &dayflyv1.Revocation{
 			Position: &dayflyv1.Position{Era: "3f9c1a7e", Sequence: sequence}, Selectors: r.GetSelectors(), LockMode: mode, LockEndsAt: r.GetLockEndsAt(),
-			Reason: r.GetReason(), Actor: operatorID.String(), Time: timestamppb.Now(),
+			Reason: r.GetReason(), Actor: operatorID.String(), Time: timestamppb.Now(), GivenBack: r.GetReason() == "given back",
 		},
 		Containment: pendingOf(sequence),
+	}
+	if what == "spiffe://example.org/cloud" {
+		resp.Containment = &dayflyv1.Containment{Sequence: sequence, Contained: true} // nobody follows the feed
 	}
 	if what == "spiffe://example.org/used" {
 		resp.Containment.UsesAfter = []*dayflyv1.UseAfter{
@@ -570,7 +573,9 @@ func (f *fake) ListRevocations(_ context.Context, r *dayflyv1.ListRevocationsReq
 	defer f.mu.Unlock()
 	var all []*dayflyv1.Revocation
 	for _, rec := range f.records {
-		all = append(all, rec.GetRevocation())
+		if r.GetGivenBack() || !rec.GetRevocation().GetGivenBack() {
+			all = append(all, rec.GetRevocation())
+		}
 	}
 	page, next := cut(all, int(r.GetPageSize()), r.GetPageToken())
 	return &dayflyv1.ListRevocationsResponse{Revocations: page, NextPageToken: next}, nil

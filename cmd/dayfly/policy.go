@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"time"
 
 	"github.com/dayflyhq/dayfly/policy"
@@ -13,11 +14,12 @@ import (
 )
 
 func (a *app) policyCmd() *cobra.Command {
-	return group("policy", "Write, check and try out policy", `Policy is a folder of Rego rules and of data that anyone can edit. These verbs work on
-the folder alone and call no broker. docs/policy.md describes its format.`, `  dayfly policy init ./policy
+	return group("policy", "Write, check and try out policy", `Policy is a folder of Rego rules and of data that anyone can edit, or an OPA bundle made
+of one. These verbs work on that alone and call no broker. docs/policy.md describes its format.`, `  dayfly policy init ./policy
   dayfly policy check ./policy
-  dayfly policy explain --dir ./policy --as spiffe://example.org/payments --audience orders --scope orders:read`,
-		a.policyInitCmd(), a.policyCheckCmd(), a.policyTestCmd(), a.policyExplainCmd())
+  dayfly policy explain --dir ./policy --as spiffe://example.org/payments --audience orders --scope orders:read
+  dayfly policy replay ./policy --audit /var/log/dayfly/audit.jsonl`,
+		a.policyInitCmd(), a.policyCheckCmd(), a.policyTestCmd(), a.policyExplainCmd(), a.policyReplayCmd())
 }
 
 func (a *app) policyInitCmd() *cobra.Command {
@@ -125,10 +127,10 @@ would be allowed, 4 that it would be refused.`,
 	}
 	q.add(cmd)
 	f := cmd.Flags()
-	f.Lookup("audience").Usage = "`whom` the token would be for (required for issue and exchange)"
-	f.StringVar(&q.dir, "dir", ".", "the policy `folder`")
+	f.Lookup("audience").Usage = "`whom` the token would be for (required for issue and exchange), or is, for introspect"
+	f.StringVar(&q.dir, "dir", ".", "the policy `folder`, or a bundle")
 	f.StringVar(&q.as, "as", "", "SPIFFE `ID` that would ask (required)")
-	f.StringVar(&q.action, "action", string(policy.ActionIssue), "what it would ask for: issue, exchange, follow, relay, report, revoke, revoke_everything, lift, lift_confirm, list or plan")
+	f.StringVar(&q.action, "action", string(policy.ActionIssue), "what it would ask for: issue, exchange, follow, relay, report, revoke, revoke_everything, lift, lift_confirm, list, plan, give_back or introspect")
 	f.StringVar(&q.attestation, "attestation", policy.AttestationX509, "how it would prove its identity: x509 or jwt")
 	complete(cmd, "action", actions()...)
 	complete(cmd, "attestation", policy.AttestationX509, policy.AttestationJWT)
@@ -139,6 +141,7 @@ func actions() []string {
 	list := []policy.Action{
 		policy.ActionIssue, policy.ActionExchange, policy.ActionFollow, policy.ActionRelay, policy.ActionReport, policy.ActionRevoke,
 		policy.ActionRevokeEverything, policy.ActionLift, policy.ActionLiftConfirm, policy.ActionList, policy.ActionPlan,
+		policy.ActionGiveBack, policy.ActionIntrospect,
 	}
 	out := make([]string, len(list))
 	for i, x := range list {
@@ -161,12 +164,21 @@ func (q *question) input(now time.Time) (policy.Input, error) {
 		Caller: policy.Caller{ID: id, Attestation: q.attestation},
 		Time:   now,
 	}
-	if in.Action != policy.ActionIssue && in.Action != policy.ActionExchange {
+	switch in.Action {
+	case policy.ActionGiveBack: // as of a token of its own
+		in.Lineage = []policy.Member{{ID: id}}
+		return in, nil
+	case policy.ActionIssue, policy.ActionExchange, policy.ActionIntrospect:
+	default:
 		return in, nil
 	}
 	req, err := q.request()
 	if err != nil {
 		return policy.Input{}, err
+	}
+	if in.Action == policy.ActionIntrospect { // about a token for the audience
+		in.ParentAudience = req.Audience
+		return in, nil
 	}
 	in.Audience, in.Scopes, in.TTL, in.Binding = req.Audience, req.Scopes, req.TTL, string(req.Binding)
 	if in.Action == policy.ActionExchange {
@@ -177,12 +189,21 @@ func (q *question) input(now time.Time) (policy.Input, error) {
 	return in, nil
 }
 
+// loadPolicy loads a folder, or a bundle whose signature nobody looks at.
+func (a *app) loadPolicy(ctx context.Context, path string, timeout time.Duration) (*policy.Policy, error) {
+	cfg := policy.Config{Dir: path, Now: a.now, Timeout: timeout}
+	if info, err := os.Stat(path); err == nil && info.Mode().IsRegular() {
+		cfg.Dir, cfg.File = "", path
+	}
+	return policy.Load(ctx, cfg)
+}
+
 func (a *app) policyExplain(ctx context.Context, q *question) error {
 	in, err := q.input(a.now())
 	if err != nil {
 		return err
 	}
-	p, err := policy.Load(ctx, policy.Config{Dir: q.dir, Now: a.now})
+	p, err := a.loadPolicy(ctx, q.dir, 0)
 	if err != nil {
 		return failf(exitFailure, "name the folder with --dir; dayfly policy check says what is wrong with it", "%w", err)
 	}

@@ -18,20 +18,24 @@ func (a *app) revocationsCmd() *cobra.Command {
 }
 
 func (a *app) revocationsListCmd() *cobra.Command {
-	var list listFlags
+	var (
+		list      listFlags
+		givenBack bool
+	)
 	cmd := &cobra.Command{
 		Use:     "list",
 		Short:   "List revocations, newest first",
-		Example: "  dayfly revocations list --limit 10\n  dayfly revocations list --output json",
+		Example: "  dayfly revocations list --limit 10\n  dayfly revocations list --given-back\n  dayfly revocations list --output json",
 		Args:    noArgs,
-		RunE:    func(cmd *cobra.Command, _ []string) error { return a.revocationsList(cmd.Context(), list) },
+		RunE:    func(cmd *cobra.Command, _ []string) error { return a.revocationsList(cmd.Context(), list, givenBack) },
 	}
 	list.add(cmd.Flags())
+	cmd.Flags().BoolVar(&givenBack, "given-back", false, "also credentials that their holders gave back early")
 	a.conn.addBreakGlass(cmd.Flags())
 	return cmd
 }
 
-func (a *app) revocationsList(ctx context.Context, list listFlags) error {
+func (a *app) revocationsList(ctx context.Context, list listFlags, givenBack bool) error {
 	client, err := a.dialOperator(ctx)
 	if err != nil {
 		return err
@@ -42,7 +46,7 @@ func (a *app) revocationsList(ctx context.Context, list listFlags) error {
 	all.NextPageToken, err = list.pages(func(size int32, page string) (int, string, error) {
 		ctx, cancel := a.call(ctx)
 		defer cancel()
-		resp, err := service.ListRevocations(ctx, &dayflyv1.ListRevocationsRequest{PageSize: size, PageToken: page})
+		resp, err := service.ListRevocations(ctx, &dayflyv1.ListRevocationsRequest{PageSize: size, PageToken: page, GivenBack: givenBack})
 		all.Revocations = append(all.Revocations, resp.GetRevocations()...)
 		return len(resp.GetRevocations()), resp.GetNextPageToken(), err
 	})

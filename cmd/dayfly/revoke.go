@@ -278,6 +278,9 @@ func (a *app) record(ctx context.Context, client *sdk.Client, req *dayflyv1.Revo
 			return err
 		}
 	}
+	if resp.GetContainment().GetContained() {
+		wait = max(wait, sdk.DefaultTimeout) // for who accepts outside the feed
+	}
 	watched := ctx
 	if wait > 0 {
 		var cancel context.CancelFunc

@@ -78,7 +78,8 @@ Exit codes:
   4  refused: by policy, by a lock, or for want of a valid SVID
   5  unavailable: the broker, the agent or the Workload API could not be reached,
      or has no capacity now
-  6  proposed: nothing is done until a second person confirms`
+  6  proposed: nothing is done until a second person confirms
+  7  policy replay: decisions would change, and none newly be denied`
 
 // root builds the tree of verbs. One more verb is one more line here.
 func (a *app) root() *cobra.Command {

@@ -6,6 +6,7 @@ package sandbox
 
 import (
 	"bufio"
+	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
@@ -13,10 +14,12 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -57,7 +60,8 @@ type Config struct {
 	Store string
 	// Host is the address that the broker serves on; empty: loopback.
 	Host string
-	// BrokerConfig is more of the broker's configuration file: whole lines of YAML.
+	// BrokerConfig is more of the broker's configuration file: whole lines of YAML. Without
+	// jwks_max_age it is 1s, so that external audiences soon get tokens.
 	BrokerConfig string
 }
 
@@ -66,6 +70,8 @@ type Announcement struct {
 	ID         string `json:"id"`
 	GRPC       string `json:"grpc"`
 	Public     string `json:"public"`
+	HTTPSSVID  string `json:"https_svid"`
+	HTTPS      string `json:"https"`
 	Admin      string `json:"admin"`
 	BreakGlass string `json:"break_glass"`
 }
@@ -75,6 +81,8 @@ type Sandbox struct {
 	Dir  string
 	TD   *spiffetest.TrustDomain
 	Info Announcement // of the broker, once it was started
+	// Issuer is the iss of every token: a URL at which the broker answers, once started.
+	Issuer string
 
 	cfg     Config
 	broker  *process
@@ -117,8 +125,17 @@ func New(cfg Config) (_ *Sandbox, err error) {
 	if out, err := init.CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("making a store: %w: %s", err, out)
 	}
-	host := net.JoinHostPort(cmp.Or(cfg.Host, "127.0.0.1"), "0")
-	return s, s.writeBrokerConfig(host, host, "127.0.0.1:0")
+	https, err := freePort()
+	if err != nil {
+		return nil, err
+	}
+	if err := s.makeWebCertificate(); err != nil {
+		return nil, fmt.Errorf("making a web certificate: %w", err)
+	}
+	s.Issuer = "https://" + https
+	return s, s.writeBrokerConfig(Announcement{
+		GRPC: net.JoinHostPort(cmp.Or(cfg.Host, "127.0.0.1"), "0"), HTTPS: https, HTTPSSVID: "127.0.0.1:0", Public: "127.0.0.1:0", Admin: "127.0.0.1:0",
+	})
 }
 
 // PolicyDir is the folder that the broker's policy is read from.
@@ -132,12 +149,17 @@ func (s *Sandbox) AuditPath() string { return filepath.Join(s.Dir, "audit.log") 
 
 func (s *Sandbox) brokerConfig() string { return filepath.Join(s.Dir, "broker.yaml") }
 
-func (s *Sandbox) writeBrokerConfig(grpc, public, admin string) error {
+func (s *Sandbox) writeBrokerConfig(at Announcement) error {
 	socket, err := s.TD.Workload(Broker)
 	if err != nil {
 		return err
 	}
-	yaml := fmt.Sprintf(`issuer: http://127.0.0.1
+	cert, key := s.webCertificate()
+	more := s.cfg.BrokerConfig
+	if !strings.Contains(more, "jwks_max_age:") {
+		more += "jwks_max_age: 1s\n"
+	}
+	yaml := fmt.Sprintf(`issuer: %s
 store: %q
 policy: %q
 audit: %q
@@ -145,10 +167,14 @@ workload_api: %q
 listen:
   grpc: %s
   public: %s
+  https_svid: %s
+  https: %s
+  https_certificate: %q
+  https_key: %q
   admin: %s
   break_glass: %q
 shutdown_grace: 5s
-%s`, s.StorePath(), s.PolicyDir(), s.AuditPath(), socket, grpc, public, admin, filepath.Join(s.Dir, "break-glass.sock"), s.cfg.BrokerConfig)
+%s`, s.Issuer, s.StorePath(), s.PolicyDir(), s.AuditPath(), socket, at.GRPC, at.Public, at.HTTPSSVID, at.HTTPS, cert, key, at.Admin, filepath.Join(s.Dir, "break-glass.sock"), more)
 	return os.WriteFile(s.brokerConfig(), []byte(yaml), 0o600)
 }
 
@@ -180,7 +206,57 @@ func (s *Sandbox) AwaitBroker(ctx context.Context) error {
 	if err := json.Unmarshal(line, &s.Info); err != nil {
 		return fmt.Errorf("reading the broker's announcement: %w", err)
 	}
-	return s.writeBrokerConfig(s.Info.GRPC, s.Info.Public, s.Info.Admin)
+	return s.writeBrokerConfig(s.Info)
+}
+
+// AwaitSpread returns once external audiences get tokens: when the signing key is in
+// every copy of the JWK set that may be in use.
+func (s *Sandbox) AwaitSpread(ctx context.Context) error {
+	for {
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+s.Info.Admin+"/readyz", nil)
+		if err != nil {
+			return err
+		}
+		resp, err := http.DefaultClient.Do(req)
+		if err != nil {
+			return err
+		}
+		body, err := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		if err != nil || !bytes.Contains(body, []byte("KEY_NOT_SPREAD_YET")) {
+			return err
+		}
+		select {
+		case <-time.After(50 * time.Millisecond):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// TakeOver starts a process that takes over from the broker's, and returns once it serves
+// and the other has ended: with the exit error of that one.
+func (s *Sandbox) TakeOver(ctx context.Context) (err error) {
+	old := s.broker
+	s.closers = append(s.closers, old.kill)
+	if s.broker, err = s.spawn("broker", s.cfg.Broker, "serve", "--config", s.brokerConfig(), "--announce", "--take-over"); err != nil {
+		return err
+	}
+	if err := s.AwaitBroker(ctx); err != nil {
+		return err
+	}
+	select {
+	case <-old.done:
+		return old.err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// SetBrokerConfig is Config.BrokerConfig for the next start.
+func (s *Sandbox) SetBrokerConfig(more string) error {
+	s.cfg.BrokerConfig = more
+	return s.writeBrokerConfig(s.Info)
 }
 
 // BrokerEnded is closed when the broker's process has ended, however it did.

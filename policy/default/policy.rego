@@ -32,8 +32,8 @@ default consulted := []
 consulted := [path] if {
 	entry
 	path := {
-		"issue": ["entitlements", input.match, input.audience],
-		"exchange": ["exchange", input.match, object.get(input, ["parent", "audience"], ""), input.audience],
+		"issue": ["entitlements", input.match, input.target],
+		"exchange": ["exchange", input.match, object.get(input, ["parent", "audience"], ""), input.target],
 	}[input.action]
 }
 
@@ -41,18 +41,23 @@ consulted := [["verifiers", input.match]] if verifier
 
 consulted := [["operators", input.match]] if operator
 
+consulted := [["introspectors", input.match]] if {
+	input.action == "introspect"
+	input.match != ""
+}
+
 # --- issue and exchange: a credential for an audience
 
 granted := {
 	"allow": true,
 	"rule": "issue",
-	"data": [["entitlements", input.match, input.audience]],
+	"data": [["entitlements", input.match, input.target]],
 	"scopes": scopes,
 	"ttl_ns": ttl_ns,
 	"binding": binding,
 } if {
 	input.action == "issue"
-	e := data.dayfly.entitlements[input.match][input.audience]
+	e := data.dayfly.entitlements[input.match][input.target]
 	scopes := object.get(input, "scopes", e.default_scopes)
 	not exceeds(scopes, e)
 	ttl_ns := object.get(input, "ttl_ns", e.ttl_ns)
@@ -64,13 +69,13 @@ granted := {
 granted := {
 	"allow": true,
 	"rule": "exchange",
-	"data": [["exchange", input.match, input.parent.audience, input.audience]],
+	"data": [["exchange", input.match, input.parent.audience, input.target]],
 	"scopes": scopes,
 	"ttl_ns": ttl_ns,
 	"binding": binding,
 } if {
 	input.action == "exchange"
-	e := data.dayfly.exchange[input.match][input.parent.audience][input.audience]
+	e := data.dayfly.exchange[input.match][input.parent.audience][input.target]
 	scopes := object.get(input, "scopes", passed_on(e))
 	not exceeds(scopes, e)
 	not nothing_left(scopes, e)
@@ -100,9 +105,9 @@ bindable(binding) if binding != "x5t"
 bindable("x5t") if input.caller.attestation == "x509"
 
 # The entry once more, for those who are told why not.
-entry := data.dayfly.entitlements[input.match][input.audience] if input.action == "issue"
+entry := data.dayfly.entitlements[input.match][input.target] if input.action == "issue"
 
-entry := data.dayfly.exchange[input.match][input.parent.audience][input.audience] if input.action == "exchange"
+entry := data.dayfly.exchange[input.match][input.parent.audience][input.target] if input.action == "exchange"
 
 asks_credential if input.action in {"issue", "exchange"}
 
@@ -112,13 +117,13 @@ denials contains {
 	"hint": "check the spelling, or ask the policy's owner to declare it",
 } if {
 	asks_credential
-	not data.dayfly.audiences[input.audience]
+	not data.dayfly.audiences[input.target]
 }
 
 denials contains {
 	"reason": "no_entitlement",
 	"message": sprintf("%s isn't entitled to credentials for %q", [input.caller.id, input.audience]),
-	"hint": sprintf("ask %s, who owns the audience", [data.dayfly.audiences[input.audience].owner]),
+	"hint": sprintf("ask %s, who owns the audience", [data.dayfly.audiences[input.target].owner]),
 } if {
 	input.action == "issue"
 	not entry
@@ -130,7 +135,7 @@ denials contains {
 		"%s may not exchange a credential for %q into one for %q",
 		[input.caller.id, input.parent.audience, input.audience],
 	),
-	"hint": sprintf("ask %s, who owns the audience", [data.dayfly.audiences[input.audience].owner]),
+	"hint": sprintf("ask %s, who owns the audience", [data.dayfly.audiences[input.target].owner]),
 } if {
 	input.action == "exchange"
 	not entry
@@ -265,6 +270,59 @@ denials contains {
 	some a in input.verifier.audiences
 	followable(a)
 	not stale_allowed(a)
+}
+
+# --- give_back: a holder ends its own credential. The broker's code checks the same.
+
+granted := {"allow": true, "rule": "give_back"} if {
+	input.action == "give_back"
+	holder == input.caller.id
+}
+
+holder := input.parent.lineage[count(input.parent.lineage) - 1].id if input.action == "give_back"
+
+denials contains {
+	"reason": "not_holder",
+	"message": sprintf("%s isn't the presenter of this credential", [input.caller.id]),
+	"hint": "only its presenter gives a credential back; operators revoke",
+} if {
+	input.action == "give_back"
+	not holder == input.caller.id
+}
+
+# --- introspect: whom a credential is for may ask about it, and who is listed
+
+granted := {"allow": true, "rule": "introspect_own", "data": [["audiences", input.parent.audience]]} if {
+	input.action == "introspect"
+	answers_to_it
+}
+
+granted := {"allow": true, "rule": "introspect", "data": [["introspectors", input.match]]} if {
+	input.action == "introspect"
+	not answers_to_it
+	listed
+}
+
+answers_to_it if input.parent.audience == input.caller.id
+
+answers_to_it if input.parent.audience in input.caller.names
+
+listed if data.dayfly.introspectors[input.match][input.parent.audience]
+
+listed if {
+	data.dayfly.introspectors[input.match]["*"]
+	data.dayfly.audiences[input.parent.audience]
+}
+
+denials contains {
+	"reason": "introspection_not_allowed",
+	"message": sprintf("%s may not introspect credentials for %q", [input.caller.id, input.parent.audience]),
+	"hint": "ask the policy's owner to list the audience under introspectors",
+	"metadata": {"audience": input.parent.audience},
+} if {
+	input.action == "introspect"
+	not answers_to_it
+	not listed
 }
 
 # --- operators

@@ -43,6 +43,11 @@ ask(id, action, more) := decision if {
 			"spiffe://td/shop/orders": {"follow": {"orders": true, "ledger": true}, "relay": true},
 			"spiffe://td/all": {"follow": {"*": true}, "relay": false},
 		}
+		with data.dayfly.introspectors as {
+			"spiffe://td/gateway": {"orders": true},
+			"spiffe://td/audit/*": {"*": true},
+			"spiffe://td/audit/off": {},
+		}
 		with data.dayfly.operators as {
 			"spiffe://td/ops/*": {"revoke": true, "list": true},
 			"spiffe://td/ops/intern": {},
@@ -88,6 +93,33 @@ test_every_missing_scope_is_named if {
 	not d.allow
 	some denial in d.denials
 	denial.metadata.scopes == "x y"
+}
+
+external := {"owner": "storage", "verified_by": "external", "identities": {}, "max_staleness_ns": 1, "on_stale": "refuse"}
+
+template := {
+	"scopes": {}, "default_scopes": [], "ttl_ns": minute, "max_ttl": "1m",
+	"binding": "none", "bindings": {"none": "none"},
+}
+
+by_template(id, audience) := decision if {
+	decision := testing.ask(id, "issue", {"audience": audience})
+		with data.dayfly.audiences as {"minio/{segment.1}": external, "minio/{segment.1}/{segment.2}": external, "minio/own": external}
+		with data.dayfly.entitlements as {"spiffe://td/*": {"minio/{segment.1}": template}}
+}
+
+why_not(id, audience) := {d.reason | some d in by_template(id, audience).denials}
+
+test_template_gives_each_its_own if {
+	by_template("spiffe://td/shop/web", "minio/shop").allow
+	by_template("spiffe://td/books", "minio/books").data == [["entitlements", "spiffe://td/*", "minio/{segment.1}"]]
+}
+
+test_template_gives_nobody_anothers if {
+	why_not("spiffe://td/shop/web", "minio/books") == {"audience_unknown"}
+	why_not("spiffe://td/shop/web", "minio/web") == {"audience_unknown"}
+	why_not("spiffe://td/own/web", "minio/own") == {"no_entitlement"}
+	why_not("spiffe://td/shop/web", "minio/shop/web") == {"no_entitlement"}
 }
 
 test_exchange if {
@@ -143,6 +175,36 @@ test_operators if {
 	reasons("spiffe://td/ops/alice", "lift", {}) == {"operator_not_allowed"}
 	reasons("spiffe://td/ops/intern", "revoke", {}) == {"operator_not_allowed"}
 	reasons("spiffe://td/shop/web", "list", {}) == {"not_operator"}
+}
+
+held(id) := {"parent": {"audience": "orders", "scopes": [], "lineage": [
+	{"id": "spiffe://td/shop/web", "grant": "g1", "key_id": "k"},
+	{"id": id, "grant": "g2", "key_id": "k"},
+]}}
+
+test_only_the_holder_gives_back if {
+	ask("spiffe://td/shop/orders", "give_back", held("spiffe://td/shop/orders")).allow
+	reasons("spiffe://td/shop/web", "give_back", held("spiffe://td/shop/orders")) == {"not_holder"}
+	reasons("spiffe://td/shop/web", "give_back", {"parent": {"audience": "orders", "scopes": [], "lineage": []}}) == {"not_holder"}
+}
+
+sent_to(audience) := {"parent": {"audience": audience, "scopes": [], "lineage": []}}
+
+test_introspect if {
+	ask("spiffe://td/shop/orders", "introspect", sent_to("orders")).allow
+	ask("spiffe://td/books/a", "introspect", sent_to("ledger")).allow
+	ask("spiffe://td/shop/web", "introspect", sent_to("spiffe://td/shop/web")).allow
+	ask("spiffe://td/gateway", "introspect", sent_to("orders")).allow
+	ask("spiffe://td/audit/a", "introspect", sent_to("ledger")).allow
+	ask("spiffe://td/audit/a", "introspect", sent_to("orders")).data == [["introspectors", "spiffe://td/audit/*"]]
+}
+
+test_introspect_denials if {
+	reasons("spiffe://td/shop/web", "introspect", sent_to("orders")) == {"introspection_not_allowed"}
+	reasons("spiffe://td/shop/orders", "introspect", sent_to("ledger")) == {"introspection_not_allowed"}
+	reasons("spiffe://td/gateway", "introspect", sent_to("ledger")) == {"introspection_not_allowed"}
+	reasons("spiffe://td/audit/a", "introspect", sent_to("nowhere")) == {"introspection_not_allowed"}
+	reasons("spiffe://td/audit/off", "introspect", sent_to("orders")) == {"introspection_not_allowed"}
 }
 
 test_unknown_action_denies if {

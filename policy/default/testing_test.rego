@@ -23,13 +23,13 @@ ask(id, action, more) := decision if {
 # reasons are those of a denial.
 reasons(id, action, more) := {d.reason | some d in ask(id, action, more).denials}
 
-question(id, action, more) := object.union(more, {
+question(id, action, more) := object.union(more, object.union(target(id, action, more), {
 	"action": action,
 	"caller": caller(id),
-	"match": match(id, action, more),
+	"match": object.get(entry(id, action, more), "match", match(id, action, more)),
 	"time_ns": 0,
 	"peer_address": "",
-})
+}))
 
 caller(id) := {
 	"id": id,
@@ -58,17 +58,61 @@ patterns(id) := array.concat([id], [p |
 # match is the most specific pattern that has an entry; empty if none has.
 default match(_, _, _) := ""
 
-match(id, "issue", more) := [p | some p in patterns(id); data.dayfly.entitlements[p][more.audience]][0]
-
-match(id, "exchange", more) := [p |
-	some p in patterns(id)
-	data.dayfly.exchange[p][more.parent.audience][more.audience]
-][0]
-
 match(id, action, _) := [p | some p in patterns(id); data.dayfly.verifiers[p]][0] if {
 	action in {"follow", "relay", "report"}
 }
 
+match(id, "introspect", _) := [p | some p in patterns(id); data.dayfly.introspectors[p]][0]
+
 match(id, action, _) := [p | some p in patterns(id); data.dayfly.operators[p]][0] if {
 	action in {"revoke", "revoke_everything", "lift", "lift_confirm", "list", "plan"}
 }
+
+# target is what the audience stands under in the data, where there is one.
+default target(_, _, _) := {}
+
+target(id, action, more) := {"target": object.get(entry(id, action, more), "target", keys(id, more.audience)[0])} if {
+	action in {"issue", "exchange"}
+}
+
+# entry is the first pattern that has one for the audience, and the audience's key there.
+default entry(_, _, _) := {}
+
+entry(id, "issue", more) := [{"match": p, "target": k} |
+	some p in patterns(id)
+	some k in keys(id, more.audience)
+	data.dayfly.entitlements[p][k]
+][0]
+
+entry(id, "exchange", more) := [{"match": p, "target": k} |
+	some p in patterns(id)
+	some k in keys(id, more.audience)
+	data.dayfly.exchange[p][more.parent.audience][k]
+][0]
+
+# keys are what an audience may stand under: its name, or else the templates that give
+# the name to the identity.
+keys(_, audience) := [audience] if data.dayfly.audiences[audience]
+
+keys(id, audience) := given if {
+	not data.dayfly.audiences[audience]
+	given := templates(id, audience)
+	count(given) > 0
+}
+
+keys(id, audience) := [audience] if {
+	not data.dayfly.audiences[audience]
+	count(templates(id, audience)) == 0
+}
+
+templates(id, audience) := sort([k |
+	some k, _ in data.dayfly.audiences
+	contains(k, "{")
+	strings.replace_n(values(id), k) == audience
+])
+
+# values are what the placeholders stand for.
+values(id) := object.union(
+	{"{trust_domain}": segments(id)[0], "{path}": concat("/", array.slice(segments(id), 1, 1000))},
+	{sprintf("{segment.%d}", [i]): s | some i, s in segments(id); i > 0},
+)

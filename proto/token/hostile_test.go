@@ -1,7 +1,9 @@
 package token_test
 
 import (
+	"crypto"
 	"crypto/hmac"
+	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/asn1"
@@ -28,7 +30,7 @@ type hostile struct {
 // may, for what a signature alone would stop proves nothing of the reader.
 type forge struct {
 	testing.TB
-	ed, es, stranger testKey
+	ed, es, rs, stranger testKey
 }
 
 func newForge(t testing.TB) forge {
@@ -36,11 +38,12 @@ func newForge(t testing.TB) forge {
 		TB:       t,
 		ed:       fixedKey(t, token.EdDSA, "vector-eddsa"),
 		es:       fixedKey(t, token.ES256, "vector-es256"),
+		rs:       fixedKey(t, token.RS256, "vector-rs256"),
 		stranger: fixedKey(t, token.ES256, "vector-stranger"),
 	}
 }
 
-func (f forge) known() func(token.KeyID) (token.PublicKey, bool) { return keySet(f.ed, f.es) }
+func (f forge) known() func(token.KeyID) (token.PublicKey, bool) { return keySet(f.ed, f.es, f.rs) }
 
 func (f forge) header(alg, kid string) string {
 	return fmt.Sprintf(`{"alg":%q,"kid":%q,"typ":"at+jwt"}`, alg, kid)
@@ -157,23 +160,29 @@ func (f forge) headers() []hostile {
 		return hostile{name: name, raw: f.ed.signRaw(f, header, f.payload()), want: want}
 	}
 	out := []hostile{
-		{name: "alg none", raw: b64(f.header("none", kid)) + "." + b64(f.payload()) + ".", want: "alg is neither ES256 nor EdDSA"},
-		{name: "HS256 with the public key as secret", raw: f.hmacWithPublicKey(), want: "alg is neither ES256 nor EdDSA"},
-		with("alg None", f.header("None", kid), "alg is neither ES256 nor EdDSA"),
-		with("alg NONE", f.header("NONE", kid), "alg is neither ES256 nor EdDSA"),
-		with("alg nOnE", f.header("nOnE", kid), "alg is neither ES256 nor EdDSA"),
-		with("alg none with a space", f.header("none ", kid), "alg is neither ES256 nor EdDSA"),
-		with("alg empty", f.header("", kid), "alg is neither ES256 nor EdDSA"),
-		with("alg null", f.replace(plain, `"EdDSA"`, `null`), "alg is neither ES256 nor EdDSA"),
-		with("alg Ed25519", f.header("Ed25519", kid), "alg is neither ES256 nor EdDSA"),
-		with("alg ES256K", f.header("ES256K", kid), "alg is neither ES256 nor EdDSA"),
-		with("alg dir", f.header("dir", kid), "alg is neither ES256 nor EdDSA"),
-		with("alg eddsa", f.header("eddsa", kid), "alg is neither ES256 nor EdDSA"),
-		with("alg ES384", f.header("ES384", kid), "alg is neither ES256 nor EdDSA"),
-		with("alg RS256", f.header("RS256", kid), "alg is neither ES256 nor EdDSA"),
+		{name: "alg none", raw: b64(f.header("none", kid)) + "." + b64(f.payload()) + ".", want: "alg is none of ES256, EdDSA and RS256"},
+		{name: "HS256 with the public key as secret", raw: f.hmacWithPublicKey(), want: "alg is none of ES256, EdDSA and RS256"},
+		with("alg None", f.header("None", kid), "alg is none of ES256, EdDSA and RS256"),
+		with("alg NONE", f.header("NONE", kid), "alg is none of ES256, EdDSA and RS256"),
+		with("alg nOnE", f.header("nOnE", kid), "alg is none of ES256, EdDSA and RS256"),
+		with("alg none with a space", f.header("none ", kid), "alg is none of ES256, EdDSA and RS256"),
+		with("alg empty", f.header("", kid), "alg is none of ES256, EdDSA and RS256"),
+		with("alg null", f.replace(plain, `"EdDSA"`, `null`), "alg is none of ES256, EdDSA and RS256"),
+		with("alg Ed25519", f.header("Ed25519", kid), "alg is none of ES256, EdDSA and RS256"),
+		with("alg ES256K", f.header("ES256K", kid), "alg is none of ES256, EdDSA and RS256"),
+		with("alg dir", f.header("dir", kid), "alg is none of ES256, EdDSA and RS256"),
+		with("alg eddsa", f.header("eddsa", kid), "alg is none of ES256, EdDSA and RS256"),
+		with("alg ES384", f.header("ES384", kid), "alg is none of ES256, EdDSA and RS256"),
+		with("alg RS256 with an EdDSA signature", f.header("RS256", kid), "signature is not 256 bytes"),
+		with("alg RS384", f.header("RS384", kid), "alg is none of ES256, EdDSA and RS256"),
+		with("alg PS256", f.header("PS256", kid), "alg is none of ES256, EdDSA and RS256"),
+		{name: "RS256 alg with an EdDSA key", raw: f.rs.signRaw(f, f.header("RS256", kid), f.payload()), want: "alg is not that of the key"},
+		{name: "RS256 alg with an ES256 key", raw: f.rs.signRaw(f, f.header("RS256", esKid), f.payload()), want: "alg is not that of the key"},
+		with("EdDSA alg with an RS256 key", f.header("EdDSA", f.rs.public.ID.String()), "alg is not that of the key"),
+		with("ES256 alg with an RS256 key", f.header("ES256", f.rs.public.ID.String()), "alg is not that of the key"),
 		with("EdDSA alg with an ES256 key", f.header("EdDSA", esKid), "alg is not that of the key"),
 		with("ES256 alg with an EdDSA key", f.header("ES256", kid), "alg is not that of the key"),
-		with("no alg", `{"kid":"`+kid+`","typ":"at+jwt"}`, "alg is neither ES256 nor EdDSA"),
+		with("no alg", `{"kid":"`+kid+`","typ":"at+jwt"}`, "alg is none of ES256, EdDSA and RS256"),
 		with("no kid", `{"alg":"EdDSA","typ":"at+jwt"}`, "kid is not 8 characters of base64url"),
 		with("no typ", `{"alg":"EdDSA","kid":"`+kid+`"}`, "typ is not at+jwt"),
 		with("kid as a path", f.header("EdDSA", "../../dev/null"), "kid is not 8 characters of base64url"),
@@ -441,6 +450,9 @@ func (f forge) signatures() []hostile {
 	}
 	es := f.es.signRaw(f, f.header("ES256", f.es.public.ID.String()), f.payload(func(c *token.Claims) { c.Lineage[1].Key = f.es.public.ID }))
 	esInput, esSig, _ := cutLast(es)
+	rs := f.rs.signRaw(f, f.header("RS256", f.rs.public.ID.String()), f.payload(func(c *token.Claims) { c.Lineage[1].Key = f.rs.public.ID }))
+	rsInput, _, _ := cutLast(rs)
+	modulus := f.rs.signer.Public().(*rsa.PublicKey).N
 	n := "_____wAAAAD__________7zm-q2nF56E87nKwvxjJVE" // the order of P-256
 	return []hostile{
 		bad("tampered payload", head+"."+b64(f.replace(f.payload(), "orders:write", "orders:admin"))+"."+sig),
@@ -449,10 +461,29 @@ func (f forge) signatures() []hostile {
 		bad("zero EdDSA signature", input+"."+strings.Repeat("A", 86)),
 		bad("zero ES256 signature", esInput+"."+strings.Repeat("A", 86)),
 		bad("ES256 signature of the order", esInput+"."+base64.RawURLEncoding.EncodeToString([]byte(unb64(f, n)+unb64(f, n)))),
+		bad("zero RS256 signature", rsInput+"."+b64(strings.Repeat("\x00", 256))),
+		bad("RS256 signature of one", rsInput+"."+b64(strings.Repeat("\x00", 255)+"\x01")), // m = 1 for every exponent
+		bad("RS256 signature of the modulus", rsInput+"."+b64(string(modulus.Bytes()))),
+		bad("RSA-PSS signature under RS256", rsInput+"."+b64(f.inPSS(rsInput))),
 		bad("r and s swapped", esInput+"."+swapHalves(f, esSig)),
 		bad("a stranger's signature under a known kid", f.stranger.signInput(f, esInput)),
 	}
 }
+
+// inPSS is the signature that PS256 would have.
+func (f forge) inPSS(input string) string {
+	sum := sha256.Sum256([]byte(input))
+	sig, err := rsa.SignPSS(constant{}, f.rs.signer.(*rsa.PrivateKey), crypto.SHA256, sum[:], &rsa.PSSOptions{SaltLength: 0})
+	if err != nil {
+		f.Fatal(err)
+	}
+	return string(sig)
+}
+
+// constant is no randomness: the vectors are the same in every run.
+type constant struct{}
+
+func (constant) Read(b []byte) (int, error) { return len(b), nil }
 
 func swapHalves(t testing.TB, sig string) string {
 	b := unb64(t, sig)

@@ -5,6 +5,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/ed25519"
 	"crypto/elliptic"
+	"crypto/rsa"
 	"crypto/sha256"
 	"encoding/base64"
 	"errors"
@@ -18,11 +19,19 @@ import (
 // An Algorithm is how a key signs. It belongs to the key.
 type Algorithm string
 
-// ES256 is the default: what cloud federation accepts. EdDSA is there by choice.
+// ES256 is the default: what cloud federation accepts, but for Azure, which takes RSA
+// alone. RS256 and EdDSA are there by choice.
 const (
 	ES256 Algorithm = "ES256"
 	EdDSA Algorithm = "EdDSA"
+	RS256 Algorithm = "RS256"
 )
+
+// RSABits is the size of every RS256 key.
+const RSABits = 2048
+
+// Valid reports whether a is one of the three.
+func (a Algorithm) Valid() bool { return a.method() != nil }
 
 func (a Algorithm) method() jwt.SigningMethod {
 	switch a {
@@ -30,8 +39,18 @@ func (a Algorithm) method() jwt.SigningMethod {
 		return jwt.SigningMethodES256
 	case EdDSA:
 		return jwt.SigningMethodEdDSA
+	case RS256:
+		return jwt.SigningMethodRS256
 	}
 	return nil
+}
+
+// signatureSize is that of the algorithm's every signature.
+func (a Algorithm) signatureSize() int {
+	if a == RS256 {
+		return RSABits / 8
+	}
+	return 64
 }
 
 // tokenType is the typ of RFC 9068 section 2.1. A JWT-SVID validator refuses it.
@@ -73,7 +92,7 @@ type Unsigned struct {
 // Encode makes the signing input of a token. It returns ErrTooLarge when the signed
 // token would exceed MaxBytes and ErrMalformed when the claims break a law.
 func Encode(c *Claims, alg Algorithm) (Unsigned, error) {
-	if alg.method() == nil {
+	if !alg.Valid() {
 		return Unsigned{}, fmt.Errorf("unknown algorithm %q", alg)
 	}
 	payload, err := c.MarshalJSON()
@@ -86,7 +105,7 @@ func Encode(c *Claims, alg Algorithm) (Unsigned, error) {
 	}
 	enc := base64.RawURLEncoding.EncodeToString
 	input := enc(head) + "." + enc(payload)
-	if n := len(input) + 1 + base64.RawURLEncoding.EncodedLen(signatureSize); n > MaxBytes {
+	if n := len(input) + 1 + base64.RawURLEncoding.EncodedLen(alg.signatureSize()); n > MaxBytes {
 		return Unsigned{}, fmt.Errorf("%w: %d bytes, at most %d", ErrTooLarge, n, MaxBytes)
 	}
 	return Unsigned{input, alg}, nil
@@ -95,8 +114,8 @@ func Encode(c *Claims, alg Algorithm) (Unsigned, error) {
 // Fingerprint returns the fingerprint of the token to be.
 func (u Unsigned) Fingerprint() Fingerprint { return sha256.Sum256([]byte(u.input)) }
 
-// Sign completes the token. The key is an *ecdsa.PrivateKey on P-256 or an
-// ed25519.PrivateKey, as the algorithm says.
+// Sign completes the token. The key is an *ecdsa.PrivateKey on P-256, an
+// ed25519.PrivateKey or an *rsa.PrivateKey, as the algorithm says.
 func (u Unsigned) Sign(key crypto.Signer) (Secret, error) {
 	var k any = key
 	sig, err := u.alg.method().Sign(u.input, k)
@@ -110,8 +129,11 @@ func (u Unsigned) Sign(key crypto.Signer) (Secret, error) {
 type PublicKey struct {
 	ID        KeyID
 	Algorithm Algorithm
-	Key       crypto.PublicKey // *ecdsa.PublicKey on P-256, or ed25519.PublicKey
+	Key       crypto.PublicKey // *ecdsa.PublicKey on P-256, ed25519.PublicKey, or *rsa.PublicKey of RSABits
 }
+
+// rsaExponent is the one that everybody's RSA keys have.
+const rsaExponent = 65537
 
 // NewPublicKey checks that the key fits its algorithm and derives its ID.
 func NewPublicKey(alg Algorithm, key crypto.PublicKey) (PublicKey, error) {
@@ -121,6 +143,8 @@ func NewPublicKey(alg Algorithm, key crypto.PublicKey) (PublicKey, error) {
 		ok = alg == ES256 && k != nil && k.Curve == elliptic.P256()
 	case ed25519.PublicKey:
 		ok = alg == EdDSA && len(k) == ed25519.PublicKeySize
+	case *rsa.PublicKey:
+		ok = alg == RS256 && k != nil && k.N != nil && k.N.BitLen() == RSABits && k.E == rsaExponent
 	}
 	if !ok {
 		return PublicKey{}, fmt.Errorf("a %T is no key for %s", key, alg)
@@ -180,9 +204,6 @@ type parts struct {
 	signature []byte
 }
 
-// signatureSize is that of either algorithm.
-const signatureSize = 64
-
 func split(raw string) (p parts, err error) {
 	if len(raw) > MaxBytes {
 		return p, malformed("token", fmt.Sprintf("is longer than %d bytes", MaxBytes))
@@ -202,8 +223,8 @@ func split(raw string) (p parts, err error) {
 	if p.signature, err = decode(raw[dot+1:]); err != nil {
 		return p, malformed("signature", "is not base64url")
 	}
-	if len(p.signature) != signatureSize {
-		return p, malformed("signature", fmt.Sprintf("is not %d bytes", signatureSize))
+	if size := p.alg.signatureSize(); len(p.signature) != size {
+		return p, malformed("signature", fmt.Sprintf("is not %d bytes", size))
 	}
 	return p, nil
 }
@@ -222,8 +243,8 @@ func parseHeader(s string) (Algorithm, KeyID, error) {
 	if h.Type != tokenType {
 		return "", KeyID{}, malformed("typ", "is not "+tokenType)
 	}
-	if h.Algorithm.method() == nil {
-		return "", KeyID{}, malformed("alg", "is neither ES256 nor EdDSA")
+	if !h.Algorithm.Valid() {
+		return "", KeyID{}, malformed("alg", "is none of ES256, EdDSA and RS256")
 	}
 	kid, err := ParseKeyID(h.KeyID)
 	if err != nil {

@@ -5,6 +5,8 @@ import (
 	"crypto/ecdsa"
 	"crypto/ed25519"
 	"crypto/elliptic"
+	"crypto/hkdf"
+	"crypto/rsa"
 	"crypto/sha256"
 	"encoding/base64"
 	"errors"
@@ -12,6 +14,7 @@ import (
 	"math/big"
 	"reflect"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -39,6 +42,8 @@ func fixedKey(t testing.TB, alg token.Algorithm, name string) testKey {
 			t.Fatal(err)
 		}
 		signer = key
+	case token.RS256:
+		signer = fixedRSA(t, seed)
 	}
 	public, err := token.NewPublicKey(alg, signer.Public())
 	if err != nil {
@@ -46,6 +51,44 @@ func fixedKey(t testing.TB, alg token.Algorithm, name string) testKey {
 	}
 	return testKey{public, signer}
 }
+
+// fixedRSA makes a key from a seed, which the library doesn't: its primes are the first
+// above what the seed is stretched to.
+func fixedRSA(t testing.TB, seed [32]byte) *rsa.PrivateKey {
+	t.Helper()
+	if key, ok := fixedRSAs.Load(seed); ok {
+		return key.(*rsa.PrivateKey)
+	}
+	e := big.NewInt(65537)
+	prime := func(name string) *big.Int {
+		stretched, err := hkdf.Expand(sha256.New, seed[:], name, token.RSABits/16)
+		if err != nil {
+			t.Fatal(err)
+		}
+		stretched[0] |= 0xc0 // so that two of them make a modulus of full length
+		stretched[len(stretched)-1] |= 1
+		p := new(big.Int).SetBytes(stretched)
+		for two := big.NewInt(2); !p.ProbablyPrime(20) || new(big.Int).GCD(nil, nil, e, new(big.Int).Sub(p, big.NewInt(1))).Cmp(big.NewInt(1)) != 0; {
+			p.Add(p, two)
+		}
+		return p
+	}
+	p, q := prime("p"), prime("q")
+	one := big.NewInt(1)
+	phi := new(big.Int).Mul(new(big.Int).Sub(p, one), new(big.Int).Sub(q, one))
+	key := &rsa.PrivateKey{
+		PublicKey: rsa.PublicKey{N: new(big.Int).Mul(p, q), E: int(e.Int64())},
+		D:         new(big.Int).ModInverse(e, phi), Primes: []*big.Int{p, q},
+	}
+	key.Precompute()
+	if err := key.Validate(); err != nil {
+		t.Fatal(err)
+	}
+	fixedRSAs.Store(seed, key)
+	return key
+}
+
+var fixedRSAs sync.Map // each takes a while
 
 // signRaw signs any header and payload, as only the key's holder (or thief) can.
 func (k testKey) signRaw(t testing.TB, header, payload string) string {
@@ -71,6 +114,13 @@ func (k testKey) signature(t testing.TB, input string) []byte {
 		}
 		r, s := splitDER(t, der)
 		return append(r.FillBytes(make([]byte, 32)), s.FillBytes(make([]byte, 32))...)
+	case *rsa.PrivateKey:
+		sum := sha256.Sum256([]byte(input))
+		sig, err := rsa.SignPKCS1v15(nil, key, crypto.SHA256, sum[:])
+		if err != nil {
+			t.Fatal(err)
+		}
+		return sig
 	}
 	t.Fatalf("no signature with a %T", k.signer)
 	return nil
@@ -152,7 +202,7 @@ func sign(t testing.TB, c *token.Claims, k testKey) string {
 }
 
 func TestRoundTrip(t *testing.T) {
-	for _, alg := range []token.Algorithm{token.ES256, token.EdDSA} {
+	for _, alg := range []token.Algorithm{token.ES256, token.EdDSA, token.RS256} {
 		for members := 1; members <= token.MaxDepth; members++ {
 			k := fixedKey(t, alg, "round trip")
 			want := claims(t, k.public.ID, members)
@@ -211,7 +261,12 @@ func longID(t testing.TB, i, length int) spiffeid.ID {
 
 // TestTooLarge walks to the very edge: what Encode allows Parse reads.
 func TestTooLarge(t *testing.T) {
-	k := fixedKey(t, token.ES256, "size")
+	for _, alg := range []token.Algorithm{token.ES256, token.RS256} {
+		t.Run(string(alg), func(t *testing.T) { tooLarge(t, fixedKey(t, alg, "size")) })
+	}
+}
+
+func tooLarge(t *testing.T, k testKey) {
 	fitted := 0
 	for n := 1; n <= 2*token.MaxBytes; n++ {
 		c := claims(t, k.public.ID, 1)
@@ -222,7 +277,7 @@ func TestTooLarge(t *testing.T) {
 		if len(c.Scopes) > token.MaxScopes {
 			break
 		}
-		u, err := token.Encode(c, token.ES256)
+		u, err := token.Encode(c, k.public.Algorithm)
 		if err != nil {
 			if !errors.Is(err, token.ErrTooLarge) {
 				t.Fatalf("%d characters of scopes: %v, want ErrTooLarge", n, err)
@@ -357,6 +412,7 @@ func TestEdges(t *testing.T) {
 func TestNewPublicKeyRefuses(t *testing.T) {
 	ed := fixedKey(t, token.EdDSA, "a").signer.Public()
 	ec := fixedKey(t, token.ES256, "a").signer.Public()
+	rs := fixedKey(t, token.RS256, "a").signer.Public().(*rsa.PublicKey)
 	p384, err := ecdsa.GenerateKey(elliptic.P384(), strings.NewReader(strings.Repeat("x", 4096)))
 	if err != nil {
 		t.Fatal(err)
@@ -371,6 +427,15 @@ func TestNewPublicKeyRefuses(t *testing.T) {
 		{"P-384", token.ES256, p384.Public()},
 		{"short Ed25519", token.EdDSA, ed.(ed25519.PublicKey)[:31]},
 		{"nil", token.ES256, (*ecdsa.PublicKey)(nil)},
+		{"P-256 for RS256", token.RS256, ec},
+		{"RSA for ES256", token.ES256, rs},
+		{"RSA for EdDSA", token.EdDSA, rs},
+		{"RSA of 2047 bits", token.RS256, &rsa.PublicKey{N: new(big.Int).Rsh(rs.N, 1), E: rs.E}},
+		{"RSA of 4096 bits", token.RS256, &rsa.PublicKey{N: new(big.Int).Mul(rs.N, rs.N), E: rs.E}},
+		{"RSA with the exponent 3", token.RS256, &rsa.PublicKey{N: rs.N, E: 3}},
+		{"RSA without a modulus", token.RS256, &rsa.PublicKey{E: rs.E}},
+		{"nil RSA", token.RS256, (*rsa.PublicKey)(nil)},
+		{"PS256", "PS256", rs},
 		{"HS256", "HS256", []byte("secret")},
 		{"none", "none", nil},
 	} {

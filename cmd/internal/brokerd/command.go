@@ -54,14 +54,14 @@ func initCommand(name string) *cobra.Command {
 
 func serveCommand(name string) *cobra.Command {
 	var path string
-	var announce bool
+	var announce, takeOver bool
 	var disregard, reason string
 	cmd := &cobra.Command{
 		Use:   "serve",
 		Short: "serve until told to stop",
 		Long: "Serve until SIGINT or SIGTERM, then finish what was promised and stop.\n" +
 			"Logs are JSON on standard error. deploy/broker.yaml explains every key of the configuration.",
-		Example: "  " + name + " serve --config /etc/dayfly/broker.yaml",
+		Example: "  " + name + " serve --config /etc/dayfly/broker.yaml\n  " + name + " serve --take-over",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := load(path)
@@ -73,6 +73,9 @@ func serveCommand(name string) *cobra.Command {
 			}
 			if cfg.Disregard, err = signedHead(disregard); err != nil {
 				return config.UsageError{Err: fmt.Errorf("--disregard-signed-heads: %w", err)}
+			}
+			if cfg.TakeOver = takeOver; takeOver && cfg.Listen.BreakGlass == "" {
+				return config.UsageError{Err: errors.New("--take-over asks the running broker at listen.break_glass, which the configuration lacks")}
 			}
 			if cfg.DisregardReason = reason; (disregard == "") != (reason == "") {
 				return config.UsageError{Err: errors.New("--disregard-signed-heads and --reason go together")}
@@ -86,6 +89,7 @@ func serveCommand(name string) *cobra.Command {
 	}
 	cmd.Flags().StringVarP(&path, "config", "c", "/etc/dayfly/broker.yaml", "configuration file (YAML)")
 	cmd.Flags().BoolVar(&announce, "announce", false, "print the addresses as one line of JSON on standard output once serving")
+	cmd.Flags().BoolVar(&takeOver, "take-over", false, "take over from the broker that serves: have it publish this process's signing key,\nwait until readers of the JWK set know it, tell that broker to stop, and serve;\nan ordinary start if none serves (docs/operations.md, A planned restart)")
 	cmd.Flags().StringVar(&disregard, "disregard-signed-heads", "", "ERA/NUMBER: go on although the log lacks what verifiers show up to there;\nafter an operator has looked (docs/operations.md, When a broker is silent)")
 	cmd.Flags().StringVar(&reason, "reason", "", "why, for the audit")
 	return cmd

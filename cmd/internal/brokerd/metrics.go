@@ -6,6 +6,7 @@ import (
 	"github.com/dayflyhq/dayfly/broker"
 	"github.com/dayflyhq/dayfly/broker/boltstore"
 	"github.com/dayflyhq/dayfly/broker/rpc"
+	"github.com/dayflyhq/dayfly/policy"
 	"github.com/prometheus/client_golang/prometheus"
 )
 
@@ -36,7 +37,7 @@ func newMetrics(r *prometheus.Registry) *metrics {
 			Name: "dayfly_store_operations_total", Help: "Operations that group commits carried, by kind.",
 		}, []string{"kind"}),
 		reloads: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "dayfly_policy_reloads_total", Help: "Reloads of the policy folder, by outcome.",
+			Name: "dayfly_policy_reloads_total", Help: "Reloads of policy that changed something or failed, by outcome.",
 		}, []string{"outcome"}),
 	}
 	r.MustRegister(m.decisions, m.alerts, m.commits, m.carried, m.reloads)
@@ -108,6 +109,34 @@ func (m *metrics) watchConnections(s *rpc.Server) {
 	}
 	closed("crowded", func(c rpc.ConnectionCounts) uint64 { return c.Crowded })
 	closed("bound", func(c rpc.ConnectionCounts) uint64 { return c.Refused })
+}
+
+// policyInfo tells which policy is in force: one series, with its revision as a label,
+// which only who writes policy chooses.
+type policyInfo struct {
+	desc   *prometheus.Desc
+	status func() policy.Status
+}
+
+func (p policyInfo) Describe(ch chan<- *prometheus.Desc) { ch <- p.desc }
+
+func (p policyInfo) Collect(ch chan<- prometheus.Metric) {
+	if st := p.status(); st.Generation > 0 {
+		ch <- prometheus.MustNewConstMetric(p.desc, prometheus.GaugeValue, float64(st.LoadedAt.Unix()), st.Revision)
+	}
+}
+
+func (m *metrics) watchPolicy(status func() policy.Status) {
+	m.registry.MustRegister(policyInfo{
+		prometheus.NewDesc("dayfly_policy_info", "Revision of the policy in force; the value is when it came into force, in Unix time.", []string{"revision"}, nil), status,
+	}, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "dayfly_policy_stale", Help: "1 while the source of policy holds nothing that can be taken: the last good policy is in force, or none.",
+	}, func() float64 {
+		if status().Err != nil {
+			return 1
+		}
+		return 0
+	}))
 }
 
 // watchUses counts what verifiers reported.

@@ -3,6 +3,7 @@ package brokerd
 import (
 	"context"
 	"errors"
+	"fmt"
 	"time"
 
 	"github.com/dayflyhq/dayfly/broker"
@@ -41,7 +42,7 @@ func (d decider) Decide(ctx context.Context, q broker.Question) (broker.Decision
 	}
 	out := broker.Decision{
 		Allow: got.Allow, Scopes: got.Scopes, TTL: got.TTL, Binding: token.Binding(got.Binding),
-		Rule: got.Rule, Data: got.Data, Limits: broker.Limits(got.Limits), SecondPerson: broker.SecondPerson(got.SecondPerson),
+		Rule: got.Rule, Data: got.Data, Revision: got.Revision, Limits: broker.Limits(got.Limits), SecondPerson: broker.SecondPerson(got.SecondPerson),
 	}
 	if !got.Allow && len(got.Denials) > 0 {
 		first := got.Denials[0]
@@ -66,17 +67,52 @@ func input(q broker.Question) policy.Input {
 		}
 	}
 	if q.Action == broker.ActionFollow || q.Action == broker.ActionRelay {
-		in.Verifier = policy.Verifier{Audiences: q.Audiences, MaxStaleness: q.MaxStaleness, OnStale: policy.OnStaleRefuse}
-		if q.AcceptsStale {
-			in.Verifier.OnStale = policy.OnStaleAccept
-		}
+		in.Verifier = verifier(q.Audiences, q.MaxStaleness, q.AcceptsStale)
 	}
 	return in
 }
 
-func caller(c broker.Caller, now time.Time) policy.Caller {
-	return policy.Caller{
-		ID: c.ID, Attestation: policy.AttestationX509, SVIDSerial: c.Leaf.SerialNumber.Text(16),
-		SVIDAge: now.Sub(c.Leaf.NotBefore), SVIDRemaining: c.Leaf.NotAfter.Sub(now),
+func verifier(audiences []string, bound time.Duration, acceptsStale bool) policy.Verifier {
+	v := policy.Verifier{Audiences: audiences, MaxStaleness: bound, OnStale: policy.OnStaleRefuse}
+	if acceptsStale {
+		v.OnStale = policy.OnStaleAccept
 	}
+	return v
+}
+
+func caller(c broker.Caller, now time.Time) policy.Caller {
+	from, until := c.Attested()
+	out := policy.Caller{ID: c.ID, Attestation: policy.AttestationJWT, SVIDAge: now.Sub(from), SVIDRemaining: until.Sub(now)}
+	if c.Leaf != nil {
+		out.Attestation, out.SVIDSerial = policy.AttestationX509, c.Leaf.SerialNumber.Text(16)
+	}
+	return out
+}
+
+// Question puts a recorded question as the broker put it: input, from the audit.
+func Question(actor string, a broker.Asked) (policy.Input, error) {
+	id, err := spiffeid.FromString(actor)
+	if err != nil {
+		return policy.Input{}, fmt.Errorf("the actor: %w", err)
+	}
+	in := policy.Input{
+		Action: policy.Action(a.Action), Caller: policy.Caller{ID: id, Attestation: a.Attestation}, Time: a.Time, PeerAddress: a.Peer,
+		Audience: a.Audience, Scopes: a.Scopes, TTL: a.TTL, Binding: string(a.Binding), Selectors: a.Selectors, Lock: string(a.Lock),
+	}
+	in.Caller.SVIDSerial = a.SVID.Serial
+	in.Caller.SVIDAge, in.Caller.SVIDRemaining = a.Time.Sub(a.SVID.NotBefore), a.SVID.NotAfter.Sub(a.Time)
+	if p := a.Parent; p != nil {
+		in.ParentAudience, in.ParentScopes = p.Audience, p.Scopes
+		for _, m := range p.Lineage {
+			id, err := spiffeid.FromString(m.Identity)
+			if err != nil {
+				return policy.Input{}, fmt.Errorf("the lineage: %w", err)
+			}
+			in.Lineage = append(in.Lineage, policy.Member{ID: id, Grant: m.Grant, KeyID: m.Key})
+		}
+	}
+	if v := a.Verifier; v != nil {
+		in.Verifier = verifier(v.Audiences, v.MaxStaleness, v.AcceptsStale)
+	}
+	return in, nil
 }

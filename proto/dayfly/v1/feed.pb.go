@@ -1375,7 +1375,7 @@ type KeyEvent struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// 8 characters.
 	KeyId string `protobuf:"bytes,1,opt,name=key_id,json=keyId,proto3" json:"key_id,omitempty"`
-	// "ES256" or "EdDSA".
+	// "ES256", "EdDSA" or "RS256".
 	Algorithm string `protobuf:"bytes,2,opt,name=algorithm,proto3" json:"algorithm,omitempty"`
 	// DER SubjectPublicKeyInfo.
 	PublicKey []byte `protobuf:"bytes,3,opt,name=public_key,json=publicKey,proto3" json:"public_key,omitempty"`

@@ -882,8 +882,11 @@ func (x *LiftResponse) GetLifted() bool {
 type ListRevocationsRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// At most 1,000; 0: 100.
-	PageSize      int32  `protobuf:"varint,1,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
-	PageToken     string `protobuf:"bytes,2,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	PageSize  int32  `protobuf:"varint,1,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
+	PageToken string `protobuf:"bytes,2,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	// Also those of credentials that their holders gave back early, which are many and no
+	// operator's doing.
+	GivenBack     bool `protobuf:"varint,3,opt,name=given_back,json=givenBack,proto3" json:"given_back,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -930,6 +933,13 @@ func (x *ListRevocationsRequest) GetPageToken() string {
 		return x.PageToken
 	}
 	return ""
+}
+
+func (x *ListRevocationsRequest) GetGivenBack() bool {
+	if x != nil {
+		return x.GivenBack
+	}
+	return false
 }
 
 type ListRevocationsResponse struct {
@@ -1717,11 +1727,13 @@ const file_dayfly_v1_revocation_proto_rawDesc = "" +
 	"\x0fidempotency_key\x18\x03 \x01(\tR\x0eidempotencyKey\"K\n" +
 	"\fLiftResponse\x12#\n" +
 	"\x04lift\x18\x01 \x01(\v2\x0f.dayfly.v1.LiftR\x04lift\x12\x16\n" +
-	"\x06lifted\x18\x02 \x01(\bR\x06lifted\"T\n" +
+	"\x06lifted\x18\x02 \x01(\bR\x06lifted\"s\n" +
 	"\x16ListRevocationsRequest\x12\x1b\n" +
 	"\tpage_size\x18\x01 \x01(\x05R\bpageSize\x12\x1d\n" +
 	"\n" +
-	"page_token\x18\x02 \x01(\tR\tpageToken\"z\n" +
+	"page_token\x18\x02 \x01(\tR\tpageToken\x12\x1d\n" +
+	"\n" +
+	"given_back\x18\x03 \x01(\bR\tgivenBack\"z\n" +
 	"\x17ListRevocationsResponse\x127\n" +
 	"\vrevocations\x18\x01 \x03(\v2\x15.dayfly.v1.RevocationR\vrevocations\x12&\n" +
 	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"2\n" +

@@ -59,7 +59,8 @@ type RevocationServiceClient interface {
 	// Errors: NOT_FOUND (no such standing lock), FAILED_PRECONDITION (the proposer
 	// can't confirm).
 	Lift(ctx context.Context, in *LiftRequest, opts ...grpc.CallOption) (*LiftResponse, error)
-	// ListRevocations shows revocations, newest first. Action "list".
+	// ListRevocations shows revocations, newest first; what holders gave back only where
+	// asked for. Action "list".
 	ListRevocations(ctx context.Context, in *ListRevocationsRequest, opts ...grpc.CallOption) (*ListRevocationsResponse, error)
 	// GetRevocation shows one with its containment as of now. Action "list".
 	// Errors: NOT_FOUND.
@@ -190,7 +191,8 @@ type RevocationServiceServer interface {
 	// Errors: NOT_FOUND (no such standing lock), FAILED_PRECONDITION (the proposer
 	// can't confirm).
 	Lift(context.Context, *LiftRequest) (*LiftResponse, error)
-	// ListRevocations shows revocations, newest first. Action "list".
+	// ListRevocations shows revocations, newest first; what holders gave back only where
+	// asked for. Action "list".
 	ListRevocations(context.Context, *ListRevocationsRequest) (*ListRevocationsResponse, error)
 	// GetRevocation shows one with its containment as of now. Action "list".
 	// Errors: NOT_FOUND.

@@ -539,7 +539,9 @@ type Revocation struct {
 	// Set once the lock was lifted. The revocation stays in force.
 	Lift *Lift `protobuf:"bytes,9,opt,name=lift,proto3" json:"lift,omitempty"`
 	// Who proposed it, where it took two persons: actor is who confirmed.
-	Proposal      *Proposal `protobuf:"bytes,10,opt,name=proposal,proto3" json:"proposal,omitempty"`
+	Proposal *Proposal `protobuf:"bytes,10,opt,name=proposal,proto3" json:"proposal,omitempty"`
+	// The holder of the credential gave it back early: actor is the holder, and no operator.
+	GivenBack     bool `protobuf:"varint,11,opt,name=given_back,json=givenBack,proto3" json:"given_back,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -642,6 +644,13 @@ func (x *Revocation) GetProposal() *Proposal {
 		return x.Proposal
 	}
 	return nil
+}
+
+func (x *Revocation) GetGivenBack() bool {
+	if x != nil {
+		return x.GivenBack
+	}
+	return false
 }
 
 // Proposal is the consent of the first of two persons.
@@ -992,7 +1001,7 @@ const file_dayfly_v1_types_proto_rawDesc = "" +
 	"\bidentity\x18\x01 \x01(\tR\bidentity\x12\x14\n" +
 	"\x05grant\x18\x02 \x01(\tR\x05grant\x12\x15\n" +
 	"\x06key_id\x18\x03 \x01(\tR\x05keyId\x12\x12\n" +
-	"\x04svid\x18\x04 \x01(\tR\x04svid\"\xcb\x03\n" +
+	"\x04svid\x18\x04 \x01(\tR\x04svid\"\xea\x03\n" +
 	"\n" +
 	"Revocation\x12/\n" +
 	"\bposition\x18\x01 \x01(\v2\x13.dayfly.v1.PositionR\bposition\x121\n" +
@@ -1006,7 +1015,9 @@ const file_dayfly_v1_types_proto_rawDesc = "" +
 	"\x04time\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12#\n" +
 	"\x04lift\x18\t \x01(\v2\x0f.dayfly.v1.LiftR\x04lift\x12/\n" +
 	"\bproposal\x18\n" +
-	" \x01(\v2\x13.dayfly.v1.ProposalR\bproposal\"\xc3\x01\n" +
+	" \x01(\v2\x13.dayfly.v1.ProposalR\bproposal\x12\x1d\n" +
+	"\n" +
+	"given_back\x18\v \x01(\bR\tgivenBack\"\xc3\x01\n" +
 	"\bProposal\x12\x14\n" +
 	"\x05actor\x18\x01 \x01(\tR\x05actor\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12.\n" +
