@@ -23,6 +23,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/aws/aws-sdk-go-v2/config"
 	"github.com/dayflyhq/dayfly/e2e/sandbox"
 	"github.com/dayflyhq/dayfly/sdk"
 	"github.com/minio/minio-go/v7"
@@ -138,6 +139,24 @@ func TestMinIO(t *testing.T) {
 		}
 		put(t, m.static(t, ends), errEnded)
 		put(t, m.static(t, outlives), nil)
+	})
+	t.Run("AWS's SDK", func(t *testing.T) {
+		file := filepath.Join(t.TempDir(), "minio.jwt")
+		if err := os.WriteFile(file, []byte(writer.Token.Reveal()), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		for name, value := range map[string]string{ // docs/federation/aws.md
+			"AWS_ROLE_ARN": roleARN("minio/payments"), "AWS_WEB_IDENTITY_TOKEN_FILE": file, "AWS_ROLE_SESSION_NAME": "payments",
+			"AWS_ENDPOINT_URL_STS": "http://" + m.addr, "AWS_REGION": "us-east-1",
+			"AWS_CONFIG_FILE": os.DevNull, "AWS_SHARED_CREDENTIALS_FILE": os.DevNull, "AWS_EC2_METADATA_DISABLED": "true",
+		} {
+			t.Setenv(name, value)
+		}
+		got := must(must(config.LoadDefaultConfig(ctx))(t).Credentials.Retrieve(ctx))(t)
+		put(t, m.static(t, credentials.Value{AccessKeyID: got.AccessKeyID, SecretAccessKey: got.SecretAccessKey, SessionToken: got.SessionToken}), nil)
+		if !got.CanExpire || got.Expires.After(writer.Expires) {
+			t.Errorf("the session ends at %s, the token at %s", got.Expires, writer.Expires)
+		}
 	})
 	t.Run("revoked", func(t *testing.T) {
 		said, err := b.dayfly(t, sandbox.Alice, "revoke", "--identity", sandbox.Payments.String(), "--reason", "found in a ticket", "--yes", "--wait", "5s")
