@@ -390,7 +390,6 @@ func (d *daemon) startPublic(r *running) (serving func(), err error) {
 		return nil, err
 	}
 	servers := []*rpc.Server{main}
-	d.metrics.watchConnections(main)
 	if err := d.startGRPC(r, main, &d.cfg.Listen.GRPC); err != nil {
 		return nil, err
 	}
