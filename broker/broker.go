@@ -226,7 +226,11 @@ func (b *Broker) follow(ctx context.Context, until uint64) error {
 		if until > 0 {
 			recorded = rec.Details.Time
 		}
-		if err := b.state.apply(rec, b.cfg.Boot(), recorded, b.verifier(ctx)); err != nil {
+		horizon, err := b.explains(ctx, rec)
+		if err != nil {
+			return err
+		}
+		if err := b.state.apply(rec, horizon, b.cfg.Boot(), recorded, b.verifier(ctx)); err != nil {
 			return err
 		}
 		if until > 0 && rec.Seq >= until {
@@ -239,6 +243,19 @@ func (b *Broker) follow(ctx context.Context, until uint64) error {
 		}
 	}
 	return nil
+}
+
+// explains returns the horizon of what is missing before a record: another broker has
+// pruned the store while this one was behind.
+func (b *Broker) explains(ctx context.Context, rec Record) (feed.Position, error) {
+	if rec.Seq <= b.Head().Seq+1 {
+		return feed.Position{}, nil
+	}
+	st, err := b.cfg.Store.State(ctx)
+	if err != nil {
+		return feed.Position{}, fmt.Errorf("reading the horizon: %w", err)
+	}
+	return st.Horizon, nil
 }
 
 // Head returns the newest position that this broker has applied.

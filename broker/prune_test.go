@@ -335,3 +335,30 @@ func TestHorizonRefusesNoLiveToken(t *testing.T) {
 		})
 	})
 }
+
+// TestHoleOfOthers: a broker that was behind while another pruned their store learns the
+// horizon with the hole that it explains, and so do those who follow it.
+func TestHoleOfOthers(t *testing.T) {
+	w := newWorld(t)
+	behind := w.newBroker()
+	if err := behind.Load(ctx); err != nil {
+		t.Fatal(err)
+	}
+	w.revoke(broker.LockNone, revocation.Identity(id("gone")))
+	last := w.revoke(broker.LockNone, revocation.Identity(id("last")))
+	w.clock.elapse(broker.ForgetAfter + 1)
+	w.prune()
+	next := w.revoke(broker.LockNone, revocation.Identity(id("next")))
+	if err := behind.ApplyUntil(ctx, next.Seq); err != nil {
+		t.Fatal(err)
+	}
+	f, err := behind.Subscribe(ctx, w.caller("orders"), broker.Subscriber{Instance: "instance-1", Audiences: []string{"orders"}, MaxStaleness: time.Second})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	d, ok, _ := f.Next(100)
+	if !ok || d.Horizon.Seq != last.Seq || d.Position.Seq != next.Seq {
+		t.Errorf("delivered %+v, want the horizon %d with what is left up to %d", d, last.Seq, next.Seq)
+	}
+}

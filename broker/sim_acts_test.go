@@ -52,12 +52,15 @@ func (s *sim) act() {
 func (s *sim) random(r *rand.Rand) {
 	b := s.brokers[r.IntN(len(s.brokers))]
 	f := s.followers()[r.IntN(len(s.followers()))]
+	if r.IntN(3) == 0 { // what happens to a relay, happens to many
+		f = &s.relays[r.IntN(len(s.relays))].simFollower
+	}
 	op := s.brokers[0] // that operators use: others are behind until they hear of it
 	if r.IntN(5) == 0 {
 		op = b
 	}
 	some := func(d time.Duration) time.Duration { return time.Duration(r.Int64N(int64(d))) }
-	switch n := r.IntN(100); {
+	switch n := r.IntN(122); {
 	case n < 26:
 		s.meanwhile(r)
 		s.issue(b, r)
@@ -67,7 +70,9 @@ func (s *sim) random(r *rand.Rand) {
 		s.exchange(b, r)
 		s.asking, s.inside = nil, nil
 	case n < 53:
-		s.revoke(op, r)
+		if !s.calm || r.IntN(4) == 0 {
+			s.revoke(op, r)
+		}
 	case n < 57:
 		s.lift(op, r)
 	case n < 60:
@@ -82,7 +87,11 @@ func (s *sim) random(r *rand.Rand) {
 	case n < 63:
 		s.restart(f)
 	case n < 68:
-		s.note("%s is cut off", f.name)
+		if r.IntN(3) == 0 {
+			f.alone = s.now + some(90*time.Second)
+			s.after(f.alone-s.now, func() {})
+		}
+		s.note("%s is cut off for %s", f.name, max(0, f.alone-s.now))
 		f.cut()
 	case n < 73:
 		if f.stream != nil {
@@ -103,7 +112,11 @@ func (s *sim) random(r *rand.Rand) {
 	case n < 87:
 		s.thief(op, r)
 	case n < 88:
-		s.foreignKey(op)
+		if r.IntN(2) == 0 {
+			s.again(op, r)
+		} else {
+			s.foreignKey(op)
+		}
 	case n < 90:
 		if op.up() && r.IntN(2) == 0 {
 			op.newKey()
@@ -118,11 +131,14 @@ func (s *sim) random(r *rand.Rand) {
 		}
 	case n < 97:
 		s.note("a long time passes")
-		longest := time.Hour
-		if r.IntN(2) == 0 {
-			longest = 5 * time.Minute // about when records are forgotten
+		long := time.Hour + some(time.Hour)
+		switch r.IntN(3) {
+		case 0:
+			long = time.Hour + some(5*time.Minute) // about when records are forgotten
+		case 1:
+			long = 55*time.Minute + some(6*time.Minute) // what was issued just before lives on
 		}
-		s.jump(time.Hour + some(longest))
+		s.jump(long)
 		for _, b := range s.brokers {
 			if b.up() {
 				_ = b.catchUp()
@@ -130,17 +146,62 @@ func (s *sim) random(r *rand.Rand) {
 			}
 		}
 	case n < 98:
-		s.lastStore, s.lastTruth = s.store.Clone(), s.simTruth.clone()
-		s.note("somebody keeps a copy of the store at %s", s.head())
+		s.keepCopy()
 	case n < 99:
-		s.putBack(r.IntN(2) == 0)
-	default:
+		if r.IntN(3) == 0 {
+			s.putBack()
+		} else {
+			s.restore(r)
+		}
+	case n < 102:
 		s.raise(f)
+	case n < 108:
+		if !s.calm {
+			s.second(op, r)
+		}
+	case n < 113:
+		for range 3 {
+			if len(s.tokens) > 0 {
+				k := s.tokens[len(s.tokens)-1-r.IntN(min(len(s.tokens), 20))]
+				s.verifiers[r.IntN(len(s.verifiers))].use(k, r)
+			}
+		}
+	case n < 114:
+		relay := s.relays[r.IntN(len(s.relays))]
+		if s.signs && !relay.trusted() {
+			relay.lies, relay.lied = 1+r.IntN(simLies-1), true
+			s.note("%s begins to lie: %d", relay.name, relay.lies)
+			s.after(some(3*time.Minute), func() { relay.lies = simHonest })
+		}
+		if r.IntN(3) == 0 {
+			s.claims(b, r)
+		}
+	case n < 117:
+		if s.shared {
+			s.goDeaf(s.brokers[1], some(10*time.Minute))
+		}
+		pass := some(4 * time.Minute)
+		s.after(some(30*time.Second), func() {
+			if s.done < simActions {
+				s.note("%s pass", pass)
+				s.jump(pass)
+			}
+		})
+	case n < 119:
+		s.note("minutes pass")
+		s.jump(some(4 * time.Minute))
+	case n < 121:
+		s.keepCopy()
+	default:
+		s.restore(r)
 	}
 }
 
 // meanwhile makes something happen in the middle of the issue that follows.
 func (s *sim) meanwhile(r *rand.Rand) {
+	if s.calm && r.IntN(2) == 0 {
+		return
+	}
 	revoke := func() { s.revoke(s.brokers[0], r) }
 	switch r.IntN(12) {
 	case 0, 1:
@@ -154,6 +215,18 @@ func (s *sim) meanwhile(r *rand.Rand) {
 			s.jump(50 * time.Minute)
 		}
 	}
+}
+
+// goDeaf: a broker hears nothing of what others append to the store, until it wants to
+// append itself.
+func (s *sim) goDeaf(b *simBroker, d time.Duration) {
+	b.deaf = s.now + d
+	s.note("%s hears nothing of what others append for %s", b.name, d)
+	s.after(d, func() {
+		if b.up() {
+			_ = b.catchUp()
+		}
+	})
 }
 
 func (s *sim) head() feed.Position {
@@ -263,12 +336,17 @@ func (s *sim) issued(b *simBroker, c simCaller, parent *simToken, cred *broker.C
 		return
 	}
 	what := "issued"
+	if b.gagged {
+		s.violation("I1: %s issues, though it was shown a signed head that its log lacks", b.name)
+	}
 	k := &simToken{name: fmt.Sprint("t", len(s.tokens)), secret: cred.Token, parent: parent, issued: s.now}
 	t, err := token.Parse(cred.Token.Reveal(), func(id token.KeyID) (token.PublicKey, bool) { k, ok := s.made[id]; return k, ok })
 	if err != nil {
 		s.violation("internal: a credential that doesn't parse: %v", err)
 		return
 	}
+	k.print = t.Fingerprint
+	s.byPrint[k.print] = k
 	k.claims, k.svid, k.key = t.Claims, token.ThumbprintOf(c.Leaf), t.Self().Key
 	k.expires = s.now + t.Expires.Sub(b.Wall(s))
 	if parent != nil {
@@ -418,6 +496,15 @@ func (s *sim) forge(key *simKey, at feed.Position, r *rand.Rand) (*simToken, err
 	if err != nil {
 		return nil, err
 	}
+	if n := len(s.tokens); n > 0 && r.IntN(3) == 0 { // of another that is on record
+		self := s.tokens[n-1].claims.Self()
+		id = self.Grant
+		for _, other := range s.callers {
+			if other.ID == self.Identity {
+				c = other
+			}
+		}
+	}
 	position := at.Token()
 	if r.IntN(2) == 0 {
 		position.Rev += uint64(1 + r.IntN(5)) // and a sum that nobody knows yet
@@ -432,7 +519,9 @@ func (s *sim) forge(key *simKey, at feed.Position, r *rand.Rand) (*simToken, err
 		return nil, err
 	}
 	secret, err := u.Sign(key.private)
-	return &simToken{name: fmt.Sprint("forged", len(s.tokens)), secret: secret, claims: claims, svid: claims.Self().SVID, key: key.id, issued: s.now, expires: s.now + token.MaxTTL, forged: true}, err
+	k := &simToken{name: fmt.Sprint("forged", len(s.tokens)), secret: secret, claims: claims, svid: claims.Self().SVID, key: key.id, issued: s.now, expires: s.now + token.MaxTTL, forged: true, print: u.Fingerprint()}
+	s.byPrint[k.print] = k
+	return k, err
 }
 
 // foreignKey is what a process does that can write the store: it inserts a key, and signs
@@ -443,8 +532,14 @@ func (s *sim) foreignKey(b *simBroker) {
 	}
 	key := s.makeKey()
 	s.stolen[key.id] = key
+	s.foreign[key.id] = s.now
+	s.insertKey(b, key, "mine")
+}
+
+// insertKey writes a key into the store, past the broker, and makes a token with it.
+func (s *sim) insertKey(b *simBroker, key *simKey, signature string) {
 	_, err := b.store.Append(context.Background(), func(feed.Position) (broker.Record, error) {
-		k := simKeyRecord(key, "mine")
+		k := simKeyRecord(key, signature)
 		return broker.Record{Event: feed.Event{Key: &k}, Details: broker.Details{Time: b.Wall(s), Actor: "a thief"}}, nil
 	})
 	if err != nil {
@@ -456,43 +551,6 @@ func (s *sim) foreignKey(b *simBroker) {
 		s.violation("internal: forging: %v", err)
 		return
 	}
-	s.foreign[key.id] = s.now
-	s.note("a thief inserts key %s", key.id)
+	s.note("a thief inserts key %s (%s)", key.id, signature)
 	s.tokens = append(s.tokens, k)
-}
-
-// putBack puts an old copy of the store in place while the broker is down: by hand, or
-// as a restore does, in a new era.
-func (s *sim) putBack(era bool) {
-	b := s.brokers[0]
-	if s.shared || s.lastStore == nil {
-		return
-	}
-	if b.b != nil {
-		b.kill()
-	}
-	newest := s.head().Era
-	s.store = s.lastStore.Clone()
-	tokens, stolen := s.tokens, s.stolen
-	s.simTruth = s.lastTruth.clone()
-	s.tokens, s.stolen = tokens, stolen // what is out there is out there
-	if era {
-		rec := broker.Record{
-			Event:   feed.Event{Era: &feed.Era{Era: token.NextEra(newest, simTime(s.now))}},
-			Details: broker.Details{Time: simTime(s.now), Actor: "restore"},
-		}
-		store := s.store.Reopen()
-		rec, err := store.Append(context.Background(), func(feed.Position) (broker.Record, error) { return rec, nil })
-		if err != nil {
-			s.violation("internal: beginning an era: %v", err)
-			return
-		}
-		s.counts["era"]++
-		s.records = append(s.records, &simRecord{rec: rec, at: s.head(), committed: s.now})
-	} else {
-		s.counts["old copy"]++
-		s.forked = true
-	}
-	s.note("the store is put back to %s", s.head())
-	b.start()
 }

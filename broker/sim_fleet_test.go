@@ -4,12 +4,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/dayflyhq/dayfly/broker"
+	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
 	"github.com/dayflyhq/dayfly/proto/feed"
 	"github.com/dayflyhq/dayfly/proto/revocation"
 	"github.com/dayflyhq/dayfly/proto/token"
+	"github.com/dayflyhq/dayfly/proto/wire"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
@@ -22,6 +25,7 @@ type simMessage struct {
 	ping     string
 	ack      *feed.Position
 	report   []feed.Relayed
+	uses     *dayflyv1.UseReport
 }
 
 // simStream is one connection from a follower to a broker or a relay.
@@ -30,6 +34,7 @@ type simStream struct {
 	delay    time.Duration // of each message, at most
 	stalled  time.Duration // the server sends nothing until then
 	welcomed bool
+	signed   bool // to one on another host
 	up, down []simMessage
 
 	broker   *simBroker // the server,
@@ -37,6 +42,11 @@ type simStream struct {
 	follower *broker.Follower
 	relay    *simRelay // or this
 	below    *feed.Downstream
+	instance string // of the follower
+
+	passed feed.Position // by a relay that lies, and what its records chain to
+	lieSeq uint64
+	lieSum feed.Sum
 }
 
 // send puts a message on its way; a stream keeps its order.
@@ -69,6 +79,12 @@ type simFollower struct {
 	stream   *simStream
 	acked    feed.Position
 	dialling bool
+	alone    time.Duration // until then it reaches nobody
+
+	distrusts bool          // it believes only what a broker signed, and follows only relays
+	kept      feed.Newest   // signed head, to be shown
+	shown     feed.Position // on this stream
+	outbox    *wire.Outbox
 }
 
 func (f *simFollower) cut() {
@@ -83,12 +99,22 @@ type simRelay struct {
 	index   int
 	relay   *feed.Relay
 	streams []*simStream
+	uses    []*dayflyv1.Use // of those below
+	lies    int
+	lied    bool          // it ever did
+	old     []feed.Answer // that a liar keeps
+}
+
+// trusted reports whether somebody follows this relay and takes its word.
+func (r *simRelay) trusted() bool {
+	return slices.ContainsFunc(r.streams, func(st *simStream) bool { return st.open && !st.signed })
 }
 
 // simVerifier is a verifier.
 type simVerifier struct {
 	simFollower
 	view    *feed.View
+	screen  *feed.Screen
 	fresh   *feed.Freshness
 	live    time.Duration // the bound of its welcome; 0 before the first
 	refused map[*simToken]string
@@ -111,6 +137,7 @@ func (f *simFollower) newInstance() {
 	f.boot = time.Duration(f.s.rnd.Int64N(int64(1000 * time.Hour)))
 	f.cut()
 	f.acked = feed.Position{}
+	f.kept, f.outbox = feed.Newest{}, new(wire.Outbox)
 }
 
 func (r *simRelay) restart() {
@@ -118,12 +145,18 @@ func (r *simRelay) restart() {
 	for _, st := range r.streams {
 		st.open = false
 	}
-	r.streams, r.relay = nil, new(feed.Relay)
+	r.streams, r.relay, r.uses = nil, new(feed.Relay), nil
+	if r.distrusts {
+		r.relay.Screen = new(feed.Screen)
+	}
 }
 
 func (v *simVerifier) restart() {
 	v.newInstance()
-	v.view, v.fresh, v.live, v.refused = new(feed.View), new(feed.Freshness), 0, map[*simToken]string{}
+	if v.s.chance(4) { // with another configuration
+		v.bound = simBounds[v.s.rnd.IntN(len(simBounds))]
+	}
+	v.view, v.screen, v.fresh, v.live, v.refused = new(feed.View), new(feed.Screen), new(feed.Freshness), 0, map[*simToken]string{}
 }
 
 // caller is the identity that a follower proves.
@@ -174,17 +207,18 @@ func (s *sim) pumpFollower(f *simFollower, r *simRelay, v *simVerifier) bool {
 // dial opens a stream to a broker or, for all but the first relay, to a relay above.
 func (f *simFollower) dial(r *simRelay, v *simVerifier) {
 	s := f.s
-	if f.stream != nil && f.stream.open || !f.awake(s) {
+	if f.stream != nil && f.stream.open || !f.awake(s) || s.now < f.alone {
 		return
 	}
-	st := &simStream{open: true, delay: time.Duration(s.rnd.Int64N(int64(200 * time.Millisecond)))}
+	st := &simStream{open: true, instance: f.instance, delay: time.Duration(s.rnd.Int64N(int64(200 * time.Millisecond)))}
 	above := len(s.relays)
 	if r != nil {
 		above = r.index
 	}
-	if above > 0 && s.chance(2) {
+	if above > 0 && (s.chance(2) || f.distrusts && v != nil) {
 		st.relay = s.relays[s.rnd.IntN(above)]
-		if !st.relay.awake(s) || st.relay.stream == nil || !st.relay.stream.welcomed {
+		if !st.relay.awake(s) || st.relay.stream == nil || !st.relay.stream.welcomed || st.relay.lies != simHonest && !f.distrusts ||
+			f.distrusts && st.relay.index > 0 && !st.relay.distrusts { // its own relay doesn't pass on what is signed
 			return
 		}
 	} else {
@@ -206,11 +240,16 @@ func (f *simFollower) dial(r *simRelay, v *simVerifier) {
 			s.violation("internal: following a relay: %v", err)
 			return
 		}
+		if st.signed = f.distrusts; st.signed {
+			below.Distrust()
+		}
 		st.below = below
+		st.relay.keep(f.kept.Signed)
 		st.relay.streams = append(st.relay.streams, st)
 	} else {
-		sub := broker.Subscriber{Instance: f.instance, Audiences: []string{"any"}, MaxStaleness: f.bound, AcceptsStale: f.accepts, Position: position, Relay: r != nil}
-		follower, err := st.broker.b.Subscribe(context.Background(), f.caller(), sub)
+		sub := broker.Subscriber{Instance: f.instance, Audiences: []string{"any"}, MaxStaleness: f.bound, AcceptsStale: f.accepts, Position: position, Relay: r != nil, SignedHeads: s.signs, NewestHead: f.kept.Signed}
+		f.shown = f.kept.Head
+		follower, err := s.shows(st.broker, f.caller(), sub)
 		if err != nil {
 			s.violation("internal: subscribing: %v", err)
 			return
@@ -223,10 +262,12 @@ func (f *simFollower) dial(r *simRelay, v *simVerifier) {
 		f.stream.below.Leave()
 	}
 	f.stream, f.acked = st, feed.Position{}
+	f.outbox.Reconnected()
 	s.note("%s (%s) follows %s", f.name, f.instance, st.server())
 	if v != nil {
 		v.fresh.Reconnected()
 		v.view.Reconnected()
+		v.screen.Reconnected()
 	}
 }
 
@@ -279,7 +320,13 @@ func (s *sim) serve(st *simStream) bool {
 			if !ok {
 				break
 			}
-			st.send(s, &st.down, simMessage{welcome: m.Welcome, delivery: m.Delivery, answer: m.Answer})
+			if a := m.Answer; a != nil && !st.signed {
+				a.Signed = st.relay.kept.Signed
+			}
+			out := simMessage{welcome: m.Welcome, delivery: m.Delivery, answer: m.Answer}
+			if !st.signed || st.lie(s, &out) {
+				st.send(s, &st.down, out)
+			}
 		}
 		moved = true
 	}
@@ -290,16 +337,21 @@ func (s *sim) brokerReads(st *simStream, m simMessage) error {
 	ctx := context.Background()
 	switch {
 	case m.ping != "":
-		st.broker.store.proving = true
-		proof, err := st.follower.Prove(ctx)
+		st.broker.store.proving = !s.signs // a statement waits for what it speaks of
+		proof, err := st.follower.Answer(ctx, m.ping)
 		st.broker.store.proving = false
 		if err != nil {
 			return err
 		}
-		st.send(s, &st.down, simMessage{answer: &feed.Answer{Nonce: m.ping, Head: proof.Head, Horizon: proof.Horizon, Age: proof.Age}})
+		if st.broker.gagged {
+			s.violation("I1: %s answers a ping, though it was shown a signed head that its log lacks", st.broker.name)
+		}
+		st.send(s, &st.down, simMessage{answer: &feed.Answer{Nonce: m.ping, Head: proof.Head, Horizon: proof.Horizon, Age: proof.Age, Signed: proof.Signed, Path: proof.Path}})
 	case m.ack != nil:
 		s.acted = true
 		return st.follower.Acknowledge(ctx, *m.ack)
+	case m.uses != nil:
+		return s.keepsReport(st, m.uses)
 	case m.report != nil:
 		s.acted = true
 		refused, err := st.follower.Relayed(ctx, m.report)
@@ -322,6 +374,10 @@ func (s *sim) relayReads(st *simStream, m simMessage) error {
 			r.reportUp()
 		}
 		return err
+	case m.uses != nil:
+		if st.below.UseReport(m.uses.GetNumber()) {
+			r.uses = append(r.uses, m.uses.GetUses()...)
+		}
 	case m.report != nil:
 		err := st.below.Report(m.report, r.Boot(s))
 		r.reportUp()
@@ -351,12 +407,14 @@ func (f *simFollower) read(r *simRelay, v *simVerifier) bool {
 			err = v.take(m)
 		}
 		if err != nil {
-			if errors.Is(err, feed.ErrFork) {
+			switch {
+			case errors.Is(err, feed.ErrFork):
 				s.counts["forked"]++
 				if !s.forked {
 					s.violation("I8: %s (%s) finds a fork: %v", f.name, f.instance, err)
 				}
-			} else if !errors.Is(err, feed.ErrGap) && !errors.Is(err, feed.ErrUnknownPing) { // pings so old are forgotten
+			case errors.Is(err, errShow), errors.Is(err, feed.ErrGap), errors.Is(err, feed.ErrUnknownPing): // pings so old are forgotten
+			case !s.excused(st, err):
 				s.violation("internal: %s: %v", f.name, err)
 			}
 			s.note("%s ends its stream: %v", f.name, err)
@@ -364,6 +422,13 @@ func (f *simFollower) read(r *simRelay, v *simVerifier) bool {
 		}
 	}
 	return moved
+}
+
+// excused reports whether what was sent is refused because somebody lied, or can't be
+// proven because a log has two histories or several brokers.
+func (s *sim) excused(st *simStream, err error) bool {
+	lied := st.relay != nil && st.relay.lied
+	return errors.Is(err, feed.ErrUnproven) && (lied || s.forked || s.shared) || errors.Is(err, feed.ErrMalformed) && lied
 }
 
 func (r *simRelay) take(m simMessage) error {
@@ -380,7 +445,34 @@ func (r *simRelay) take(m simMessage) error {
 		}
 		r.acknowledge(r.relay.View.Position())
 	case m.answer != nil:
-		return r.relay.Answered(m.answer.Nonce, m.answer.Head, m.answer.Age)
+		return r.answered(*m.answer, now)
+	}
+	return nil
+}
+
+// errShow ends a stream whose broker lacks a head that came from below, so that the next
+// one shows it.
+var errShow = errors.New("there is a signed head to show")
+
+func (r *simRelay) answered(a feed.Answer, now feed.Instant) error {
+	signed, err := r.proven(&a)
+	if err != nil {
+		return err
+	}
+	if err := r.relay.Answered(a.Nonce, a.Head, a.Age); err != nil {
+		return err
+	}
+	r.outbox.Answered(a.Nonce)
+	r.relay.Proved(a.Nonce, a.Signed, a.Path)
+	r.keep(a.Signed)
+	if r.distrusts {
+		if err := r.relay.Signed(signed, now); err != nil {
+			return err
+		}
+		r.acknowledge(r.relay.View.Position())
+	}
+	if r.kept.Head.Compare(r.shown) > 0 && a.Head.Compare(r.kept.Head) < 0 {
+		return errShow
 	}
 	return nil
 }
@@ -395,9 +487,13 @@ func (r *simRelay) pinging(st *simStream) {
 	if r.awake(s) {
 		now := r.Boot(s)
 		if wait = r.relay.Due(r.bound, now); wait == 0 {
-			report := r.relay.Report(now, true)
-			nonce := fmt.Sprint(r.instance, "/", s.nonce())
+			report := r.relay.Report(now, r.relay.Overdue(r.bound, now))
+			nonce := r.relay.Gather(fmt.Sprint(r.instance, "/", s.nonce()))
 			r.relay.Ping(nonce, now)
+			r.outbox.Put(r.uses, 0)
+			r.uses = nil
+			r.reports()
+			r.outbox.Pinged(nonce)
 			st.send(s, &st.up, simMessage{report: report})
 			st.send(s, &st.up, simMessage{ping: nonce})
 			wait = r.relay.Due(r.bound, now)
@@ -422,19 +518,53 @@ func (v *simVerifier) take(m simMessage) error {
 		v.pinging(st)
 	case m.delivery != nil:
 		s.acted = true
-		if err := v.view.Apply(*m.delivery, now); err != nil {
-			return err
+		deliveries := []feed.Delivery{*m.delivery}
+		if v.distrusts {
+			var err error
+			if deliveries, err = v.screen.Deliver(v.view, *m.delivery); err != nil {
+				return err
+			}
 		}
-		v.fresh.Applied(v.view.Position())
-		v.acknowledge(v.view.Position())
+		return v.apply(deliveries, now)
 	case m.answer != nil:
-		asOf, err := v.fresh.Answered(m.answer.Nonce, m.answer.Head, m.answer.Age, v.view.Position())
-		if err != nil {
-			return err
-		}
-		return v.view.CheckHead(m.answer.Head, asOf)
+		return v.answered(*m.answer, now)
 	}
 	return nil
+}
+
+func (v *simVerifier) apply(deliveries []feed.Delivery, now feed.Instant) error {
+	for _, d := range deliveries {
+		if err := v.view.Apply(d, now); err != nil {
+			return err
+		}
+	}
+	v.fresh.Applied(v.view.Position())
+	v.acknowledge(v.view.Position())
+	return nil
+}
+
+func (v *simVerifier) answered(a feed.Answer, now feed.Instant) error {
+	signed, err := v.proven(&a)
+	if err != nil {
+		return err
+	}
+	asOf, err := v.fresh.Answered(a.Nonce, a.Head, a.Age, v.view.Position())
+	if err != nil {
+		return err
+	}
+	if err := v.view.CheckHead(a.Head, asOf); err != nil {
+		return err
+	}
+	v.keep(a.Signed)
+	v.outbox.Answered(a.Nonce)
+	if !v.distrusts {
+		return nil
+	}
+	deliveries, err := v.screen.Signed(v.view, signed)
+	if err != nil {
+		return err
+	}
+	return v.apply(deliveries, now)
 }
 
 func (v *simVerifier) pinging(st *simStream) {
@@ -444,7 +574,9 @@ func (v *simVerifier) pinging(st *simStream) {
 	}
 	if v.awake(s) {
 		nonce := fmt.Sprint(v.instance, "/", s.nonce())
+		v.reports()
 		v.fresh.Sent(nonce, v.Boot(s))
+		v.outbox.Pinged(nonce)
 		st.send(s, &st.up, simMessage{ping: nonce})
 	}
 	s.after(max(v.bound/feed.PingsPerBound, v.asleep-s.now), func() { v.pinging(st) })

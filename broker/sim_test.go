@@ -6,10 +6,13 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/x509"
+	"encoding/binary"
 	"errors"
 	"flag"
 	"fmt"
+	"maps"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -95,6 +98,7 @@ type sim struct {
 	store     *storetest.Mem // on disk
 	lastStore *storetest.Mem // a copy that somebody keeps
 	lastTruth simTruth
+	lastMade  time.Time
 	brokers   []*simBroker
 	relays    []*simRelay
 	verifiers []*simVerifier
@@ -103,12 +107,18 @@ type sim struct {
 	acted     bool                          // something happened since the last look
 	foreign   map[token.KeyID]time.Duration // when each key was inserted
 	made      map[token.KeyID]token.PublicKey
-	lookNext  time.Duration // time passes, and what was fresh is stale
-	latest    time.Time     // that a broker's wall clock ever showed
-	asking    func()        // runs once while policy is asked about an issue,
-	inside    func()        // and this between its snapshot and its commit
-	shared    bool          // several brokers
-	forked    bool          // an old copy was put back: forks are no false alarms
+	published []*simKey       // by brokers
+	lookNext  time.Duration   // time passes, and what was fresh is stale
+	latest    time.Time       // that a broker's wall clock ever showed
+	asking    func()          // runs once while policy is asked about an issue,
+	inside    func()          // and this between its snapshot and its commit
+	shared    bool            // several brokers
+	forked    bool            // an old copy was put back: forks are no false alarms
+	bounds    []time.Duration // that verifiers begin with
+	calm      bool            // little is revoked, so that much lives on
+	signs     bool            // brokers sign heads
+	liarKey   *simKey         // of relays that lie
+	byPrint   map[token.Fingerprint]*simToken
 
 	simTruth
 	failed string
@@ -122,6 +132,10 @@ type simTruth struct {
 	records []*simRecord
 	locks   map[uint64]*simLock
 	stolen  map[token.KeyID]*simKey
+	// deadKeys are revoked ones, since when: for ever, whatever era.
+	deadKeys  map[token.KeyID]time.Duration
+	proposals []simProposal
+	uses      simUses
 
 	stolenSVIDs []simCaller // copies
 }
@@ -136,7 +150,8 @@ func (t simTruth) clone() simTruth {
 	for id, k := range t.stolen {
 		stolen[id] = k
 	}
-	t.locks, t.stolen = locks, stolen
+	t.locks, t.stolen, t.deadKeys = locks, stolen, maps.Clone(t.deadKeys)
+	t.proposals, t.uses = slices.Clone(t.proposals), t.uses.clone()
 	return t
 }
 
@@ -168,6 +183,7 @@ type simToken struct {
 	issued  time.Duration
 	expires time.Duration // true time
 	forged  bool
+	print   token.Fingerprint
 }
 
 type simKey struct {
@@ -230,7 +246,7 @@ func (r simRand) Read(p []byte) (int, error) {
 var simKeys = sync.OnceValue(func() []*ecdsa.PrivateKey {
 	keys := make([]*ecdsa.PrivateKey, 64)
 	for i := range keys {
-		k, err := ecdsa.GenerateKey(elliptic.P256(), simRand{rand.New(rand.NewPCG(uint64(i), 1))})
+		k, err := ecdsa.ParseRawPrivateKey(elliptic.P256(), binary.BigEndian.AppendUint64(make([]byte, 24), uint64(i+1)*0x9e3779b97f4a7c15))
 		if err != nil {
 			panic(err)
 		}
@@ -240,14 +256,19 @@ var simKeys = sync.OnceValue(func() []*ecdsa.PrivateKey {
 })
 
 func newSim(t testing.TB, seed uint64, skip map[int]bool) *sim {
-	s := &sim{seed: seed, rnd: rand.New(rand.NewPCG(seed, 7)), skip: skip, counts: map[string]int{}, foreign: map[token.KeyID]time.Duration{}, made: map[token.KeyID]token.PublicKey{}}
+	s := &sim{seed: seed, rnd: rand.New(rand.NewPCG(seed, 7)), skip: skip, counts: map[string]int{}, foreign: map[token.KeyID]time.Duration{}, made: map[token.KeyID]token.PublicKey{}, byPrint: map[token.Fingerprint]*simToken{}}
 	s.tb = &simTB{TB: t, s: s}
-	s.locks, s.stolen = map[uint64]*simLock{}, map[token.KeyID]*simKey{}
+	s.locks, s.stolen, s.deadKeys = map[uint64]*simLock{}, map[token.KeyID]*simKey{}, map[token.KeyID]time.Duration{}
 	s.store = storetest.Memory(s.tb, broker.Record{
 		Event:   feed.Event{Era: &feed.Era{Era: token.NextEra(0, simTime(0))}},
 		Details: broker.Details{Time: simTime(0), Actor: issuer},
 	})
 	s.shared = s.chance(4)
+	s.signs, s.calm = !s.chance(3), s.chance(3) || s.shared && s.chance(2)
+	s.bounds = simBounds
+	if s.chance(2) { // what is raised later, or enrolled, is larger than all there is
+		s.bounds = simBounds[:1+s.rnd.IntN(2)]
+	}
 	brokers := 1
 	if s.shared {
 		brokers = 2
@@ -264,11 +285,13 @@ func newSim(t testing.TB, seed uint64, skip map[int]bool) *sim {
 	}
 	for i := range 1 + s.rnd.IntN(2) {
 		r := &simRelay{simFollower: simFollower{s: s, simMachine: s.newMachine(fmt.Sprint("relay", i)), bound: s.bound()}, index: i}
+		r.distrusts = s.signs && s.chance(3)
 		s.relays = append(s.relays, r)
 		r.restart()
 	}
 	for i := range 3 {
 		v := &simVerifier{simFollower: simFollower{s: s, simMachine: s.newMachine(fmt.Sprint("verifier", i)), bound: s.bound(), accepts: s.chance(12)}}
+		v.distrusts = s.signs && s.chance(3)
 		s.verifiers = append(s.verifiers, v)
 		v.restart()
 	}
@@ -290,9 +313,9 @@ func (s *sim) between(d time.Duration) time.Duration {
 	return time.Duration(s.rnd.ExpFloat64()*float64(d)) + time.Millisecond
 }
 
-func (s *sim) bound() time.Duration {
-	return []time.Duration{2 * time.Second, 10 * time.Second, 30 * time.Second}[s.rnd.IntN(3)]
-}
+var simBounds = []time.Duration{2 * time.Second, 10 * time.Second, 30 * time.Second}
+
+func (s *sim) bound() time.Duration { return s.bounds[s.rnd.IntN(len(s.bounds))] }
 
 // after schedules.
 func (s *sim) after(d time.Duration, do func()) {
@@ -344,17 +367,20 @@ func (s *sim) step() {
 func (s *sim) settle() {
 	s.done = simActions // no more actions
 	for _, b := range s.brokers {
-		b.asleep = 0
+		b.asleep, b.deaf = 0, 0
 		if b.b == nil {
 			b.start()
 		}
 		b.catchUp()
 	}
+	for _, r := range s.relays {
+		r.lies = simHonest
+	}
 	for _, f := range s.followers() {
-		f.asleep = 0
+		f.asleep, f.alone = 0, 0
 		f.cut() // the next stream is quick
 	}
-	for end := s.now + 2*time.Minute; s.now < end && s.failed == "" && s.queue.Len() > 0; {
+	for end := s.now + 75*time.Second; s.now < end && s.failed == "" && s.queue.Len() > 0; {
 		s.step()
 	}
 	if s.failed == "" && !s.forked {
@@ -425,7 +451,7 @@ func TestSimulation(t *testing.T) {
 		}
 	}
 	t.Logf("%d histories in %s: %v", histories, time.Since(began).Truncate(time.Millisecond), total)
-	for _, what := range []string{"issued", "exchanged", "revoked", "locked", "lifted", "accepted", "refused", "contained", "confirmed", "closed", "pruned", "crashed", "forged", "forked", "era", "given back"} {
+	for _, what := range []string{"issued", "exchanged", "revoked", "locked", "lifted", "accepted", "refused", "contained", "confirmed", "closed", "pruned", "crashed", "forged", "forked", "era", "proposed", "confirmed by another", "silenced", "presented when dead", "alarmed", "given back"} {
 		if total[what] == 0 {
 			t.Errorf("nothing was ever %s", what)
 		}
@@ -462,12 +488,16 @@ func TestSimulationReplays(t *testing.T) {
 // simBroker is a broker's process and its machine.
 type simBroker struct {
 	simMachine
-	s       *sim
-	b       *broker.Broker // nil while it is down
-	store   *simStore
-	epoch   int
-	key     *simKey
-	streams []*simStream
+	s         *sim
+	b         *broker.Broker // nil while it is down
+	store     *simStore
+	epoch     int
+	key       *simKey
+	streams   []*simStream
+	gagged    bool          // this process was shown a signed head that its log lacks,
+	disregard feed.Position // and that an operator knows
+	alarms    int           // of uses that were never recorded, that this process raised
+	deaf      time.Duration // until then it hears nothing of what others append
 }
 
 // simStore is the store as one broker has it open.
@@ -508,10 +538,12 @@ func (b *simBroker) start() {
 	s := b.s
 	b.epoch++
 	b.boot = time.Duration(s.rnd.Int64N(int64(1000 * time.Hour)))
-	b.key = nil
+	if b.gagged && s.chance(4) {
+		b.disregard = feed.Position{Era: s.head().Era, Seq: 1 << 60}
+	}
+	b.key, b.gagged, b.alarms = nil, false, 0
 	b.store = &simStore{Mem: s.store.Reopen(), b: b}
-	var err error
-	b.b, err = broker.New(broker.Config{
+	cfg := broker.Config{
 		Issuer: issuer, Store: b.store, Policy: simPolicy{s},
 		Signer: func() (broker.Signer, bool) {
 			if b.key == nil {
@@ -525,11 +557,23 @@ func (b *simBroker) start() {
 			}
 			return nil
 		},
-		Audit: func(broker.AuditEntry) error { return nil },
-		Now:   func() time.Time { return b.Wall(s) },
-		Boot:  func() feed.Instant { return b.Boot(s) },
-		Rand:  simRand{s.rnd},
-	})
+		VerifyHead: simVerify,
+		Disregard:  b.disregard,
+		Audit: func(e broker.AuditEntry) error {
+			if e.Reason == "GRANT_UNRECORDED" {
+				b.alarms++
+			}
+			return nil
+		},
+		Now:  func() time.Time { return b.Wall(s) },
+		Boot: func() feed.Instant { return b.Boot(s) },
+		Rand: simRand{s.rnd},
+	}
+	if s.signs {
+		cfg.SignHead = simSign
+	}
+	var err error
+	b.b, err = broker.New(cfg)
 	if err != nil {
 		s.violation("internal: %v", err)
 		return
@@ -540,6 +584,7 @@ func (b *simBroker) start() {
 	}
 	s.note("%s starts at %s", b.name, b.b.Head())
 	b.newKey()
+	s.looksAtUses(b)
 }
 
 // newKey makes and publishes the key of a process, or its next one.
@@ -556,6 +601,7 @@ func (b *simBroker) newKey() {
 		s.violation("internal: publishing a key: %v", err)
 	}
 	b.key = key
+	s.published = append(s.published, key)
 	s.note("%s signs with %s", b.name, key.id)
 }
 
@@ -603,6 +649,8 @@ func (b *simBroker) catchUp() error {
 }
 
 func (b *simBroker) applyUntil(seq uint64) {
+	defer func(was bool) { b.store.proving = was }(b.store.proving)
+	b.store.proving = true // it waits for nothing
 	if err := b.b.ApplyUntil(context.Background(), seq); err != nil {
 		b.s.violation("internal: applying: %v", err)
 	}
@@ -616,6 +664,11 @@ func (s *sim) committed(b *simBroker, rec broker.Record) {
 	switch {
 	case rec.Revocation != nil:
 		s.records = append(s.records, &simRecord{rec: rec, at: st.Head, committed: s.now})
+		for _, id := range revokedKeys(rec) {
+			if _, ok := s.deadKeys[id]; !ok {
+				s.deadKeys[id] = s.now
+			}
+		}
 		if rec.Details.Lock != broker.LockNone && rec.Details.Lock != "" {
 			s.locks[rec.Seq] = &simLock{number: rec.Seq, rec: rec, committed: s.now, exact: b.wall.Abs() <= simSkew}
 		}
@@ -629,12 +682,8 @@ func (s *sim) committed(b *simBroker, rec broker.Record) {
 		for _, other := range s.brokers {
 			if other != b {
 				epoch := other.epoch
-				lag := 2 * time.Second
-				if s.chance(5) && s.done < simActions {
-					lag = 5 * time.Minute
-				}
-				s.after(s.between(lag), func() {
-					if other.epoch == epoch && other.up() {
+				s.after(max(s.between(2*time.Second), other.deaf-s.now), func() {
+					if other.epoch == epoch && other.up() && s.now >= other.deaf {
 						_ = other.catchUp()
 					}
 				})
@@ -667,7 +716,7 @@ func (p simPolicy) Decide(_ context.Context, q broker.Question) (broker.Decision
 	if len(scopes) == 0 {
 		scopes = []string{"read", "write"}
 	}
-	return broker.Decision{Allow: true, Scopes: scopes, TTL: token.MaxTTL}, nil
+	return broker.Decision{Allow: true, Scopes: scopes, TTL: token.MaxTTL, SecondPerson: broker.SecondPerson{Required: true}}, nil
 }
 func (simPolicy) AnswersTo(id spiffeid.ID, audience string) bool {
 	return audience == simAudience(id)

@@ -120,9 +120,10 @@ func newState() *state {
 
 func retryKey(actor, key string) string { return actor + "\n" + key }
 
-// apply takes the next record of the store. A key is verified as of the time recorded,
-// or, until checkKeys, put off.
-func (s *state) apply(rec Record, now feed.Instant, recorded time.Time, verify func(Record, time.Time) error) error {
+// apply takes the next record of the store, and with it the horizon that explains a hole
+// before it, of which nobody must hear later than of the hole. A key is verified as of the
+// time recorded, or, until checkKeys, put off.
+func (s *state) apply(rec Record, horizon feed.Position, now feed.Instant, recorded time.Time, verify func(Record, time.Time) error) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if rec.Seq <= s.log.Head().Seq {
@@ -144,6 +145,13 @@ func (s *state) apply(rec Record, now feed.Instant, recorded time.Time, verify f
 		s.set = revocation.NewSet(s.log.Head().Era)
 	}
 	s.set.Know(rec.Seq, rec.Sum.Short())
+	if horizon.Seq > rec.Seq { // all up to here is below it
+		horizon = s.log.Head()
+	}
+	if horizon.Seq > s.log.Horizon().Seq && horizon.Era == s.log.Head().Era {
+		s.log.SetHorizon(horizon)
+		s.set.SetHorizon(horizon.Seq)
+	}
 	s.records[rec.Seq] = rec
 	s.date(rec)
 	s.known[rec.Seq] = now

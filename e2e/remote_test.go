@@ -201,4 +201,26 @@ func TestSilentBroker(t *testing.T) {
 	if log := box.Log("broker"); !strings.Contains(log, "THIS LOG LACKS A RECORD THAT A BROKER SIGNED FOR") {
 		t.Errorf("the log says:\n%s", log)
 	}
+
+	// An operator who has looked may say to go on, for what was lost up to there.
+	kept := svc.Verifier.Status().KeptHead
+	if err := box.StopBroker(); err != nil {
+		t.Fatal(err)
+	}
+	if err := box.StartBroker(ctx, "--disregard-signed-heads", fmt.Sprintf("%s/%d", kept.Era, kept.Seq), "--reason", "INC-9: it was a test"); err != nil {
+		t.Fatal(err)
+	}
+	for !strings.Contains(box.Log("broker"), "that an operator said to disregard") {
+		if time.Now().After(deadline.Add(2 * time.Minute)) {
+			t.Fatalf("nobody showed it the head:\n%s", box.Log("broker"))
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	must(payments.Issue(ctx, sdk.Request{Audience: "orders"}))(t)
+	if r := reason(); strings.Contains(r, "LOG_BEHIND_SIGNED_HEAD") {
+		t.Errorf("readiness says %s", r)
+	}
+	if a := audited(t, box, "disregard_signed_heads"); len(a) != 1 || a[0]["why"] != "INC-9: it was a test" || !strings.HasPrefix(fmt.Sprint(a[0]["actor"]), "dayfly-broker serve:uid=") {
+		t.Errorf("audited %v", a)
+	}
 }

@@ -2,10 +2,12 @@ package e2e_test
 
 import (
 	"encoding/json"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/dayflyhq/dayfly/broker"
 	"github.com/dayflyhq/dayfly/e2e/sandbox"
@@ -33,8 +35,16 @@ func TestPolicyReplay(t *testing.T) {
 		d := must(orders.Exchange(ctx, c.Token, sdk.Request{Audience: "ledger"}))(t)
 		secrets = append(secrets, c.Token.Reveal(), d.Token.Reveal())
 	}
-	must(payments.Issue(ctx, sdk.Request{Audience: "minio/shop"}))(t)
-	_, err := payments.Issue(ctx, sdk.Request{Audience: "minio/other"})
+	// The first key of a broker waits for readers of the JWK set.
+	_, err := payments.Issue(ctx, sdk.Request{Audience: "minio/shop"})
+	for refused := (*sdk.Error)(nil); errors.As(err, &refused) && refused.Reason == "KEY_NOT_SPREAD_YET"; {
+		time.Sleep(50 * time.Millisecond)
+		_, err = payments.Issue(ctx, sdk.Request{Audience: "minio/shop"})
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = payments.Issue(ctx, sdk.Request{Audience: "minio/other"})
 	wantError(t, err, codes.PermissionDenied, "POLICY_DENIED")
 	if _, err := box.StartService(ctx, sandbox.ServiceConfig{ID: sandbox.Orders, Audience: "orders", Feed: orders}); err != nil {
 		t.Fatal(err)

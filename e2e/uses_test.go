@@ -178,6 +178,11 @@ func TestUnrecordedUseIsAlarm(t *testing.T) {
 		metrics := string(must(io.ReadAll(page.Body))(t))
 		page.Body.Close()
 		if strings.Contains(metrics, "\ndayfly_unrecorded_uses_total 1\n") && strings.Contains(metrics, "\ndayfly_alerts_total 1\n") && strings.Contains(metrics, "\ndayfly_uses_total 1\n") {
+			for _, want := range []string{`dayfly_connections{state="open"} 1`, `dayfly_connections{state="handshake"} 0`, `dayfly_connections_closed_total{why="crowded"} 0`, `dayfly_connections_closed_total{why="bound"} 0`} {
+				if !strings.Contains(metrics, "\n"+want+"\n") {
+					t.Errorf("no %s in the metrics:\n%s", want, metrics)
+				}
+			}
 			return
 		}
 		if time.Now().After(deadline) {

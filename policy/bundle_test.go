@@ -258,7 +258,7 @@ func TestBundle(t *testing.T) {
 		t.Errorf("If-None-Match of two requests: %q", asked)
 	}
 	kept, err := os.Stat(cfg.Bundle.Kept)
-	if err != nil || kept.Mode().Perm() != 0o600 {
+	if err != nil || kept.Mode().Perm() != 0o600 || kept.Size() == 0 {
 		t.Errorf("kept: %v, %v", kept, err)
 	}
 

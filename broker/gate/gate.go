@@ -17,6 +17,7 @@ type Gate struct {
 	inside  map[net.Conn]*list.Element
 	sources map[netip.Prefix]*list.List // of *visit, the oldest first
 	number  uint64
+	closed  uint64
 }
 
 type visit struct {
@@ -37,6 +38,7 @@ func (g *Gate) Enter(conn net.Conn) {
 	if len(g.inside) >= g.max {
 		crowded = g.oldest()
 		g.leave(crowded.conn)
+		g.closed++
 	}
 	source := sourceOf(conn.RemoteAddr())
 	if g.sources[source] == nil {
@@ -76,6 +78,13 @@ func (g *Gate) Len() int {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	return len(g.inside)
+}
+
+// Closed is how many connections it has closed to let others in.
+func (g *Gate) Closed() uint64 {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.closed
 }
 
 // oldest returns the longest visit of the source that has the most; of several such

@@ -27,6 +27,27 @@ type connections struct {
 	mu   sync.Mutex
 	byID map[spiffeid.ID]int
 	all  int
+	// refused counts those that were closed for having too many beside them.
+	refused uint64
+}
+
+// ConnectionCounts says how many connections there are, and how many were closed.
+type ConnectionCounts struct {
+	// Handshaking have proved nothing yet; Open have proved who they are.
+	Handshaking, Open int
+	// Crowded were closed in their handshake, for another to be let in; Refused were
+	// closed after it, since their identity, or all together, had too many. Since the start.
+	Crowded, Refused uint64
+}
+
+// Connections returns the counts of the public listener.
+func (s *Server) Connections() ConnectionCounts {
+	s.open.mu.Lock()
+	defer s.open.mu.Unlock()
+	return ConnectionCounts{
+		Handshaking: s.handshakes.Len(), Open: s.open.all,
+		Crowded: s.handshakes.Closed(), Refused: s.open.refused,
+	}
 }
 
 var errTooManyConnections = errors.New("too many connections are open")
@@ -40,6 +61,7 @@ func (c *connections) admit(conn net.Conn, id spiffeid.ID) (net.Conn, error) {
 		limit += reservedConnections
 	}
 	if c.byID[id] >= maxConnectionsOfOne || c.all >= limit {
+		c.refused++
 		return nil, errTooManyConnections
 	}
 	if c.byID == nil {

@@ -22,6 +22,7 @@ import (
 	"github.com/dayflyhq/dayfly/sdk/spiffetest"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
 )
 
 // onDisk serves a broker on a store that syncs.
@@ -108,6 +109,9 @@ func TestHandshakeFlood(t *testing.T) {
 		case <-soon(t).Done():
 			t.Fatalf("%d of %d gave way", n, beyond)
 		}
+	}
+	if c := w.srv.Connections(); c.Crowded < beyond || c.Handshaking > rpc.MaxHandshakes || c.Open != 0 {
+		t.Errorf("counted: %+v", c)
 	}
 	_ = other.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
 	if _, err := other.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
@@ -315,4 +319,130 @@ func TestOversizedFrame(t *testing.T) {
 	if _, err := issue(t, w.as(payments)); err != nil {
 		t.Error(err)
 	}
+}
+
+// A thousand streams, of a hundred identities that each keep to their bounds, and that
+// nobody reads: a revoke reaches who does, and what they held is let go of.
+func TestStreamsOfManyIdentities(t *testing.T) {
+	const identities, streams = 100, 10
+	w := onDisk(t)
+	conns := make([]*grpc.ClientConn, identities)
+	var opening sync.WaitGroup
+	for i := range conns {
+		conns[i] = w.as(spiffeid.RequireFromString(fmt.Sprintf("spiffe://example.org/fleet/%d", i)))
+		opening.Go(func() {
+			for n := range streams {
+				sub := subscription()
+				sub.Instance = fmt.Sprintf("instance-%04d", n)
+				s, err := dayflyv1.NewFeedServiceClient(conns[i]).Follow(t.Context())
+				if err == nil {
+					err = s.Send(subscribe(sub))
+				}
+				if err == nil {
+					_, err = s.Recv() // its Welcome, and nothing more
+				}
+				if err != nil {
+					t.Errorf("stream %d of %d: %v", n, i, err)
+				}
+			}
+		})
+	}
+	opening.Wait()
+	if c := w.srv.Connections(); c != (rpc.ConnectionCounts{Open: identities}) {
+		t.Errorf("with all of them: %+v", c)
+	}
+	verifier := w.follow(w.as(spiffeid.RequireFromString("spiffe://example.org/orders")), subscription())
+	answered, heard := w.revokeAndHear(w.as(spiffeid.RequireFromString("spiffe://example.org/ops/ada")), verifier)
+	t.Logf("a revoke beside %d streams that nobody reads: answered in %v, heard in %v", identities*streams, answered, heard)
+	for _, c := range conns {
+		c.Close()
+	}
+	for deadline := time.Now().Add(time.Minute); w.srv.Connections().Open > 2; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("%+v after they were closed", w.srv.Connections())
+		}
+	}
+}
+
+// trickle is a connection that passes a byte at a time, each a while after the last.
+type trickle struct {
+	net.Conn
+	gap  time.Duration
+	slow *atomic.Bool
+}
+
+func (c *trickle) Read(p []byte) (int, error) {
+	if c.slow.Load() && len(p) > 1 {
+		time.Sleep(c.gap)
+		p = p[:1]
+	}
+	return c.Conn.Read(p)
+}
+
+func (c *trickle) Write(p []byte) (n int, err error) {
+	for len(p) > 0 && c.slow.Load() {
+		time.Sleep(c.gap)
+		m, err := c.Conn.Write(p[:1])
+		if n, p = n+m, p[m:]; err != nil {
+			return n, err
+		}
+	}
+	m, err := c.Conn.Write(p)
+	return n + m, err
+}
+
+// Peers that pass a byte at a time cost others nothing: those that do so in the handshake
+// are closed when its time is over, those that do so in their stream only wait themselves.
+func TestByteAtATime(t *testing.T) {
+	w := newWorldOn(t, func(era broker.Record) broker.Store { return storetest.Memory(t, era) }, grpc.ConnectionTimeout(time.Second))
+	const peers = 20
+	follow := func(path string, slow *atomic.Bool) (stream, error) {
+		cfg := w.config(w.svid(spiffeid.RequireFromString("spiffe://example.org/"+path), spiffetest.SVIDOptions{}))
+		conn, err := grpc.NewClient("passthrough:///"+w.addr, grpc.WithTransportCredentials(credentials.NewTLS(cfg)),
+			grpc.WithContextDialer(func(ctx context.Context, addr string) (net.Conn, error) {
+				c, err := new(net.Dialer).DialContext(ctx, "tcp", addr)
+				return &trickle{c, 5 * time.Millisecond, slow}, err
+			}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { conn.Close() })
+		s, err := dayflyv1.NewFeedServiceClient(conn).Follow(t.Context())
+		if err == nil {
+			err = s.Send(subscribe(subscription()))
+		}
+		if err == nil {
+			_, err = s.Recv()
+		}
+		return s, err
+	}
+	var waiting sync.WaitGroup
+	ended := make(chan error, peers)
+	for i := range peers {
+		waiting.Go(func() {
+			var slow atomic.Bool
+			slow.Store(true)
+			_, err := follow(fmt.Sprintf("handshake/%d", i), &slow)
+			ended <- err
+		})
+		var slow atomic.Bool
+		if _, err := follow(fmt.Sprintf("stream/%d", i), &slow); err != nil {
+			t.Fatal(err)
+		}
+		slow.Store(true)
+	}
+	verifier := w.follow(w.as(spiffeid.RequireFromString("spiffe://example.org/orders")), subscription())
+	answered, heard := w.revokeAndHear(w.as(spiffeid.RequireFromString("spiffe://example.org/ops/ada")), verifier)
+	t.Logf("a revoke beside %d peers of a byte at a time: answered in %v, heard in %v", 2*peers, answered, heard)
+	for range peers {
+		select {
+		case err := <-ended:
+			if err == nil {
+				t.Error("a handshake of a byte at a time came through")
+			}
+		case <-soon(t).Done():
+			t.Fatal("a handshake of a byte at a time isn't ended")
+		}
+	}
+	waiting.Wait()
 }

@@ -12,6 +12,7 @@ import (
 
 	"github.com/dayflyhq/dayfly/broker"
 	"github.com/dayflyhq/dayfly/broker/attest"
+	"github.com/dayflyhq/dayfly/broker/gate"
 	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
 	"github.com/spiffe/go-spiffe/v2/bundle/jwtbundle"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
@@ -69,9 +70,10 @@ type Server struct {
 	*grpc.Server
 	Health *health.Server
 
-	open     *connections // nil for break-glass
-	stopping chan struct{}
-	stop     sync.Once
+	open       *connections // nil for break-glass, as
+	handshakes *gate.Gate
+	stopping   chan struct{}
+	stop       sync.Once
 }
 
 // NewServer makes the server for workloads, verifiers and operators: mTLS only.
@@ -87,7 +89,7 @@ func NewServer(cfg Config) (*Server, error) {
 	h := &handlers{broker: cfg.Broker, log: cfg.Log, now: cfg.Now, caller: certified(auth), bundlesChanged: cfg.BundlesChanged, stopping: make(chan struct{})}
 	creds := newTransport(auth, cfg.SVIDs)
 	srv := h.server(append(cfg.Options, grpc.Creds(creds)))
-	srv.open = creds.open
+	srv.open, srv.handshakes = creds.open, creds.handshakes
 	dayflyv1.RegisterTokenServiceServer(srv.Server, &tokenService{handlers: h})
 	dayflyv1.RegisterFeedServiceServer(srv.Server, &feedService{handlers: h})
 	dayflyv1.RegisterRevocationServiceServer(srv.Server, &revocationService{handlers: h})

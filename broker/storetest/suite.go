@@ -62,16 +62,18 @@ func Run(t *testing.T, make func(t *testing.T, first broker.Record) Opener) {
 			}
 		})
 	}
-	t.Run("Overtaking", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
-			s := &subject{t: t, open: make(t, Era(era))}
-			s.reopen()
-			testOvertaking(t, s)
-			if err := s.Close(); err != nil {
-				t.Errorf("Close: %v", err)
-			}
+	for name, test := range map[string]func(*testing.T, *subject){"Overtaking": testOvertaking, "OvertakingAll": testOvertakingAll} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := &subject{t: t, open: make(t, Era(era))}
+				s.reopen()
+				test(t, s)
+				if err := s.Close(); err != nil {
+					t.Errorf("Close: %v", err)
+				}
+			})
 		})
-	})
+	}
 }
 
 // A subject is the store under test.
@@ -799,5 +801,57 @@ func testOvertaking(t *testing.T, s *subject) {
 	wg.Wait()
 	if _, err := s.Grant(t.Context(), Grant(2, Identity(1), noon, head).ID()); !errors.Is(err, broker.ErrNotFound) {
 		t.Errorf("the cancelled grant: %v", err)
+	}
+}
+
+// testOvertakingAll lets more grants queue than any commit carries, and observations,
+// and wants the record that comes last before all of them.
+func testOvertakingAll(t *testing.T, s *subject) {
+	const waiting = 2000
+	head := s.head()
+	held, release := make(chan struct{}), make(chan struct{})
+	var once, freed sync.Once
+	var wg sync.WaitGroup
+	issue := func(n int, admit func([]broker.Record) error) {
+		wg.Go(func() {
+			if err := s.Issue(t.Context(), Grant(n, Identity(1), noon, head), admit); err != nil {
+				t.Errorf("Issue %d: %v", n, err)
+			}
+		})
+	}
+	issue(0, func([]broker.Record) error {
+		once.Do(func() { close(held) })
+		<-release
+		return nil
+	})
+	defer wg.Wait()
+	defer freed.Do(func() { close(release) })
+	<-held
+	var mu sync.Mutex
+	behind := map[int]bool{} // a store may ask twice
+	for n := 1; n <= waiting; n++ {
+		issue(n, func(newer []broker.Record) error {
+			mu.Lock()
+			defer mu.Unlock()
+			if len(newer) == 1 {
+				behind[n] = true
+			}
+			return nil
+		})
+		if n%10 == 0 {
+			wg.Go(func() {
+				if err := s.Observe(t.Context(), broker.Observation{Key: fmt.Sprintf("k/%d", n), Value: []byte("v")}); err != nil {
+					t.Errorf("Observe: %v", err)
+				}
+			})
+		}
+	}
+	synctest.Wait()
+	wg.Go(func() { s.append(revoke(1)) })
+	synctest.Wait()
+	freed.Do(func() { close(release) })
+	wg.Wait()
+	if len(behind) != waiting {
+		t.Errorf("the record overtook %d of %d waiting grants", len(behind), waiting)
 	}
 }

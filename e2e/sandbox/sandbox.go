@@ -182,18 +182,18 @@ shutdown_grace: 5s
 // and the last segment of its identity.
 func (s *Sandbox) Log(name string) string { return tail(filepath.Join(s.Dir, name+".log")) }
 
-// StartBroker starts the broker's process and returns once it serves. After the first
-// start it keeps its addresses.
-func (s *Sandbox) StartBroker(ctx context.Context) error {
-	if err := s.SpawnBroker(); err != nil {
+// StartBroker starts the broker's process, with more flags of "serve" if need be, and
+// returns once it serves. After the first start it keeps its addresses.
+func (s *Sandbox) StartBroker(ctx context.Context, flags ...string) error {
+	if err := s.SpawnBroker(flags...); err != nil {
 		return err
 	}
 	return s.AwaitBroker(ctx)
 }
 
 // SpawnBroker starts the broker's process and doesn't wait until it serves.
-func (s *Sandbox) SpawnBroker() (err error) {
-	s.broker, err = s.spawn("broker", s.cfg.Broker, "serve", "--config", s.brokerConfig(), "--announce")
+func (s *Sandbox) SpawnBroker(flags ...string) (err error) {
+	s.broker, err = s.spawn("broker", s.cfg.Broker, append([]string{"serve", "--config", s.brokerConfig(), "--announce"}, flags...)...)
 	return err
 }
 

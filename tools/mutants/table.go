@@ -20,8 +20,14 @@ const (
 	issue     = "broker/issue.go"
 	prune     = "broker/prune.go"
 	relayedGo = "broker/relayed.go"
+	restore   = "broker/restore.go"
 	revoke    = "broker/revoke.go"
+	second    = "broker/second.go"
+	signed    = "broker/signed.go"
 	stateGo   = "broker/state.go"
+	uses      = "broker/uses.go"
+	feedSign  = "proto/feed/signed.go"
+	screen    = "proto/feed/screen.go"
 	freshness = "proto/feed/freshness.go"
 	logGo     = "proto/feed/log.go"
 	relay     = "proto/feed/relay.go"
@@ -29,26 +35,20 @@ const (
 	view      = "proto/feed/view.go"
 	selector  = "proto/revocation/selector.go"
 	set       = "proto/revocation/set.go"
+	distrust  = "broker/sim_signed_test.go"
 	follower  = "broker/sim_fleet_test.go"
 	machine   = "broker/sim_test.go"
 )
 
 func one(file, old, new string) []edit { return []edit{{file, old, new}} }
 
-// Three of the traps' mistakes are missing. A5, A7 and others of clients are made in the
-// simulation's follower. E2 and E3 (a lower head taken for a fork, a snapshot that
-// replaces) need an upstream that lags behind who follows it, and a relay welcomes
-// nobody before it has caught up with what the broker had then: unit tests of proto/feed
-// hold them (TestNoFalseFork, TestSnapshotNeverReplaces). G1 (numbers compared across
-// eras) changes nothing by itself: an older era's token is below the horizon that an era
-// begins with, or has another hash; TestPositions holds it. Z0b (a late commit of a grant
-// of an old head) needs a broker that is behind for minutes just when records are
-// forgotten: 1,200 histories did not meet it, and TestAdmit holds it. C3 (lifting deletes the
-// revocation) has no code that could do it. Two of relays are rarer still, and have unit
-// tests: one that answers from before whoever asks was on the roster, which this
-// simulation once found in its 1,549th history and then not in 5,000
-// (TestAnsweredFromTheRosterOn), and closing those behind a relay by their own last answer
-// (TestClosedBehindRelay).
+// Of the traps' mistakes these are missing. E2 and E3 (a lower head taken for a fork, a
+// snapshot that replaces) need an upstream that lags behind who follows it, and a relay
+// welcomes nobody before it has caught up with what the broker had then: unit tests of
+// proto/feed hold them (TestNoFalseFork, TestSnapshotNeverReplaces). G1 (numbers compared
+// across eras) changes nothing by itself: an older era's token is below the horizon that an
+// era begins with, or has another hash; TestPositions holds it. C3 (lifting deletes the
+// revocation) has no code that could do it.
 var mutants = []mutant{
 	{"", "a credential is released before its grant is recorded", one(issue,
 		"err := b.cfg.Store.Issue(ctx, g, func(newer []Record) error { return admit(g, parent, newer) })",
@@ -56,16 +56,18 @@ var mutants = []mutant{
 	{"A1", "issuing is not conditional on the head", one(issue,
 		"for _, rec := range newer {", "for _, rec := range newer[:0] {")},
 	{"B3", "the parent is not read in the moment of the position", one(issue,
-		"if err := s.checkParent(parent, now); err != nil {", "if err := error(nil); err != nil {")},
+		"if err := s.checkParent(parent, now); err != nil {", "if err := s.checkParent(parent, now); err != nil && !now.Before(parent.Expires) {")},
+	{"Z0b", "a grant of an old head commits however late", one(issue,
+		"if rec.Era != nil || g.Expires.After(rec.Details.Time.Add(token.MaxTTL+token.Leeway)) {", "if rec.Era != nil {")},
 	{"A3", "'>=' where '>' belongs", one(set,
 		"if seq := s.newestMatch(sub); seq > rev {", "if seq := s.newestMatch(sub); seq >= rev && seq > 0 {")},
 	{"A5", "fresh as of receipt", one(follower,
-		"asOf, err := v.fresh.Answered(", "v.fresh.Reconnected()\n\t\tv.fresh.Sent(m.answer.Nonce, now)\n\t\tasOf, err := v.fresh.Answered(")},
+		"asOf, err := v.fresh.Answered(", "v.fresh.Reconnected()\n\t\tv.fresh.Sent(a.Nonce, now)\n\tasOf, err := v.fresh.Answered(")},
 	{"A6", "an answer's head is not compared", one(freshness,
 		"if p.head.Compare(applied) > 0 {", "if false {")},
 	{"A7", "acknowledged on receipt", one(follower,
-		"\t\tif err := v.view.Apply(*m.delivery, now); err != nil {",
-		"\t\tif m.delivery.Snapshot {\n\t\t\tv.acknowledge(m.delivery.Position)\n\t\t}\n\t\tif err := v.view.Apply(*m.delivery, now); err != nil {")},
+		"deliveries := []feed.Delivery{*m.delivery}\n",
+		"deliveries := []feed.Delivery{*m.delivery}\n\t\tif m.delivery.Snapshot {\n\t\t\tv.acknowledge(m.delivery.Position)\n\t\t}\n")},
 	{"A7", "acknowledged by the relay for others", one(relay,
 		"entry := l.Relayed\n", "entry := l.Relayed\n\t\t\tentry.Acked = r.View.Position()\n")},
 	{"A8", "staleness by a clock that stops in suspend", one(machine,
@@ -82,7 +84,7 @@ var mutants = []mutant{
 		"!v.fresh.Fresh(v.Boot(s), v.live)", "!v.fresh.Fresh(v.Boot(s), max(v.live, v.bound))")},
 	{"B1", "a presented token's life is not checked", []edit{
 		{exchange, "err = b.state.checkParent(t, now)", "err = nil"},
-		{issue, "if err := s.checkParent(parent, now); err != nil {", "if err := error(nil); err != nil {"},
+		{issue, "if err := s.checkParent(parent, now); err != nil {", "if err := s.checkParent(parent, now); err != nil && !now.Before(parent.Expires) {"},
 	}},
 	{"B2", "only the own member of a lineage is matched", one(set,
 		"for _, m := range sub.Lineage {\n\t\tnewest", "for _, m := range sub.Lineage[len(sub.Lineage)-1:] {\n\t\tnewest")},
@@ -131,11 +133,60 @@ var mutants = []mutant{
 		{view, "if before, ok := v.log.At(e.Seq - 1); ok && e.Era == nil && e.Chain(before.Sum) != e.Sum {", "if false {"},
 		{set, "if sum, ok := s.sums[rev]; ok && sum != sub.Position.Sum {", "if false {"},
 	}},
+	{"G3", "locks made since the backup are not carried over", one(restore,
+		"if lock := theirs[seq]; ours[seq].Sum != lock.Sum {", "if lock := theirs[seq]; false {")},
+	{"G3", "locks are lost without consent", one(restore,
+		"if !p.AcceptLost {", "if false {")},
+	{"", "revoked keys are not carried over", one(restore,
+		"slices.Chunk(keys, MaxSelectors)", "slices.Chunk(keys[:0], MaxSelectors)")},
+	{"", "a restored store lacks the verifiers of the last one", one(restore,
+		"p.out.Verifiers = append(p.out.Verifiers, v.observation())", "_ = v")},
+	{"", "nobody stands for the verifiers that no copy names", one(restore,
+		"if c == nil || !c.Made.IsZero() || len(p.lost) > 0 {", "if false {")},
+	{"G4d", "a broker that is shown a signed head that it lacks goes on", one(signed,
+		"if !b.silence.CompareAndSwap(nil, silence) {", "if silence != nil {")},
+	{"G4d", "a silent broker answers pings", one(signed,
+		"if err := b.checkSilence(); err != nil {\n\t\treturn Proof{}, err\n\t}\n\tp, err", "p, err")},
+	{"", "what nobody signed silences a broker", one(signed,
+		"s, err := b.cfg.VerifyHead(h)", "s, err := claimed, error(nil)")},
+	{"", "a signed head answers any ping", one(feedSign,
+		"if root != s.NonceRoot {", "if _ = root; false {")},
+	{"", "a relay's word counts beside the signature", one(distrust,
+		"a.Head, a.Age = signed.Head, signed.Age", "_ = signed.Head")},
+	{"", "what comes through a relay on another host counts at once", one(follower,
+		"if v.distrusts {\n\t\t\tvar err error", "if false {\n\t\t\tvar err error")},
+	{"", "records are not compared with the signed head", one(screen,
+		"if at != h.Head {", "if false {")},
+	{"", "keys are not compared with the signed set", one(screen,
+		"retired, ok := matchKeySet(all, h.KeySet)\n", "retired, ok := matchKeySet(all, h.KeySet)\n\tok = true\n")},
+	{"", "a use of what was never recorded is no alarm", one(uses,
+		`b.unrecorded(ctx, found, r, use, "no record holds this grant", quiet)`, "")},
+	{"", "a use's fingerprint is not compared with the record's", one(uses,
+		"case len(use.Fingerprint) > 0 && string(use.Fingerprint) != string(g.Fingerprint[:]):", "case false:")},
+	{"", "a report that comes again counts twice", one(uses,
+		"if known, err := b.reported(ctx, place, now); known || err != nil {", "if _, err := b.reported(ctx, place, now); err != nil {")},
+	{"", "uses after a revocation are kept in memory only", one(uses,
+		"u.after[afterKey{seq, a.Verifier}] = a", "_ = u")},
+	{"", "who proposed may confirm", one(second,
+		"case found != nil && found.Actor != want.Actor:", "case found != nil:")},
+	{"", "a proposal is confirmed however late", one(second,
+		"|| now.Before(p.Time) || !now.Before(p.Ends) {", "|| now.Before(p.Time) {")},
+	{"", "a proposal is confirmed more than once", []edit{
+		{second, "return &p, !b.confirmed(&p)", "return &p, true"},
+		{second, "if err := b.cfg.Store.Observe(context.WithoutCancel(ctx), Observation{Key: p.key()}); err != nil {", "if err := error(nil); err != nil {"},
+		{revoke, "if confirms != nil && b.confirmed(confirms) {", "if false {"},
+	}},
+	{"", "everything takes one person", one(revoke,
+		`if action != ActionRevokeEverything || c.Local != "" {`, "if true {")},
 	{"", "a key that no broker vouches for is published", []edit{
 		{stateGo, "if err := verify(rec, s.unchecked[seq]); err == nil {", "if err := verify(rec, s.unchecked[seq]); err == nil || true {"},
 	}},
 	{"", "a relay answers whom the broker doesn't have on its roster", one(relay,
 		"if len(d.nonces)+len(d.proven) == 0 || d.need > r.confirmed || !known {", "if len(d.nonces)+len(d.proven) == 0 || !known {\n\t\td.need = 0")},
+	{"", "a relay answers from before one below was on the roster", one(relay,
+		"\t\tif c.head.Compare(r.View.Position()) > 0 {\n\t\t\treturn false\n\t\t}\n\t\tr.confirmed", "\t\tr.confirmed")},
+	{"", "one behind a relay closes by its own last answer", one(roster,
+		"answered = max(answered, relay.Answered)", "_ = relay")},
 	{"", "a relay's gone verifier is dropped from the roster at once", one(relayedGo,
 		"if f.b.enrolled(v.ID) {\n\t\t\t\tbelow", "v.Answered = 0\n\t\t\tif f.b.enrolled(v.ID) {\n\t\t\t\tbelow")},
 	{"", "the smaller of two bounds stands", one(roster,

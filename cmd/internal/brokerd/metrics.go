@@ -5,6 +5,7 @@ import (
 
 	"github.com/dayflyhq/dayfly/broker"
 	"github.com/dayflyhq/dayfly/broker/boltstore"
+	"github.com/dayflyhq/dayfly/broker/rpc"
 	"github.com/dayflyhq/dayfly/policy"
 	"github.com/prometheus/client_golang/prometheus"
 )
@@ -90,6 +91,24 @@ func (m *metrics) watch(b *broker.Broker, s *boltstore.Store) {
 	}
 	gauge("dayfly_store_bytes", "Size of the store's file.", stat(func(st boltstore.Stats) float64 { return float64(st.File) }))
 	gauge("dayfly_store_waiting", "Calls that wait for a commit.", stat(func(st boltstore.Stats) float64 { return float64(st.Waiting) }))
+}
+
+// watchConnections counts what the public gRPC listener lets in and closes.
+func (m *metrics) watchConnections(s *rpc.Server) {
+	open := func(state string, value func(rpc.ConnectionCounts) int) {
+		m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "dayfly_connections", Help: "Connections of the gRPC listener: in their handshake, or open.", ConstLabels: prometheus.Labels{"state": state},
+		}, func() float64 { return float64(value(s.Connections())) }))
+	}
+	open("handshake", func(c rpc.ConnectionCounts) int { return c.Handshaking })
+	open("open", func(c rpc.ConnectionCounts) int { return c.Open })
+	closed := func(why string, value func(rpc.ConnectionCounts) uint64) {
+		m.registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{
+			Name: "dayfly_connections_closed_total", Help: "Connections of the gRPC listener that were closed: in a handshake that others waited for, or for an identity's or everybody's bound.", ConstLabels: prometheus.Labels{"why": why},
+		}, func() float64 { return float64(value(s.Connections())) }))
+	}
+	closed("crowded", func(c rpc.ConnectionCounts) uint64 { return c.Crowded })
+	closed("bound", func(c rpc.ConnectionCounts) uint64 { return c.Refused })
 }
 
 // policyInfo tells which policy is in force: one series, with its revision as a label,

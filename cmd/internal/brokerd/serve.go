@@ -393,6 +393,7 @@ func (d *daemon) startPublic(r *running) (serving func(), err error) {
 	if err := d.startGRPC(r, main, &d.cfg.Listen.GRPC); err != nil {
 		return nil, err
 	}
+	d.metrics.watchConnections(main)
 	if d.cfg.Listen.GRPCJWT != "" {
 		proxied, err := d.proxied(cfg)
 		if err != nil {
