@@ -26,7 +26,7 @@ type tokenAnswer struct {
 	AccessToken     string        `json:"access_token"`
 	IssuedTokenType string        `json:"issued_token_type,omitempty"`
 	TokenType       string        `json:"token_type"`
-	ExpiresIn       int64         `json:"expires_in"`
+	ExpiresIn       int64         `json:"expires_in"` // whole seconds that are left, rounded down
 	Scope           string        `json:"scope,omitempty"`
 	Grant           string        `json:"dayfly_grant"`
 	Binding         token.Binding `json:"dayfly_binding"`
@@ -143,7 +143,7 @@ func answerOf(cred *broker.Credential) *tokenAnswer {
 	g := cred.Grant
 	return &tokenAnswer{
 		AccessToken: cred.Token.Reveal(), TokenType: "Bearer",
-		ExpiresIn: int64(g.Expires.Sub(g.IssuedAt) / time.Second), Scope: strings.Join(g.Scopes, " "),
+		ExpiresIn: max(0, int64(time.Until(g.Expires)/time.Second)), Scope: strings.Join(g.Scopes, " "),
 		Grant: g.ID().String(), Binding: g.Binding,
 	}
 }
