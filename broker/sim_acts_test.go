@@ -124,6 +124,7 @@ func (s *sim) random(r *rand.Rand) {
 	case n < 92:
 		m := []*simMachine{&b.simMachine, &f.simMachine}[r.IntN(2)]
 		m.wall = []time.Duration{0, -3 * time.Hour, time.Hour, some(simSkew)}[r.IntN(4)]
+		s.clocksOff = s.clocksOff || m == &b.simMachine && m.wall.Abs() > simSkew
 		s.note("the wall clock of %s is off by %s", m.name, m.wall)
 	case n < 95:
 		if b.up() {

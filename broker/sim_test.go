@@ -115,6 +115,7 @@ type sim struct {
 	shared    bool            // several brokers
 	forked    bool            // an old copy was put back: forks are no false alarms
 	bounds    []time.Duration // that verifiers begin with
+	clocksOff bool            // a broker's wall clock ever was, by more than is allowed for
 	calm      bool            // little is revoked, so that much lives on
 	signs     bool            // brokers sign heads
 	liarKey   *simKey         // of relays that lie
