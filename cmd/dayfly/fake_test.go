@@ -325,7 +325,7 @@ func refuse(code codes.Code, reason, message, hint string) error {
 }
 
 func (f *fake) Issue(_ context.Context, r *dayflyv1.IssueRequest) (*dayflyv1.IssueResponse, error) {
-	c, err := f.give(r.GetAudience(), paymentsID)
+	c, err := f.give(r.GetAudience(), r.GetBinding(), paymentsID)
 	return &dayflyv1.IssueResponse{Credential: c}, err
 }
 
@@ -333,11 +333,11 @@ func (f *fake) Exchange(_ context.Context, r *dayflyv1.ExchangeRequest) (*dayfly
 	if _, err := token.Inspect(r.GetSubjectToken()); err != nil {
 		return nil, refuse(codes.InvalidArgument, "SUBJECT_TOKEN_MALFORMED", "the subject token is not a token of dayfly", "present it as it was received")
 	}
-	c, err := f.give(r.GetAudience(), paymentsID, ordersID)
+	c, err := f.give(r.GetAudience(), r.GetBinding(), paymentsID, ordersID)
 	return &dayflyv1.ExchangeResponse{Credential: c}, err
 }
 
-func (f *fake) give(audience string, chain ...spiffeid.ID) (*dayflyv1.Credential, error) {
+func (f *fake) give(audience string, asked dayflyv1.Binding, chain ...spiffeid.ID) (*dayflyv1.Credential, error) {
 	switch audience {
 	case "forbidden":
 		return nil, refuse(codes.PermissionDenied, "POLICY_DENIED", "policy does not allow this", "ask the owner of forbidden")
@@ -350,8 +350,12 @@ func (f *fake) give(audience string, chain ...spiffeid.ID) (*dayflyv1.Credential
 	if err != nil {
 		return nil, err
 	}
+	binding := g.GetBinding()
+	if asked == dayflyv1.Binding_BINDING_NONE && audience != "bound" {
+		binding = asked
+	}
 	return &dayflyv1.Credential{
-		Token: secret.Reveal(), Grant: g.GetGrant(), Audience: audience, Scopes: g.GetScopes(), Binding: g.GetBinding(),
+		Token: secret.Reveal(), Grant: g.GetGrant(), Audience: audience, Scopes: g.GetScopes(), Binding: binding,
 		IssuedAt: g.GetIssuedAt(), ExpiresAt: g.GetExpiresAt(),
 	}, nil
 }
