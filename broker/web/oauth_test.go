@@ -174,6 +174,8 @@ func (w *world) Audience(name string) (broker.Audience, bool) {
 	return broker.Audience{Name: name, VerifiedBy: "feed"}, true
 }
 
+func (w *world) External() []broker.Audience { return nil }
+
 func (w *world) Fallback(spiffeid.ID, string) broker.Fallback { return broker.Fallback{} }
 
 func (w *world) last() broker.AuditEntry {

@@ -531,7 +531,7 @@ func (f *fake) WatchContainment(r *dayflyv1.WatchContainmentRequest, s grpc.Serv
 		}
 	case "spiffe://example.org/cloud":
 		done.External = []*dayflyv1.AffectedAudience{{Audience: "aws", Owner: "team cloud", VerifiedBy: "external", LiveGrants: 2, LastExpiry: timestamppb.New(time.Now().Add(time.Hour))}}
-	case "spiffe://example.org/bygone":
+	case "spiffe://example.org/ahead": // as an operator sees it whose clock is
 		done.External = []*dayflyv1.AffectedAudience{{Audience: "aws", VerifiedBy: "external", LastExpiry: timestamppb.New(time.Now().Add(-time.Minute))}}
 	}
 	return s.Send(&dayflyv1.WatchContainmentResponse{Containment: done})

@@ -90,7 +90,7 @@ func Serve(ctx context.Context, cfg Config, out, stderr io.Writer) error {
 	var patience time.Duration // with a process that has the store; 0: the store's own
 	if cfg.TakeOver {
 		if err := takeOver(ctx, &cfg, ring, identity, log); err != nil {
-			return ended(ctx, err)
+			return ended(ctx, err, log)
 		}
 		patience = cfg.ShutdownGrace + stopTimeout
 	}
