@@ -37,8 +37,12 @@ func takeOver(ctx context.Context, cfg *Config, ring *keyring, svids *agent.Iden
 		log.WarnContext(ctx, "no broker serves to take over from; starting without", "break_glass", socket)
 		return nil
 	}
-	if _, err := policy.Load(ctx, policy.Config{Dir: cfg.Policy}); err != nil {
-		return fmt.Errorf("loading policy from %s: %w", cfg.Policy, err)
+	source, err := cfg.policySource(svids)
+	if err != nil {
+		return err
+	}
+	if _, err := policy.Load(ctx, source); err != nil {
+		return fmt.Errorf("loading policy: %w", err)
 	}
 	if _, err := awaitSVID(ctx, svids, log); err != nil {
 		return err

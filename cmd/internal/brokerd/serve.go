@@ -148,16 +148,14 @@ func (d *daemon) run(ctx context.Context) (err error) {
 }
 
 func (d *daemon) open(ctx context.Context) error {
-	var err error
 	d.registry = prometheus.NewRegistry()
 	d.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	d.metrics = newMetrics(d.registry)
-	source := policy.Config{Dir: d.cfg.Policy, Log: d.log, OnReload: d.metrics.policyReloaded}
-	if b := d.cfg.PolicyBundle; b != nil {
-		if source.Bundle, err = b.source(d.cfg.Store, d.svids); err != nil {
-			return err
-		}
+	source, err := d.cfg.policySource(d.svids)
+	if err != nil {
+		return err
 	}
+	source.Log, source.OnReload = d.log, d.metrics.policyReloaded
 	if d.policy, err = policy.Open(ctx, source); err != nil {
 		return fmt.Errorf("loading policy: %w", err)
 	}
