@@ -137,12 +137,12 @@ type daemon struct {
 
 func (d *daemon) run(ctx context.Context) (err error) {
 	if err := d.open(ctx); err != nil {
-		return err
+		return ended(ctx, err, d.log)
 	}
 	// Last of all: everything that may still write has ended by then.
 	defer func() { err = errors.Join(err, d.store.Close()) }()
 	if err := d.assemble(ctx); err != nil {
-		return err
+		return ended(ctx, err, d.log)
 	}
 	return d.serve(ctx)
 }
