@@ -70,7 +70,7 @@ type Server struct {
 	*grpc.Server
 	Health *health.Server
 
-	open       *connections // nil for break-glass, as
+	open       *gate.Proven // nil for break-glass, as
 	handshakes *gate.Gate
 	stopping   chan struct{}
 	stop       sync.Once

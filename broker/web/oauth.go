@@ -5,16 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"math"
-	"net"
 	"net/http"
 	"net/netip"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/dayflyhq/dayfly/broker"
-	"github.com/dayflyhq/dayfly/broker/attest"
 	"github.com/dayflyhq/dayfly/proto/token"
 )
 
@@ -73,6 +70,7 @@ func (p *public) client(r *http.Request, f form) (broker.Caller, error) {
 	}
 	assertion, kind := f.get("client_assertion"), f.get("client_assertion_type")
 	certified := r.TLS != nil && len(r.TLS.PeerCertificates) > 0
+	v := visitorOf(r)
 	var c broker.Caller
 	var err error
 	switch {
@@ -85,7 +83,7 @@ func (p *public) client(r *http.Request, f form) (broker.Caller, error) {
 	case assertion != "":
 		c, err = p.cfg.Attestor.JWT(assertion)
 	case certified:
-		c, err = p.cfg.Attestor.X509(shownBy(r))
+		c, err = p.cfg.Attestor.X509(v.chainOf(r))
 	default:
 		return c, invalidClient("no client authentication: neither a certificate nor an assertion")
 	}
@@ -95,31 +93,9 @@ func (p *public) client(r *http.Request, f form) (broker.Caller, error) {
 	if id := f.get("client_id"); id != "" && id != c.ID.String() {
 		return broker.Caller{}, invalidClient("client_id is not the SPIFFE ID of the SVID")
 	}
+	v.proved(c.ID)
 	c.Peer, _ = netip.ParseAddrPort(r.RemoteAddr)
 	return c, nil
-}
-
-// shown holds the certificates of a connection, so that its chain isn't verified anew in
-// every request.
-type shown struct {
-	once  sync.Once
-	chain *attest.Chain
-}
-
-type shownKey struct{}
-
-func withShown(ctx context.Context, _ net.Conn) context.Context {
-	return context.WithValue(ctx, shownKey{}, &shown{})
-}
-
-// shownBy returns the chain of a request's connection.
-func shownBy(r *http.Request) *attest.Chain {
-	s, ok := r.Context().Value(shownKey{}).(*shown)
-	if !ok {
-		return attest.NewChain(r.TLS.PeerCertificates)
-	}
-	s.once.Do(func() { s.chain = attest.NewChain(r.TLS.PeerCertificates) })
-	return s.chain
 }
 
 // An oauthError is an answer of RFC 6749 section 5.2. The standard's error says what a
