@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"runtime"
 	"strings"
 	"sync"
@@ -22,6 +23,7 @@ import (
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/reflection"
 	"google.golang.org/protobuf/proto"
 )
@@ -61,6 +63,8 @@ type Config struct {
 	Backup func() (Backup, error)
 	// Handover lets the next process take over, over the break-glass socket; nil: none can.
 	Handover *Handover
+	// Unproven is told of each call whose client hasn't proved who it is. Nil: nobody is.
+	Unproven func(attest.Failure)
 	// Options are added to the gRPC server: a stats handler for metrics and traces.
 	Options []grpc.ServerOption
 }
@@ -86,7 +90,7 @@ func NewServer(cfg Config) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	h := &handlers{broker: cfg.Broker, log: cfg.Log, now: cfg.Now, caller: certified(auth), bundlesChanged: cfg.BundlesChanged, stopping: make(chan struct{})}
+	h := &handlers{broker: cfg.Broker, log: cfg.Log, now: cfg.Now, caller: telling(cfg.Unproven, attest.MethodX509, certified(auth)), bundlesChanged: cfg.BundlesChanged, stopping: make(chan struct{})}
 	creds := newTransport(auth, cfg.SVIDs)
 	srv := h.server(append(cfg.Options, grpc.Creds(creds)))
 	srv.open, srv.handshakes = creds.open, creds.handshakes
@@ -111,7 +115,7 @@ func NewJWTServer(cfg Config) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	h := &handlers{broker: cfg.Broker, log: cfg.Log, now: cfg.Now, caller: bearer(auth), bundlesChanged: cfg.BundlesChanged, stopping: make(chan struct{})}
+	h := &handlers{broker: cfg.Broker, log: cfg.Log, now: cfg.Now, caller: telling(cfg.Unproven, attest.MethodJWT, bearer(auth)), bundlesChanged: cfg.BundlesChanged, stopping: make(chan struct{})}
 	srv := h.server(append(cfg.Options, grpc.Creds(newJWTTransport(cfg.SVIDs))))
 	dayflyv1.RegisterTokenServiceServer(srv.Server, &tokenService{handlers: h})
 	return srv, nil
@@ -124,8 +128,26 @@ func (cfg *Config) setDefaults() {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
+	if cfg.Unproven == nil {
+		cfg.Unproven = func(attest.Failure) {}
+	}
 	if cfg.BundlesChanged == nil {
 		cfg.BundlesChanged = func() <-chan struct{} { return nil }
+	}
+}
+
+// telling tells of the calls whose client can't be proved.
+func telling(told func(attest.Failure), method string, caller func(context.Context) (broker.Caller, error)) func(context.Context) (broker.Caller, error) {
+	return func(ctx context.Context) (broker.Caller, error) {
+		c, err := caller(ctx)
+		if err != nil {
+			var from netip.AddrPort
+			if p, ok := peer.FromContext(ctx); ok {
+				from = addressOf(p)
+			}
+			told(attest.FailureOf(from, method, err))
+		}
+		return c, err
 	}
 }
 

@@ -50,6 +50,7 @@ type world struct {
 	mu     sync.Mutex
 	decide func(broker.Question) (broker.Decision, error)
 	audit  []broker.AuditEntry
+	failed []attest.Failure
 }
 
 func newWorld(t testing.TB) *world {
@@ -76,7 +77,11 @@ func newWorldOf(t testing.TB, maxRevocations int) *world {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w.handler = mustPublic(t, web.PublicConfig{Broker: w.b, Attestor: attestor, Keys: w.b.Keys})
+	w.handler = mustPublic(t, web.PublicConfig{Broker: w.b, Attestor: attestor, Keys: w.b.Keys, Unproven: func(f attest.Failure) {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		w.failed = append(w.failed, f)
+	}})
 	cfg := tlsconfig.TLSServerConfig(w.td.Source(brokerID))
 	attest.OptionalTLS(cfg)
 	ln := listen(t, "tcp", "127.0.0.1:0")
@@ -501,7 +506,11 @@ func TestClientAuthentication(t *testing.T) {
 			"client_assertion_type", "urn:ietf:params:oauth:client-assertion-type:jwt-spiffe"), 401, "invalid_client", "JWT_SVID_INVALID"},
 	} {
 		t.Run(name, func(t *testing.T) {
+			w.failed = nil
 			w.post(tt.client, "/token", tt.form.Encode()).wantError(t, tt.status, tt.code, tt.reason)
+			if len(w.failed) != 1 || w.failed[0].Reason != tt.reason || !w.failed[0].Peer.IsValid() || strings.Contains(w.failed[0].Message, assertion) {
+				t.Errorf("told %+v", w.failed)
+			}
 		})
 	}
 	// A library that tries its luck with a header is told the scheme, and asks again.
@@ -514,6 +523,17 @@ func TestClientAuthentication(t *testing.T) {
 	a := w.send(certified, r)
 	a.wantError(t, 401, "invalid_client", "CLIENT_UNAUTHENTICATED")
 	if got := a.header.Get("WWW-Authenticate"); got != `Basic realm="`+issuer+`"` {
+		t.Errorf("WWW-Authenticate is %q", got)
+	}
+	// Not only in the first: another reader would take the second.
+	r, err = http.NewRequest(http.MethodPost, w.base+"/token", strings.NewReader(credentials("audience", "orders").Encode()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Header = http.Header{"Content-Type": {"application/x-www-form-urlencoded"}, "Authorization": {"", "Bearer x"}}
+	a = w.send(certified, r)
+	a.wantError(t, 401, "invalid_client", "CLIENT_UNAUTHENTICATED")
+	if got := a.header.Get("WWW-Authenticate"); got != `Bearer realm="`+issuer+`"` {
 		t.Errorf("WWW-Authenticate is %q", got)
 	}
 	if got := w.post(stranger, "/token", "x=%zz").header.Get("WWW-Authenticate"); got != "" { // a bad form, whoever sent it
