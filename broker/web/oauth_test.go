@@ -51,6 +51,7 @@ type world struct {
 	decide func(broker.Question) (broker.Decision, error)
 	audit  []broker.AuditEntry
 	failed []attest.Failure
+	now    time.Time // as the handler has it; the broker's stands still
 }
 
 func newWorld(t testing.TB) *world {
@@ -81,6 +82,10 @@ func newWorldOf(t testing.TB, maxRevocations int) *world {
 		w.mu.Lock()
 		defer w.mu.Unlock()
 		w.failed = append(w.failed, f)
+	}, Now: func() time.Time {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		return w.now
 	}})
 	cfg := tlsconfig.TLSServerConfig(w.td.Source(brokerID))
 	attest.OptionalTLS(cfg)
@@ -103,6 +108,7 @@ func (w *world) start(maxRevocations int) {
 	t := w.t
 	t.Helper()
 	start := time.Now().UTC()
+	w.now = start
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
@@ -352,6 +358,30 @@ func TestTokenWithCertificate(t *testing.T) {
 	f.Del("audience")
 	if tok := w.post(c, "/token", f.Encode()).wantToken(t, ""); tok.Audience != orders.String() {
 		t.Errorf("for a resource, aud is %q", tok.Audience)
+	}
+}
+
+// A client that never heard the answer asks again with the same key, and has one token and
+// not two; what is left of its life is said as of then.
+func TestTokenRepeated(t *testing.T) {
+	w := newWorld(t)
+	c := w.client(payments)
+	first := w.post(c, "/token", credentials("dayfly_idempotency_key", "k").Encode())
+	first.wantToken(t, "")
+	w.mu.Lock()
+	w.now = w.now.Add(40 * time.Second)
+	w.mu.Unlock()
+	again := w.post(c, "/token", credentials("dayfly_idempotency_key", "k").Encode())
+	if again.text("access_token") != first.text("access_token") {
+		t.Error("another token")
+	}
+	if first.body["expires_in"] != 300. || again.body["expires_in"] != 260. {
+		t.Errorf("expires in %v, then in %v", first.body["expires_in"], again.body["expires_in"])
+	}
+	w.post(c, "/token", credentials("dayfly_idempotency_key", "k", "scope", "read").Encode()).wantError(t, 400, "invalid_request", "IDEMPOTENCY_KEY_REUSED")
+	w.post(c, "/token", credentials("dayfly_idempotency_key", strings.Repeat("k", 65)).Encode()).wantError(t, 400, "invalid_request", "INVALID_REQUEST")
+	if other := w.post(c, "/token", credentials("dayfly_idempotency_key", "j").Encode()); other.text("access_token") == first.text("access_token") {
+		t.Error("the same token for another key")
 	}
 }
 

@@ -2,6 +2,7 @@ package web
 
 import (
 	"context"
+	"math"
 	"net/http"
 	"net/url"
 	"strconv"
@@ -46,7 +47,7 @@ func (p *public) token(ctx context.Context, c broker.Caller, f form) (any, error
 		if err != nil {
 			return nil, err
 		}
-		return answerOf(cred), nil
+		return p.answerOf(cred), nil
 	case grantTokenExchange:
 		return p.exchange(ctx, c, f)
 	}
@@ -67,7 +68,7 @@ func (p *public) exchange(ctx context.Context, c broker.Caller, f form) (any, er
 	if err != nil {
 		return nil, err
 	}
-	answer := answerOf(cred)
+	answer := p.answerOf(cred)
 	answer.IssuedTokenType = issued
 	return answer, nil
 }
@@ -101,7 +102,7 @@ func requestOf(f form) (broker.Request, error) {
 	if err != nil {
 		return broker.Request{}, err
 	}
-	req := broker.Request{Audience: audience, Binding: token.Binding(f.get("dayfly_binding"))}
+	req := broker.Request{Audience: audience, Binding: token.Binding(f.get("dayfly_binding")), IdempotencyKey: f.get("dayfly_idempotency_key")}
 	if req.Scopes, err = scopesOf(f); err != nil {
 		return req, err
 	}
@@ -139,11 +140,13 @@ func targetOf(f form) (string, error) {
 	return resources[0], nil
 }
 
-func answerOf(cred *broker.Credential) *tokenAnswer {
+func (p *public) answerOf(cred *broker.Credential) *tokenAnswer {
 	g := cred.Grant
+	// A call that is repeated by its key gets what was issued a while ago.
+	left := min(g.Expires.Sub(g.IssuedAt), g.Expires.Sub(p.cfg.Now()))
 	return &tokenAnswer{
 		AccessToken: cred.Token.Reveal(), TokenType: "Bearer",
-		ExpiresIn: int64(g.Expires.Sub(g.IssuedAt) / time.Second), Scope: strings.Join(g.Scopes, " "),
+		ExpiresIn: max(0, int64(math.Ceil(left.Seconds()))), Scope: strings.Join(g.Scopes, " "),
 		Grant: g.ID().String(), Binding: g.Binding,
 	}
 }
