@@ -22,9 +22,10 @@ func Unary(ctx context.Context, log *slog.Logger, req any, next grpc.UnaryHandle
 
 // The bounds of connections and pings.
 const (
-	MaxHandshakes = maxHandshakes
-	PingGap       = pingGap
-	PingBurst     = pingBurst
+	MaxHandshakes        = maxHandshakes
+	MaxStreamsOfStranger = maxStreamsOfStranger
+	PingGap              = pingGap
+	PingBurst            = pingBurst
 )
 
 // OpenConnections is how many the server counts.

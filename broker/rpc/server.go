@@ -116,7 +116,8 @@ func NewJWTServer(cfg Config) (*Server, error) {
 		return nil, err
 	}
 	h := &handlers{broker: cfg.Broker, log: cfg.Log, now: cfg.Now, caller: telling(cfg.Unproven, attest.MethodJWT, bearer(auth)), bundlesChanged: cfg.BundlesChanged, stopping: make(chan struct{})}
-	srv := h.server(append(cfg.Options, grpc.Creds(newJWTTransport(cfg.SVIDs))))
+	// Fixed windows: those that grow with what arrives grow with what a stranger sends.
+	srv := h.server(append(cfg.Options, grpc.Creds(newJWTTransport(cfg.SVIDs)), grpc.InitialWindowSize(strangersWindow), grpc.InitialConnWindowSize(strangersWindow)), grpc.MaxConcurrentStreams(maxStreamsOfStranger), grpc.MaxRecvMsgSize(MaxRequestBytes))
 	dayflyv1.RegisterTokenServiceServer(srv.Server, &tokenService{handlers: h})
 	return srv, nil
 }
@@ -162,7 +163,7 @@ type handlers struct {
 	stopping       chan struct{}
 }
 
-func (h *handlers) server(options []grpc.ServerOption) *Server {
+func (h *handlers) server(options []grpc.ServerOption, more ...grpc.ServerOption) *Server {
 	options = append([]grpc.ServerOption{grpc.ConnectionTimeout(handshakeTimeout)}, options...) // a test may want another
 	options = append(options,
 		grpc.MaxRecvMsgSize(maxReceiveBytes),
@@ -173,6 +174,7 @@ func (h *handlers) server(options []grpc.ServerOption) *Server {
 		grpc.ChainUnaryInterceptor(h.unary),
 		grpc.ChainStreamInterceptor(h.stream),
 	)
+	options = append(options, more...)
 	srv := &Server{Server: grpc.NewServer(options...), Health: health.NewServer(), stopping: h.stopping}
 	healthpb.RegisterHealthServer(srv.Server, srv.Health)
 	return srv
