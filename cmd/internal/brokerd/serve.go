@@ -379,8 +379,9 @@ func (d *daemon) startLocal(r *running) error {
 // it returns is called.
 func (d *daemon) startPublic(r *running) (serving func(), err error) {
 	domains := append([]spiffeid.TrustDomain{d.id.TrustDomain()}, d.cfg.TrustDomains...)
+	told := &unproven{log: d.log, count: d.metrics.unproven, now: time.Now, since: time.Now()}
 	cfg := rpc.Config{
-		Broker: d.broker, SVIDs: d.svids, Bundle: d.svids, BundlesChanged: d.svids.Changed, Log: d.log, Options: d.traces.serverOptions(),
+		Unproven: told.at("grpc"), Broker: d.broker, SVIDs: d.svids, Bundle: d.svids, BundlesChanged: d.svids.Changed, Log: d.log, Options: d.traces.serverOptions(),
 		TrustDomains: domains,
 	}
 	main, err := rpc.NewServer(cfg)
@@ -393,6 +394,7 @@ func (d *daemon) startPublic(r *running) (serving func(), err error) {
 	}
 	d.metrics.watchConnections(main)
 	if d.cfg.Listen.GRPCJWT != "" {
+		cfg.Unproven = told.at("grpc_jwt")
 		proxied, err := d.proxied(cfg)
 		if err != nil {
 			return nil, err
@@ -407,7 +409,7 @@ func (d *daemon) startPublic(r *running) (serving func(), err error) {
 			s.Health.SetServingStatus("", healthpb.HealthCheckResponse_SERVING)
 		}
 	}
-	return serving, d.startWeb(r, domains)
+	return serving, d.startWeb(r, domains, told.at("http"))
 }
 
 func (d *daemon) startGRPC(r *running, s *rpc.Server, addr *string) error {
@@ -432,14 +434,14 @@ func (d *daemon) proxied(cfg rpc.Config) (*rpc.Server, error) {
 }
 
 // startWeb serves the public documents and OAuth.
-func (d *daemon) startWeb(r *running, domains []spiffeid.TrustDomain) error {
+func (d *daemon) startWeb(r *running, domains []spiffeid.TrustDomain, told func(attest.Failure)) error {
 	attestor, err := attest.New(attest.Config{X509: d.svids, JWT: d.jwts, TrustDomains: domains, Audience: d.cfg.Issuer})
 	if err != nil {
 		return err
 	}
 	h, err := web.Public(web.PublicConfig{
 		Issuer: d.cfg.Issuer, Keys: d.broker.Keys, Algorithm: d.cfg.Algorithm, JWKSMaxAge: d.cfg.JWKSMaxAge, Broker: d.broker, Attestor: attestor, MutualTLS: d.cfg.MutualTLSURL,
-		TracerProvider: d.traces.tracer(), Log: d.log,
+		Unproven: told, TracerProvider: d.traces.tracer(), Log: d.log,
 	})
 	if err != nil {
 		return err
