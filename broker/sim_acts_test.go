@@ -477,7 +477,7 @@ func (s *sim) thief(b *simBroker, r *rand.Rand) {
 	s.counts["forged"]++
 	s.tokens = append(s.tokens, k)
 	s.after(s.between(20*time.Second), func() {
-		if !b.up() || b.b.KeyRevoked(key.id) {
+		if !b.up() || b.b.KeyRevoked(key.id) || s.quiet > 0 && s.now > s.quiet {
 			return
 		}
 		if b.key == key {
