@@ -17,22 +17,13 @@ import (
 	"github.com/dayflyhq/dayfly/sdk/verify"
 )
 
-// gitData gives payments a bearer for a git server, and one that is bound to it.
-const gitData = `
-audiences:
-  git: {owner: tools team, identities: [spiffe://dayfly.test/ns/shop/web]}
-entitlements:
-  spiffe://dayfly.test/ns/shop/payments:
-    git: {scopes: [git.read], ttl: 5m, binding: none}
-`
-
 // TestGitHelper has the real git clone from a server that demands a token of ours, with
 // no password anywhere; and a repository that sends git elsewhere gets nothing.
 func TestGitHelper(t *testing.T) {
-	box := newBox(t, gitData)
+	box := newBox(t)
 	agent := must(box.StartAgent(t.Context(), sandbox.Payments))(t)
 	feed := must(box.Client(t.Context(), sandbox.Web, box.Info.GRPC))(t)
-	service := must(box.StartService(t.Context(), sandbox.ServiceConfig{ID: sandbox.Web, Audience: "git", Feed: feed, Plain: true}))(t)
+	service := must(box.StartService(t.Context(), sandbox.ServiceConfig{ID: sandbox.Web, Audience: "web", Feed: feed, Plain: true}))(t)
 	repos := makeRepo(t)
 	var asked, served atomic.Int64
 	handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -41,7 +32,7 @@ func TestGitHelper(t *testing.T) {
 			asked.Add(1)
 		}
 		got, err := service.Verifier.Verify(r.Context(), password, verify.Peer{})
-		if !ok || err != nil || name != "dayfly" || !strings.Contains(strings.Join(got.Scopes, " "), "git.read") {
+		if !ok || err != nil || name != "dayfly" || !strings.Contains(strings.Join(got.Scopes, " "), "web.read") {
 			w.Header().Set("WWW-Authenticate", `Basic realm="git"`)
 			http.Error(w, "a token is wanted", http.StatusUnauthorized)
 			return
@@ -72,7 +63,7 @@ func TestGitHelper(t *testing.T) {
 
 	for _, s := range []*httptest.Server{https, plain} {
 		into := filepath.Join(t.TempDir(), "clone")
-		if out, err := git("--server "+host(s)+"=git", "clone", s.URL+"/repo.git", into); err != nil {
+		if out, err := git("--server "+host(s)+"=web", "clone", s.URL+"/repo.git", into); err != nil {
 			t.Fatalf("git clone %s: %v: %s", s.URL, err, out)
 		}
 		if text := must(os.ReadFile(filepath.Join(into, "README")))(t); string(text) != "shoes\n" {
@@ -85,7 +76,7 @@ func TestGitHelper(t *testing.T) {
 
 	// A server that nobody named: git gets nothing, and sends nothing.
 	before := asked.Load()
-	if out, err := git("--server "+host(https)+"=git", "clone", other.URL+"/repo.git", filepath.Join(t.TempDir(), "clone")); err == nil || !strings.Contains(out, "terminal prompts disabled") {
+	if out, err := git("--server "+host(https)+"=web", "clone", other.URL+"/repo.git", filepath.Join(t.TempDir(), "clone")); err == nil || !strings.Contains(out, "terminal prompts disabled") {
 		t.Errorf("a clone from elsewhere: %v: %s", err, out)
 	}
 	// Policy gives no such token: git is told why, and to quit.
@@ -102,7 +93,7 @@ func TestGitHelper(t *testing.T) {
 	watch := must(revocations.WatchContainment(t.Context(), &dayflyv1.WatchContainmentRequest{Sequence: revoked.GetSequence()}))(t)
 	for !must(watch.Recv())(t).GetContainment().GetContained() {
 	}
-	out, err = git("--server "+host(https)+"=git", "clone", https.URL+"/repo.git", filepath.Join(t.TempDir(), "clone"))
+	out, err = git("--server "+host(https)+"=web", "clone", https.URL+"/repo.git", filepath.Join(t.TempDir(), "clone"))
 	if err == nil || !strings.Contains(out, "told us to quit") {
 		t.Errorf("after the revocation: %v: %s", err, out)
 	}
