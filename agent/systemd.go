@@ -163,7 +163,7 @@ func (s *systemdServer) answer(ctx context.Context, conn net.Conn) (unit, name, 
 	}
 	unit, name, ok := parseUnit(conn.RemoteAddr().String())
 	if !ok {
-		return "", "", "", refuse(codes.PermissionDenied, "PEER_UNKNOWN", "the caller's address doesn't name a unit and a credential", "it is for LoadCredential= of systemd")
+		return "", "", "", refuse(codes.PermissionDenied, "UNIT_UNKNOWN", "the caller's address doesn't name a unit and a credential", "it is for LoadCredential= of systemd")
 	}
 	for _, c := range s.cfg.Credentials {
 		if c.Unit == unit && c.Name == name {
@@ -174,5 +174,5 @@ func (s *systemdServer) answer(ctx context.Context, conn net.Conn) (unit, name, 
 			return unit, name, cred.Token.Reveal(), nil
 		}
 	}
-	return unit, name, "", refuse(codes.PermissionDenied, "PEER_NOT_ALLOWED", "this unit has no such credential", "name both under systemd.credentials of the agent's configuration")
+	return unit, name, "", refuse(codes.PermissionDenied, "UNIT_NOT_ALLOWED", "this unit has no such credential", "name both under systemd.credentials of the agent's configuration")
 }

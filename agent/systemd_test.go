@@ -102,7 +102,7 @@ func TestSystemd(t *testing.T) {
 	}
 	b.set(func(b *broker) { b.refuse = refusal(codes.PermissionDenied, "POLICY_DENIED", "no") })
 	f.stop()
-	if text := log.String(); !strings.Contains(text, `"unit":"ledger.service"`) || !strings.Contains(text, "PEER_NOT_ALLOWED") || strings.Contains(text, "eyJ") {
+	if text := log.String(); !strings.Contains(text, `"unit":"ledger.service"`) || !strings.Contains(text, "UNIT_NOT_ALLOWED") || strings.Contains(text, "eyJ") {
 		t.Errorf("the log: %s", text)
 	}
 	_, socket, log = begin(uid + 1)
