@@ -79,6 +79,11 @@ type Config struct {
 	// anyone asks.
 	Prefetch []Request
 
+	// AWS is a container endpoint for AWS's SDKs, and Systemd a socket for
+	// LoadCredential= of systemd; nil: there is none.
+	AWS     *AWSContainer
+	Systemd *Systemd
+
 	// NoFeed leaves the feed alone: nothing is relayed, and a revoked credential is
 	// given out until it expires, to be refused by every verifier.
 	NoFeed bool
@@ -129,6 +134,7 @@ func (c *Config) validate() error {
 	if len(c.Prefetch) > MaxPrefetch {
 		errs = append(errs, fmt.Errorf("prefetch: at most %d", MaxPrefetch))
 	}
+	errs = append(errs, c.AWS.validate(), c.Systemd.validate())
 	for _, a := range c.Audiences {
 		if err := token.ValidateAudience(a); err != nil {
 			errs = append(errs, fmt.Errorf("audiences: %w", err))
@@ -232,6 +238,12 @@ func (a *Agent) Run(ctx context.Context) error {
 			return fmt.Errorf("prefetching: %w", err)
 		}
 	}
+	aws := &awsServer{cfg: a.cfg.AWS, cache: a.cache, now: a.cfg.Now, log: a.cfg.Log}
+	if a.cfg.AWS != nil {
+		if err := aws.rotate(); err != nil {
+			return fmt.Errorf("writing the authorization token file of aws_container: %w", err)
+		}
+	}
 	group, ctx := errgroup.WithContext(ctx)
 	if a.cfg.GRPC != nil {
 		group.Go(func() error {
@@ -259,6 +271,13 @@ func (a *Agent) Run(ctx context.Context) error {
 	}
 	if !a.cfg.NoFeed {
 		group.Go(func() error { return a.follower.run(ctx) })
+	}
+	if a.cfg.AWS != nil {
+		group.Go(func() error { return aws.run(ctx) })
+	}
+	if a.cfg.Systemd != nil {
+		s := newSystemd(a.cfg.Systemd, a.cache, a.cfg.Log)
+		group.Go(func() error { return s.run(ctx) })
 	}
 	group.Go(func() error { a.look(ctx); return nil })
 	group.Go(func() error { <-ctx.Done(); a.stop(); return nil })

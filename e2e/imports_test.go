@@ -84,6 +84,7 @@ var house = []room{
 	{path: "broker/web", direct: adapters},
 	{path: "policy", direct: []ban{{grpc, apart}, {bbolt, apart}, {module + "/broker/keys", apart}}},
 	{path: "agent", closure: []ban{{module + "/broker", small}, {module + "/policy", small}, {bbolt, small}, {opa, small}}},
+	{path: "agent/sts", closure: []ban{{grpc, "it knows one POST"}, {generated, "it knows one POST"}, {module + "/sdk", "it knows one POST"}, {"github.com/aws", "a trade is one unsigned POST"}}},
 	{path: "sdk", closure: light},
 	{path: "sdk/verify", closure: light},
 	{path: "sdk/spiffetest", closure: append(slices.Clip(light), ban{"testing", "dev mode links it too"})},

@@ -9,6 +9,8 @@ import (
 	"crypto/tls"
 	"fmt"
 	"net"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -134,6 +136,9 @@ func (f *fake) start(work string) (map[string]string, error) {
 		"AGENT":            "unix://" + dir + "/agent.sock",
 		"BREAK_GLASS":      "unix://" + dir + "/bg.sock",
 	}
+	sts := httptest.NewServer(http.HandlerFunc(assumeRole))
+	f.stop = append(f.stop, sts.Close)
+	env["STS"] = sts.URL
 	for _, name := range []string{"agent.sock", "bg.sock"} {
 		sock, err := net.Listen("unix", filepath.Join(dir, name))
 		if err != nil {
@@ -157,6 +162,21 @@ func (f *fake) start(work string) (map[string]string, error) {
 		return nil, err
 	}
 	return env, f.writeTokens(work)
+}
+
+// assumeRole is a token service of AWS's that takes every token, for one role.
+func assumeRole(w http.ResponseWriter, r *http.Request) {
+	switch r.PostFormValue("RoleArn") {
+	case "arn:aws:iam::1:role/orders":
+		fmt.Fprintf(w, "<AssumeRoleWithWebIdentityResponse><AssumeRoleWithWebIdentityResult><Credentials><AccessKeyId>ASIA-%s</AccessKeyId><SecretAccessKey>secret</SecretAccessKey>"+
+			"<SessionToken>session</SessionToken><Expiration>%s</Expiration></Credentials></AssumeRoleWithWebIdentityResult></AssumeRoleWithWebIdentityResponse>",
+			r.PostFormValue("RoleSessionName"), time.Now().Add(time.Hour).UTC().Format(time.RFC3339))
+	case "arn:aws:iam::1:role/busy":
+		w.WriteHeader(http.StatusServiceUnavailable)
+	default:
+		w.WriteHeader(http.StatusForbidden)
+		fmt.Fprintf(w, "<ErrorResponse><Error><Code>AccessDenied</Code><Message>Not authorized, %s</Message></Error></ErrorResponse>", r.PostFormValue("WebIdentityToken"))
+	}
 }
 
 // writeTokens makes the leaked tokens that scripts find.

@@ -26,7 +26,7 @@ func (a *app) helperCmd() *cobra.Command {
 	return group("helper", "Speak the credential protocols of git, docker, kubectl and the clouds", helperLong,
 		`  dayfly helper kubernetes --audience cluster
   git config --global credential.helper 'dayfly --server git.example.org=git'`,
-		a.helperKubernetesCmd(), a.helperGitCmd(), a.helperDockerCmd(), a.helperGCPCmd())
+		a.helperKubernetesCmd(), a.helperGitCmd(), a.helperDockerCmd(), a.helperGCPCmd(), a.helperAWSCmd())
 }
 
 // calledAs puts the verb in front of the arguments of a program whose name is what git
