@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"time"
 
+	"github.com/dayflyhq/dayfly/agent/deliver"
 	"github.com/dayflyhq/dayfly/proto/boottime"
 	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
 	"github.com/dayflyhq/dayfly/proto/feed"
@@ -78,6 +79,9 @@ type Config struct {
 	// Prefetch are credentials that are fetched at start and kept fresh whether or not
 	// anyone asks.
 	Prefetch []Request
+	// Files are where credentials are written for programs that only read files; what they
+	// hold is fetched and kept fresh like Prefetch.
+	Files []deliver.Target
 
 	// AWS is a container endpoint for AWS's SDKs, and Systemd a socket for
 	// LoadCredential= of systemd; nil: there is none.
@@ -132,7 +136,7 @@ func (c *Config) validate() error {
 		errs = append(errs, errors.New("max streams: is negative"))
 	}
 	if len(c.Prefetch) > MaxPrefetch {
-		errs = append(errs, fmt.Errorf("prefetch: at most %d", MaxPrefetch))
+		errs = append(errs, fmt.Errorf("prefetch: at most %d, those of files included", MaxPrefetch))
 	}
 	errs = append(errs, c.AWS.validate(), c.Systemd.validate())
 	for _, a := range c.Audiences {
@@ -175,6 +179,7 @@ type Agent struct {
 	k        *knowledge
 	cache    *cache
 	follower *follower
+	files    *deliver.Deliverer
 	counts   counters
 	health   *health.Server
 	grpc     *grpc.Server
@@ -186,6 +191,7 @@ type Agent struct {
 // New returns an agent. It starts nothing and calls nobody.
 func New(cfg Config) (*Agent, error) {
 	cfg.setDefaults()
+	cfg.Prefetch = append(cfg.Prefetch[:len(cfg.Prefetch):len(cfg.Prefetch)], filesRequests(cfg.Files)...)
 	if err := cfg.validate(); err != nil {
 		return nil, fmt.Errorf("configuring agent: %w", err)
 	}
@@ -204,6 +210,10 @@ func New(cfg Config) (*Agent, error) {
 	a.follower = &follower{
 		client: dayflyv1.NewFeedServiceClient(above), distrusts: cfg.Feed != nil, k: a.k, instance: rand.Text(), audiences: cfg.Audiences,
 		bound: cfg.MaxStaleness, rotated: cfg.Changed, applied: a.cache.sweep, log: cfg.Log, counts: &a.counts,
+	}
+	var err error
+	if a.files, err = a.deliverer(); err != nil {
+		return nil, fmt.Errorf("configuring agent: files: %w", err)
 	}
 	a.serveGRPC()
 	a.serveRemote()
@@ -233,6 +243,9 @@ func (a *Agent) serveGRPC() {
 func (a *Agent) Run(ctx context.Context) error {
 	a.cache.open()
 	defer a.cache.close()
+	if err := a.files.Open(); err != nil { // before anything that takes time
+		return errors.Join(err, a.closeListeners())
+	}
 	for _, r := range a.cfg.Prefetch {
 		if err := a.cache.prefetch(r); err != nil {
 			return fmt.Errorf("prefetching: %w", err)
@@ -279,10 +292,21 @@ func (a *Agent) Run(ctx context.Context) error {
 		s := newSystemd(a.cfg.Systemd, a.cache, a.cfg.Log)
 		group.Go(func() error { return s.run(ctx) })
 	}
+	group.Go(func() error { a.files.Run(ctx); return nil })
 	group.Go(func() error { a.look(ctx); return nil })
 	group.Go(func() error { <-ctx.Done(); a.stop(); return nil })
 	a.cfg.Log.InfoContext(ctx, "serving", "grpc", address(a.cfg.GRPC), "http", address(a.cfg.HTTP), "relay", address(a.cfg.Relay))
 	return group.Wait()
+}
+
+func (a *Agent) closeListeners() error {
+	var errs []error
+	for _, l := range []net.Listener{a.cfg.GRPC, a.cfg.HTTP, a.cfg.Relay} {
+		if l != nil {
+			errs = append(errs, l.Close())
+		}
+	}
+	return errors.Join(errs...)
 }
 
 func wrap(doing string, err error) error {
@@ -332,6 +356,7 @@ func (a *Agent) look(ctx context.Context) {
 	every := time.NewTicker(lookEvery)
 	defer every.Stop()
 	tidied := a.cfg.Now()
+	looked := tidied
 	ready := false
 	rotated := a.cfg.Changed()
 	for {
@@ -341,10 +366,15 @@ func (a *Agent) look(ctx context.Context) {
 			ready = status.Ready
 			a.cfg.Log.InfoContext(ctx, "readiness changed", "ready", ready, "waiting_for", status.waiting())
 		}
-		if now := a.cfg.Now(); now.Sub(tidied) > tidyEvery {
+		now := a.cfg.Now()
+		if now.Sub(tidied) > tidyEvery {
 			tidied = now
 			a.cache.tidy()
 		}
+		if jumped(looked, now) {
+			a.cache.ring() // timers slept with the machine
+		}
+		looked = now
 		a.k.mu.Lock()
 		changed := a.k.changed
 		a.k.mu.Unlock()

@@ -174,7 +174,7 @@ func serve(ctx context.Context, cfg *Config, stderr io.Writer) error {
 	agentCfg := agent.Config{
 		Upstream: client.Conn(), Source: identity, Changed: identity.Changed,
 		GRPC: listeners.grpc, HTTP: listeners.http, AllowedUIDs: cfg.Sockets.AllowedUIDs,
-		Prefetch: cfg.requests(), NoFeed: !cfg.Feed.Follow, MaxStaleness: cfg.Feed.MaxStaleness,
+		Prefetch: cfg.requests(), Files: cfg.targets(), NoFeed: !cfg.Feed.Follow, MaxStaleness: cfg.Feed.MaxStaleness,
 		Audiences: cfg.Feed.Audiences, MaxStreams: cfg.Feed.MaxStreams, Log: log,
 		BrokerID: cfg.Broker.ID, Bundles: identity, Relay: listeners.relay, RelayAllow: allow,
 		AWS: cfg.AWS.agent(listeners.aws), Systemd: cfg.Systemd.agent(listeners.systemd),

@@ -28,6 +28,8 @@ type Config struct {
 	WorkloadAPI string         `yaml:"workload_api"`
 	Sockets     Sockets        `yaml:"sockets"`
 	Prefetch    []Prefetch     `yaml:"prefetch"`
+	Files       []File         `yaml:"files"`
+	Directories []Directory    `yaml:"directories"`
 	Feed        Feed           `yaml:"feed"`
 	AWS         AWSContainer   `yaml:"aws_container"`
 	Systemd     Systemd        `yaml:"systemd"`
@@ -218,6 +220,7 @@ func (c *Config) Validate() error {
 	if len(c.Prefetch) > agent.MaxPrefetch {
 		errs = append(errs, config.Wrong("prefetch", "are at most %d", agent.MaxPrefetch))
 	}
+	errs = append(errs, c.checkTargets())
 	if c.Log.Format != "json" && c.Log.Format != "text" {
 		errs = append(errs, config.Wrong("log.format", "is json or text"))
 	}
