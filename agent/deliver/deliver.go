@@ -129,7 +129,7 @@ func (t *Target) compile() (renders []func(credentials) ([]byte, error), err err
 				errs = append(errs, wrong(fmt.Sprintf("files[%d].name", i), "%v", err))
 			}
 			if seen[f.Name] {
-				errs = append(errs, wrong("files", "has the name %q twice", f.Name))
+				errs = append(errs, wrong(fmt.Sprintf("files[%d].name", i), "%q is there twice", f.Name))
 			}
 			seen[f.Name] = true
 		}
