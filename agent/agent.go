@@ -337,7 +337,6 @@ func (a *Agent) look(ctx context.Context) {
 	every := time.NewTicker(lookEvery)
 	defer every.Stop()
 	tidied := a.cfg.Now()
-	looked := tidied
 	ready := false
 	rotated := a.cfg.Changed()
 	for {
@@ -347,15 +346,11 @@ func (a *Agent) look(ctx context.Context) {
 			ready = status.Ready
 			a.cfg.Log.InfoContext(ctx, "readiness changed", "ready", ready, "waiting_for", status.waiting())
 		}
-		now := a.cfg.Now()
-		if now.Sub(tidied) > tidyEvery {
+		if now := a.cfg.Now(); now.Sub(tidied) > tidyEvery {
 			tidied = now
 			a.cache.tidy()
 		}
-		if jumped(looked, now) {
-			a.cache.ring() // timers slept with the machine
-		}
-		looked = now
+		a.files.Look()
 		a.k.mu.Lock()
 		changed := a.k.changed
 		a.k.mu.Unlock()

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -144,6 +145,24 @@ func TestFilesRenewedAhead(t *testing.T) {
 			t.Error("not back")
 		}
 	})
+}
+
+// A machine that slept, or whose clock was set: no timer has run out, and the file goes at
+// the next look.
+func TestFilesAfterSleep(t *testing.T) {
+	noLeaks(t)
+	td := newDomain(t)
+	b := newBroker(t, td)
+	path := filepath.Join(tempDir(t), "orders.jwt")
+	var slept atomic.Int64
+	start(t, td, b, func(c *agent.Config) {
+		c.Files = []deliver.Target{fileTarget(path, 0)}
+		c.Now = func() time.Time { return time.Now().Round(0).Add(time.Duration(slept.Load())) }
+	})
+	untilFile(t, path, "", true)
+	b.set(func(b *broker) { b.refuse = refusal(codes.Unavailable, "", "away") })
+	slept.Store(int64(10 * time.Minute))
+	untilFile(t, path, "", false)
 }
 
 // A place that others can write to, or that holds somebody's file, ends the start.

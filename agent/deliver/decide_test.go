@@ -108,8 +108,12 @@ func TestTeller(t *testing.T) {
 		start := time.Now()
 		var told []string
 		fails := 3
-		tell := &teller{
+		var tell *teller
+		tell = &teller{
 			tell: func(_ context.Context, what string) error {
+				if what == "d" {
+					tell.changed("e") // while d is told
+				}
 				told = append(told, fmt.Sprintf("%s at %v", what, time.Since(start)))
 				if fails > 0 {
 					fails--
@@ -135,11 +139,11 @@ func TestTeller(t *testing.T) {
 		time.Sleep(time.Minute)
 		cancel()
 		<-done
-		want := []string{"a at 0s", "a at 5s", "a at 10s", "c at 15s", "d at 20s"}
+		want := []string{"a at 0s", "a at 5s", "a at 10s", "c at 15s", "d at 20s", "e at 25s"}
 		if !slices.Equal(told, want) {
 			t.Errorf("told %v, want %v", told, want)
 		}
-		if tell.failing() != nil || tell.counts.Told.Load() != 5 || tell.counts.TellFailures.Load() != 3 {
+		if tell.failing() != nil || tell.counts.Told.Load() != 6 || tell.counts.TellFailures.Load() != 3 {
 			t.Errorf("after it worked: %v, %d, %d", tell.failing(), tell.counts.Told.Load(), tell.counts.TellFailures.Load())
 		}
 	})

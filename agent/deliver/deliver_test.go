@@ -109,6 +109,9 @@ func TestSeveral(t *testing.T) {
 		if !holds(path+"/ab", s.token("a")+" "+s.token("b")) {
 			t.Error("not renewed")
 		}
+		if gens, _ := filepath.Glob(path + "/..2*/ab"); len(gens) != 2 {
+			t.Errorf("whoever is on the way through the link finds nothing: %v", gens)
+		}
 		time.Sleep(2 * time.Second)
 		synctest.Wait()
 		if gens, _ := filepath.Glob(path + "/..2*"); len(gens) != 1 {
@@ -356,10 +359,25 @@ func TestLinkAtThePath(t *testing.T) {
 	if info, err := os.Lstat(path); err != nil || !info.Mode().IsRegular() || !holds(precious, "precious") {
 		t.Errorf("the link was followed: %v %v", info, err)
 	}
+	// What is in the way of the next one is no reason to lose the last.
+	before := s.token("orders")
+	if err := os.MkdirAll(filepath.Join(dir, ".orders.jwt.dayfly", "x"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	s.put(time.Hour, "orders")
+	eventually(t, "the error", func() bool { return d.Status()[0].Err != nil })
+	if !holds(path, before) {
+		t.Error("a write that failed took the file")
+	}
+	if err := os.RemoveAll(filepath.Join(dir, ".orders.jwt.dayfly")); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "a try that works", func() bool { return d.Status()[0].Err == nil && holds(path, s.token("orders")) })
+
 	if err := os.Chmod(dir, 0o777); err != nil {
 		t.Fatal(err)
 	}
-	before := s.token("orders")
+	before = s.token("orders")
 	s.put(time.Hour, "orders")
 	eventually(t, "the error", func() bool { return d.Status()[0].Err != nil })
 	if !holds(path, before) || !d.Status()[0].Present || strings.Contains(d.Status()[0].Err.Error(), "eyJ") {
