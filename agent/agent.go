@@ -83,6 +83,11 @@ type Config struct {
 	// hold is fetched and kept fresh like Prefetch.
 	Files []deliver.Target
 
+	// AWS is a container endpoint for AWS's SDKs, and Systemd a socket for
+	// LoadCredential= of systemd; nil: there is none.
+	AWS     *AWSContainer
+	Systemd *Systemd
+
 	// NoFeed leaves the feed alone: nothing is relayed, and a revoked credential is
 	// given out until it expires, to be refused by every verifier.
 	NoFeed bool
@@ -133,6 +138,7 @@ func (c *Config) validate() error {
 	if len(c.Prefetch) > MaxPrefetch {
 		errs = append(errs, fmt.Errorf("prefetch: at most %d, those of files included", MaxPrefetch))
 	}
+	errs = append(errs, c.AWS.validate(), c.Systemd.validate())
 	for _, a := range c.Audiences {
 		if err := token.ValidateAudience(a); err != nil {
 			errs = append(errs, fmt.Errorf("audiences: %w", err))
@@ -237,13 +243,21 @@ func (a *Agent) serveGRPC() {
 func (a *Agent) Run(ctx context.Context) error {
 	a.cache.open()
 	defer a.cache.close()
-	if err := a.files.Open(); err != nil { // before anything that takes time
-		return errors.Join(err, a.closeListeners())
-	}
 	for _, r := range a.cfg.Prefetch {
 		if err := a.cache.prefetch(r); err != nil {
 			return fmt.Errorf("prefetching: %w", err)
 		}
+	}
+	aws := &awsServer{cfg: a.cfg.AWS, cache: a.cache, now: a.cfg.Now, log: a.cfg.Log}
+	if a.cfg.AWS != nil {
+		if err := aws.rotate(); err != nil {
+			return fmt.Errorf("writing the authorization token file of aws_container: %w", err)
+		}
+	}
+	// Before anything that takes time, and after all that may end the start: what it finds
+	// alive has somebody to remove it.
+	if err := a.files.Open(); err != nil {
+		return errors.Join(err, a.closeListeners())
 	}
 	group, ctx := errgroup.WithContext(ctx)
 	if a.cfg.GRPC != nil {
@@ -273,6 +287,13 @@ func (a *Agent) Run(ctx context.Context) error {
 	if !a.cfg.NoFeed {
 		group.Go(func() error { return a.follower.run(ctx) })
 	}
+	if a.cfg.AWS != nil {
+		group.Go(func() error { return aws.run(ctx) })
+	}
+	if a.cfg.Systemd != nil {
+		s := newSystemd(a.cfg.Systemd, a.cache, a.cfg.Log)
+		group.Go(func() error { return s.run(ctx) })
+	}
 	group.Go(func() error { a.files.Run(ctx); return nil })
 	group.Go(func() error { a.look(ctx); return nil })
 	group.Go(func() error { <-ctx.Done(); a.stop(); return nil })
@@ -281,8 +302,15 @@ func (a *Agent) Run(ctx context.Context) error {
 }
 
 func (a *Agent) closeListeners() error {
+	all := []net.Listener{a.cfg.GRPC, a.cfg.HTTP, a.cfg.Relay}
+	if a.cfg.AWS != nil {
+		all = append(all, a.cfg.AWS.Listener)
+	}
+	if a.cfg.Systemd != nil {
+		all = append(all, a.cfg.Systemd.Listener)
+	}
 	var errs []error
-	for _, l := range []net.Listener{a.cfg.GRPC, a.cfg.HTTP, a.cfg.Relay} {
+	for _, l := range all {
 		if l != nil {
 			errs = append(errs, l.Close())
 		}

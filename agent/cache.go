@@ -221,6 +221,18 @@ func (c *cache) keep(e *entry) {
 	e.run.Do(func() { c.wg.Go(func() { _ = e.source.Run(e.ctx) }) })
 }
 
+// start runs a job that ends with the cache, whoever waits for it. It reports false if
+// that has begun to end.
+func (c *cache) start(job func(context.Context)) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.ctx.Err() != nil {
+		return false
+	}
+	c.wg.Go(func() { job(c.ctx) })
+	return true
+}
+
 // token returns a credential from memory, or fetches one; it is alive as far as the
 // agent knows at this moment.
 func (c *cache) token(ctx context.Context, r Request) (*sdk.Credential, error) {
@@ -255,7 +267,7 @@ func (c *cache) acquire(r Request) (*entry, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.ctx.Err() != nil {
-		return nil, refuse(codes.Unavailable, "AGENT_STOPPING", "the agent is stopping", "ask again once it has started")
+		return nil, stopping()
 	}
 	e, ok := c.entries[key]
 	if !ok {

@@ -124,6 +124,7 @@ func (s *sim) random(r *rand.Rand) {
 	case n < 92:
 		m := []*simMachine{&b.simMachine, &f.simMachine}[r.IntN(2)]
 		m.wall = []time.Duration{0, -3 * time.Hour, time.Hour, some(simSkew)}[r.IntN(4)]
+		s.clocksOff = s.clocksOff || m == &b.simMachine && m.wall.Abs() > simSkew
 		s.note("the wall clock of %s is off by %s", m.name, m.wall)
 	case n < 95:
 		if b.up() {
@@ -476,7 +477,7 @@ func (s *sim) thief(b *simBroker, r *rand.Rand) {
 	s.counts["forged"]++
 	s.tokens = append(s.tokens, k)
 	s.after(s.between(20*time.Second), func() {
-		if !b.up() || b.b.KeyRevoked(key.id) {
+		if !b.up() || b.b.KeyRevoked(key.id) || s.quiet > 0 && s.now > s.quiet {
 			return
 		}
 		if b.key == key {

@@ -179,11 +179,15 @@ func (st *simStream) inserted(s *sim, d feed.Delivery) *feed.Delivery {
 	e := feed.Event{Key: &key}
 	n := len(d.Events)
 	switch {
-	case d.Snapshot && d.Horizon.Seq > 2: // where no record is expected to chain
-		e.Seq = d.Horizon.Seq - 1
-		i, there := slices.BinarySearchFunc(d.Events, e.Seq, func(x feed.Event, seq uint64) int { return int(int64(x.Seq) - int64(seq)) })
-		if !there && i > 0 {
-			d.Events = slices.Insert(slices.Clone(d.Events), i, e)
+	case d.Snapshot: // below the horizon, where nothing before or behind it shows that it doesn't chain
+		last := uint64(0)
+		for i, next := range d.Events {
+			if next.Seq > last+3 && last+2 < d.Horizon.Seq {
+				e.Seq = last + 2
+				d.Events = slices.Insert(slices.Clone(d.Events), i, e)
+				break
+			}
+			last = next.Seq
 		}
 	case !d.Snapshot && n > 0:
 		e.Seq = d.Events[n-1].Seq + 1

@@ -115,6 +115,9 @@ type sim struct {
 	shared    bool            // several brokers
 	forked    bool            // an old copy was put back: forks are no false alarms
 	bounds    []time.Duration // that verifiers begin with
+	restored  time.Duration   // when an era last began
+	quiet     time.Duration   // at the end: nothing is revoked any more
+	clocksOff bool            // a broker's wall clock ever was, by more than is allowed for
 	calm      bool            // little is revoked, so that much lives on
 	signs     bool            // brokers sign heads
 	liarKey   *simKey         // of relays that lie
@@ -380,6 +383,7 @@ func (s *sim) settle() {
 		f.asleep, f.alone = 0, 0
 		f.cut() // the next stream is quick
 	}
+	s.quiet = s.now + 15*time.Second
 	for end := s.now + 75*time.Second; s.now < end && s.failed == "" && s.queue.Len() > 0; {
 		s.step()
 	}
@@ -724,6 +728,8 @@ func (simPolicy) AnswersTo(id spiffeid.ID, audience string) bool {
 func (simPolicy) Audience(name string) (broker.Audience, bool) {
 	return broker.Audience{Name: name, VerifiedBy: "feed"}, true
 }
+
+func (simPolicy) External() []broker.Audience { return nil }
 
 func (simPolicy) Fallback(spiffeid.ID, string) broker.Fallback { return broker.Fallback{} }
 

@@ -86,6 +86,7 @@ var house = []room{
 	{path: "policy", direct: []ban{{grpc, apart}, {bbolt, apart}, {module + "/broker/keys", apart}}},
 	{path: "agent", closure: sidecar},
 	{path: "agent/deliver", closure: append(slices.Clip(sidecar), ban{module + "/agent", "whoever keeps credentials fresh hands them in"})}, // credentials in files
+	{path: "agent/sts", closure: []ban{{grpc, "it knows one POST"}, {generated, "it knows one POST"}, {module + "/sdk", "it knows one POST"}, {"github.com/aws", "a trade is one unsigned POST"}}},
 	{path: "sdk", closure: light},
 	{path: "sdk/verify", closure: light},
 	{path: "sdk/spiffetest", closure: append(slices.Clip(light), ban{"testing", "dev mode links it too"})},

@@ -13,7 +13,8 @@ import (
 //
 // What is checked: every record above the signed horizon is there and chains to the signed
 // head; of what is below only keys, and their revocations, can matter to a live token, and
-// they have the signed digest.
+// they have the signed digest, which says their places too. Nothing else of it is let
+// through: a record in a place that is another's would look like a fork.
 type Screen struct {
 	gathering *pendingSnapshot
 	snapshot  *pendingSnapshot // complete and not yet proven
@@ -156,7 +157,7 @@ func (s *Screen) prove(v *View, h HeadStatement) ([]Delivery, error) {
 			return nil, err
 		}
 	}
-	retired, ok := matchKeySet(all, h.KeySet)
+	set, ok := matchKeySet(all, h.KeySet)
 	if !ok {
 		return nil, fmt.Errorf("%w: the keys up to number %d are not those that the broker signed for", ErrUnproven, h.Head.Seq)
 	}
@@ -164,7 +165,7 @@ func (s *Screen) prove(v *View, h HeadStatement) ([]Delivery, error) {
 	if s.snapshot != nil {
 		d.Snapshot, d.Complete = true, true
 		d.Events = slices.DeleteFunc(all, func(e Event) bool {
-			return e.Seq <= h.Horizon.Seq && !outlivesHorizon(e) || slices.ContainsFunc(retired, func(r Event) bool { return r.Seq == e.Seq })
+			return e.Seq <= h.Horizon.Seq && !slices.ContainsFunc(set, func(in Event) bool { return in.Seq == e.Seq })
 		})
 	}
 	s.snapshot, s.tail = nil, slices.Clone(s.tail[n:])

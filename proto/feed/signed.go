@@ -186,53 +186,62 @@ func decodeTime(b []byte) (seconds, nanos int64, err error) {
 }
 
 // KeySetDigest returns the digest of the keys that the events of a log publish and don't
-// revoke: SHA-256 over "dayfly key set 1" and of each, in the order of the log, the
-// algorithm and the DER, each with its length (4 bytes, big-endian) before it.
-func KeySetDigest(events []Event) [sha256.Size]byte { return digestKeys(goodKeys(events)) }
+// revoke, and of the revocations of keys: SHA-256 over "dayfly key set 2" and of each event,
+// the keys' first and both in the order of the log, its number (8 bytes, big-endian), its
+// running hash, and what its running hash would be if it were the first of all. So nobody
+// can give one of them another place than it has.
+func KeySetDigest(events []Event) [sha256.Size]byte {
+	keys, revocations := keySet(events)
+	return digestKeySet(keys, revocations)
+}
 
-func digestKeys(keys []Event) [sha256.Size]byte {
+func digestKeySet(keys, revocations []Event) [sha256.Size]byte {
 	h := sha256.New()
-	h.Write([]byte("dayfly key set 1"))
-	var size [4]byte
-	for _, e := range keys {
-		for _, f := range [][]byte{[]byte(e.Key.Public.Algorithm), e.Key.DER} {
-			h.Write(binary.BigEndian.AppendUint32(size[:0], uint32(len(f))))
-			h.Write(f)
-		}
+	h.Write([]byte("dayfly key set 2"))
+	for _, e := range slices.Concat(keys, revocations) {
+		content := e.Chain(Sum{})
+		h.Write(binary.BigEndian.AppendUint64(nil, e.Seq))
+		h.Write(e.Sum[:])
+		h.Write(content[:])
 	}
 	return [sha256.Size]byte(h.Sum(nil))
 }
 
-// goodKeys returns the key events whose keys no event revokes.
-func goodKeys(events []Event) []Event {
+// keySet returns the events of keys that no event revokes, and those that revoke keys.
+func keySet(events []Event) (keys, revocations []Event) {
 	revoked := map[string]bool{}
 	for _, e := range events {
-		if e.Revocation == nil {
+		if !revokesKey(e) {
 			continue
 		}
+		revocations = append(revocations, e)
 		for _, s := range e.Revocation.Selectors {
 			if s.Kind() == revocation.KindKey {
 				revoked[s.Value()] = true
 			}
 		}
 	}
-	var out []Event
 	for _, e := range events {
 		if e.Key != nil && !revoked[e.Key.Public.ID.String()] {
-			out = append(out, e)
+			keys = append(keys, e)
 		}
 	}
-	return out
+	return keys, revocations
 }
 
-// matchKeySet compares the good keys among events with a digest. The broker forgets
-// retired keys, the oldest ones, which a relay may still pass on: retired returns how many
-// of the oldest good keys the digest leaves out.
-func matchKeySet(events []Event, digest [sha256.Size]byte) (retired []Event, ok bool) {
-	keys := goodKeys(events)
+func revokesKey(e Event) bool {
+	return e.Revocation != nil && slices.ContainsFunc(e.Revocation.Selectors, func(s revocation.Selector) bool {
+		return s.Kind() == revocation.KindKey
+	})
+}
+
+// matchKeySet finds the key set among events that has a digest. The broker forgets retired
+// keys, the oldest ones, which a relay may still pass on: they aren't in it.
+func matchKeySet(events []Event, digest [sha256.Size]byte) (set []Event, ok bool) {
+	keys, revocations := keySet(events)
 	for i := range len(keys) + 1 {
-		if digestKeys(keys[i:]) == digest {
-			return keys[:i], true
+		if digestKeySet(keys[i:], revocations) == digest {
+			return slices.Concat(keys[i:], revocations), true
 		}
 	}
 	return nil, false

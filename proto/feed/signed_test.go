@@ -425,11 +425,16 @@ func TestScreenLies(t *testing.T) {
 		})
 	}
 	for name, lie := range map[string]func(*feed.Delivery){
-		"drops a revocation":           drop(10),
-		"drops the newest":             drop(11),
-		"drops a key's revocation":     drop(7),
-		"drops a key":                  drop(5),
-		"replaces a revocation":        edit(func(e *[]feed.Event, _ *feed.Delivery) { (*e)[len(*e)-2].Revocation = revokes(identity(99)).Revocation }),
+		"drops a revocation":            drop(10),
+		"drops the newest":              drop(11),
+		"drops a key's revocation":      drop(7),
+		"drops a key":                   drop(5),
+		"replaces a revocation":         edit(func(e *[]feed.Event, _ *feed.Delivery) { (*e)[len(*e)-2].Revocation = revokes(identity(99)).Revocation }),
+		"moves a key below the horizon": edit(func(e *[]feed.Event, _ *feed.Delivery) { (*e)[3].Seq, (*e)[3].Sum = 3, feed.Sum{9} }),
+		"another place of a revocation": edit(func(e *[]feed.Event, _ *feed.Delivery) {
+			i := slices.IndexFunc(*e, func(e feed.Event) bool { return e.Seq == 7 })
+			(*e)[i].Sum[0]++
+		}),
 		"adds a key below the horizon": edit(func(e *[]feed.Event, _ *feed.Delivery) { *e = slices.Insert(*e, 4, feed.Event{Seq: 8, Key: forged}) }),
 		"adds a key above the head": edit(func(e *[]feed.Event, d *feed.Delivery) {
 			x := next(d.Position, feed.Event{Key: forged})
@@ -467,6 +472,23 @@ func TestScreenLies(t *testing.T) {
 				t.Errorf("then at %s, %v", b.view.Position(), err)
 			}
 		})
+	}
+}
+
+// TestScreenPlaces: a record below the horizon that nothing signed covers, here of a key
+// that is revoked, is let through to nobody: in another's place it would be a fork.
+func TestScreenPlaces(t *testing.T) {
+	l := lived(t)
+	var b behind
+	if err := errors.Join(b.all(l, feed.Position{}, 100), b.signed(statement(l, [32]byte{}))); err != nil {
+		t.Fatal(err)
+	}
+	d, _ := feed.NewCursor(feed.Position{}).Next(l, 100)
+	i := slices.IndexFunc(d.Events, func(e feed.Event) bool { return e.Seq == 6 })
+	d.Events = slices.Clone(d.Events)
+	d.Events[i].Sum[0]++ // of the stolen key
+	if err := errors.Join(b.deliver(d), b.signed(statement(l, [32]byte{}))); err != nil || b.view.Err() != nil {
+		t.Errorf("%v, fork %v", err, b.view.Err())
 	}
 }
 

@@ -291,9 +291,7 @@ func (v *View) applyHorizon(h Position) error {
 // outlivesHorizon reports whether an event matters to tokens issued after it: keys,
 // and their revocations, which are judged whatever the number.
 func outlivesHorizon(e Event) bool {
-	return e.Key != nil || e.Revocation != nil && slices.ContainsFunc(e.Revocation.Selectors, func(s revocation.Selector) bool {
-		return s.Kind() == revocation.KindKey
-	})
+	return e.Key != nil || revokesKey(e)
 }
 
 // checkKnown returns ErrFork if the view knows another hash for the same number.

@@ -59,9 +59,15 @@ func TestConfigurationRefused(t *testing.T) {
 		"a short TTL":             {file: "prefetch:\n  - audience: a\n    ttl: 1ms\n", want: []string{":3: prefetch[0].ttl"}},
 		"too many audiences":      {file: "feed:\n  audiences: [" + strings.Repeat("a,", 65) + "]\n", want: []string{":2: feed.audiences: are at most 64"}},
 		"too much to prefetch":    {file: "prefetch: [" + strings.Repeat("{audience: a},", 513) + "]\n", want: []string{":1: prefetch: are at most 512"}},
-		"no Workload API":         {args: []string{"--broker", "b:1"}, want: []string{"workload_api: give the socket"}},
-		"no file":                 {args: []string{"--config", "/nonexistent/agent.yaml"}, want: []string{"there is no file"}},
-		"arguments":               {args: []string{"serve"}, want: []string{"serve"}},
+		"bad helpers": {
+			file: "aws_container: {listen: \"192.0.2.1:1\", role_arn: x, duration: 1s, session_name: s, sts_endpoint: \"http://sts.example.org\"}\nsystemd:\n  credentials:\n    - {unit: a, credential: b, audience: c d}\n",
+			want: []string{":1: aws_container.listen: must be a loopback", "aws_container.audience", "aws_container.authorization_token_file", "aws_container.role_arn: must be an ARN", "aws_container.duration: is 15m", "aws_container.session_name", "aws_container.sts_endpoint", ":4: systemd.credentials[0].unit", "systemd.credentials[0].audience"},
+		},
+		"a socket for nobody": {file: "systemd: {socket: /run/x.sock}\n", want: []string{":1: systemd.credentials: and socket go together"}},
+		"half a helper":       {file: "aws_container: {role_arn: x}\n", want: []string{":1: aws_container.listen: is missing"}},
+		"no Workload API":     {args: []string{"--broker", "b:1"}, want: []string{"workload_api: give the socket"}},
+		"no file":             {args: []string{"--config", "/nonexistent/agent.yaml"}, want: []string{"there is no file"}},
+		"arguments":           {args: []string{"serve"}, want: []string{"serve"}},
 	} {
 		args := c.args
 		if c.file != "" {

@@ -31,6 +31,8 @@ type Config struct {
 	Files       []File         `yaml:"files"`
 	Directories []Directory    `yaml:"directories"`
 	Feed        Feed           `yaml:"feed"`
+	AWS         AWSContainer   `yaml:"aws_container"`
+	Systemd     Systemd        `yaml:"systemd"`
 	Metrics     netip.AddrPort `yaml:"metrics"`
 	Log         Log            `yaml:"log"`
 }
@@ -228,7 +230,7 @@ func (c *Config) Validate() error {
 // complete reports what neither the file nor a flag gave, and checks the flags' values
 // by the file's rules.
 func (c *Config) complete() error {
-	errs := []error{c.Validate(), c.Broker.Validate(), c.Sockets.Validate(), c.Feed.Validate()}
+	errs := []error{c.Validate(), c.AWS.Validate(), c.Systemd.Validate(), c.Broker.Validate(), c.Sockets.Validate(), c.Feed.Validate()}
 	if c.Broker.Address == "" {
 		errs = append(errs, errors.New("broker.address: give the broker's host:port, here or as --broker"))
 	}

@@ -18,6 +18,7 @@ type metrics struct {
 	commits   prometheus.Histogram
 	carried   *prometheus.CounterVec
 	reloads   *prometheus.CounterVec
+	unproven  *prometheus.CounterVec
 }
 
 func newMetrics(r *prometheus.Registry) *metrics {
@@ -39,8 +40,11 @@ func newMetrics(r *prometheus.Registry) *metrics {
 		reloads: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "dayfly_policy_reloads_total", Help: "Reloads of policy that changed something or failed, by outcome.",
 		}, []string{"outcome"}),
+		unproven: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "dayfly_client_authentication_failures_total", Help: "Calls of clients that have not proved who they are, by door, method and reason.",
+		}, []string{"door", "method", "reason"}),
 	}
-	r.MustRegister(m.decisions, m.alerts, m.commits, m.carried, m.reloads)
+	r.MustRegister(m.decisions, m.alerts, m.commits, m.carried, m.reloads, m.unproven)
 	return m
 }
 
