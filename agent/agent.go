@@ -243,9 +243,6 @@ func (a *Agent) serveGRPC() {
 func (a *Agent) Run(ctx context.Context) error {
 	a.cache.open()
 	defer a.cache.close()
-	if err := a.files.Open(); err != nil { // before anything that takes time
-		return errors.Join(err, a.closeListeners())
-	}
 	for _, r := range a.cfg.Prefetch {
 		if err := a.cache.prefetch(r); err != nil {
 			return fmt.Errorf("prefetching: %w", err)
@@ -256,6 +253,11 @@ func (a *Agent) Run(ctx context.Context) error {
 		if err := aws.rotate(); err != nil {
 			return fmt.Errorf("writing the authorization token file of aws_container: %w", err)
 		}
+	}
+	// Before anything that takes time, and after all that may end the start: what it finds
+	// alive has somebody to remove it.
+	if err := a.files.Open(); err != nil {
+		return errors.Join(err, a.closeListeners())
 	}
 	group, ctx := errgroup.WithContext(ctx)
 	if a.cfg.GRPC != nil {
@@ -300,8 +302,15 @@ func (a *Agent) Run(ctx context.Context) error {
 }
 
 func (a *Agent) closeListeners() error {
+	all := []net.Listener{a.cfg.GRPC, a.cfg.HTTP, a.cfg.Relay}
+	if a.cfg.AWS != nil {
+		all = append(all, a.cfg.AWS.Listener)
+	}
+	if a.cfg.Systemd != nil {
+		all = append(all, a.cfg.Systemd.Listener)
+	}
 	var errs []error
-	for _, l := range []net.Listener{a.cfg.GRPC, a.cfg.HTTP, a.cfg.Relay} {
+	for _, l := range all {
 		if l != nil {
 			errs = append(errs, l.Close())
 		}
@@ -356,7 +365,6 @@ func (a *Agent) look(ctx context.Context) {
 	every := time.NewTicker(lookEvery)
 	defer every.Stop()
 	tidied := a.cfg.Now()
-	looked := tidied
 	ready := false
 	rotated := a.cfg.Changed()
 	for {
@@ -366,15 +374,11 @@ func (a *Agent) look(ctx context.Context) {
 			ready = status.Ready
 			a.cfg.Log.InfoContext(ctx, "readiness changed", "ready", ready, "waiting_for", status.waiting())
 		}
-		now := a.cfg.Now()
-		if now.Sub(tidied) > tidyEvery {
+		if now := a.cfg.Now(); now.Sub(tidied) > tidyEvery {
 			tidied = now
 			a.cache.tidy()
 		}
-		if jumped(looked, now) {
-			a.cache.ring() // timers slept with the machine
-		}
-		looked = now
+		a.files.Look()
 		a.k.mu.Lock()
 		changed := a.k.changed
 		a.k.mu.Unlock()

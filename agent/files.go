@@ -79,10 +79,3 @@ func (a *Agent) failing() (n uint64) {
 	}
 	return n
 }
-
-// jumped says whether one clock went on without the other: the machine slept, or its time
-// was set.
-func jumped(before, now time.Time) bool {
-	apart := now.Round(0).Sub(before.Round(0)) - now.Sub(before)
-	return apart.Abs() > time.Second
-}

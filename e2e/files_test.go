@@ -4,7 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
+	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -15,6 +18,7 @@ import (
 	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
 	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/dayflyhq/dayfly/sdk/verify"
+	"golang.org/x/sys/unix"
 )
 
 // shortFile is the life of credentials whose end a test waits for.
@@ -32,7 +36,7 @@ func fileAgent(t *testing.T, box *sandbox.Sandbox, ttl time.Duration) (dir strin
 files:
   - path: %[1]s/orders.jwt
     credential: {audience: orders, ttl: %[2]s}
-    on_change: {command: [/bin/sh, -c, 'echo $DAYFLY_CHANGE >>%[1]s/told; env >%[1]s/env']}
+    on_change: {command: [/bin/sh, -c, 'env >%[1]s/env; echo $DAYFLY_CHANGE >>%[1]s/told']}
 directories:
   - path: %[1]s/all
     files:
@@ -80,7 +84,7 @@ func TestFiles(t *testing.T) {
 	service := must(box.StartService(ctx, sandbox.ServiceConfig{ID: sandbox.Orders, Audience: "orders", Feed: orders}))(t)
 	alice := must(box.Client(ctx, sandbox.Alice, box.Info.GRPC))(t)
 	revocations := dayflyv1.NewRevocationServiceClient(alice.Conn())
-	dir, flags := fileAgent(t, box, time.Minute)
+	dir, flags := fileAgent(t, box, 5*time.Minute)
 	must(box.StartAgent(ctx, sandbox.Payments, flags...))(t)
 
 	path := dir + "/orders.jwt"
@@ -158,10 +162,10 @@ func TestFilesBrokerAway(t *testing.T) {
 	path := dir + "/orders.jwt"
 	untilFile(t, path, true)
 	untilFile(t, dir+"/all/both", true)
-	box.KillBroker()
 	box.KillAgent(sandbox.Payments)
+	box.KillBroker()
+	kept := must(os.ReadFile(path))(t)
 	must(box.SpawnAgent(sandbox.Payments, flags...))(t)
-	kept := must(os.ReadFile(path))(t) // it was there when the agent died
 	expires := must(token.Inspect(string(kept)))(t).Claims.Expires
 	goneBy := func(path string) {
 		untilFile(t, path, false)
@@ -191,5 +195,60 @@ func TestFilesBrokerAway(t *testing.T) {
 	}
 	if got := string(must(os.ReadFile(path))(t)); got != "precious" {
 		t.Errorf("now it holds %q", got)
+	}
+}
+
+// TestFilesFullDisk takes the room from a running agent: the file stays while its
+// credential lives, the agent says so, and goes on by itself once there is room.
+func TestFilesFullDisk(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+	defer cancel()
+	box := newBox(t)
+	dir, flags := fileAgent(t, box, shortFile)
+	must(box.StartAgent(ctx, sandbox.Payments, flags...))(t)
+	path := dir + "/orders.jwt"
+	first := untilFile(t, path, true)
+	untilFile(t, dir+"/all/both", true)
+	limitFiles(t, box.AgentPID(sandbox.Payments), 100)
+	said := untilNotReady(t, box, path+": writing: ")
+	if lives := time.Now().Before(must(token.Inspect(first))(t).Claims.Expires.Add(-4 * time.Second)); lives && !strings.Contains(said, "what is there is good until") || strings.Contains(said, "eyJ") {
+		t.Errorf("the agent says %s", said)
+	}
+	if got, err := os.ReadFile(path); err == nil {
+		must(token.Inspect(string(got)))(t) // whole
+	}
+	untilFile(t, path, false) // nothing new came
+	if half := must(filepath.Glob(dir + "/.*"))(t); len(half) != 0 {
+		t.Errorf("half a file stays: %v", half)
+	}
+	limitFiles(t, box.AgentPID(sandbox.Payments), unix.RLIM_INFINITY)
+	if second := untilFile(t, path, true); second == first {
+		t.Error("the expired one came back")
+	}
+	untilFile(t, dir+"/all/both", true)
+}
+
+// untilNotReady waits until the agent isn't ready for a reason, and returns all it says.
+func untilNotReady(t *testing.T, box *sandbox.Sandbox, reason string) string {
+	t.Helper()
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "unix", box.AgentHTTP(sandbox.Payments))
+	}}}
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
+		resp, err := client.Get("http://localhost/readyz")
+		if err != nil {
+			t.Fatal(err)
+		}
+		said, err := io.ReadAll(resp.Body)
+		_ = resp.Body.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if resp.StatusCode == http.StatusServiceUnavailable && strings.Contains(string(said), reason) {
+			return string(said)
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("the agent says %s", said)
+		}
 	}
 }

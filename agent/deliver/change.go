@@ -50,16 +50,17 @@ type Change struct {
 
 func (c *Change) validate() error {
 	var errs []error
-	if (len(c.Command) > 0) == (c.PIDFile != "" || c.Signal != "") {
+	signalled := c.PIDFile != "" || c.Signal != ""
+	if (len(c.Command) > 0) == signalled {
 		errs = append(errs, wrong("command", "either it, or pid_file and signal, must be there"))
 	}
 	if len(c.Command) > 0 && !filepath.IsAbs(c.Command[0]) {
 		errs = append(errs, wrong("command", "begins with the absolute path of a program; there is no shell"))
 	}
-	if len(c.Command) == 0 && !filepath.IsAbs(c.PIDFile) {
+	if signalled && !filepath.IsAbs(c.PIDFile) {
 		errs = append(errs, wrong("pid_file", "must be an absolute path"))
 	}
-	if _, ok := signals[c.Signal]; !ok && len(c.Command) == 0 {
+	if _, ok := signals[c.Signal]; !ok && signalled {
 		errs = append(errs, wrong("signal", "is HUP, INT, QUIT, TERM, USR1, USR2 or WINCH"))
 	}
 	if c.Timeout < 0 || c.Timeout > MaxTimeout {

@@ -129,7 +129,7 @@ func (t *Target) compile() (renders []func(credentials) ([]byte, error), err err
 				errs = append(errs, wrong(fmt.Sprintf("files[%d].name", i), "%v", err))
 			}
 			if seen[f.Name] {
-				errs = append(errs, wrong("files", "has the name %q twice", f.Name))
+				errs = append(errs, wrong(fmt.Sprintf("files[%d].name", i), "%q is there twice", f.Name))
 			}
 			seen[f.Name] = true
 		}
@@ -150,7 +150,7 @@ type Config struct {
 	// there is none. It doesn't wait.
 	Newest func(sdk.Request) *sdk.Credential
 	// Changed returns a channel that is closed when what Newest or Alive says may have
-	// changed next, and when the clock has jumped.
+	// changed next, but for what expires.
 	Changed func() <-chan struct{}
 	// Alive says whether a credential of these claims may be used, as far as is known.
 	Alive func(*token.Claims) bool
@@ -249,6 +249,16 @@ func (d *Deliverer) Run(ctx context.Context) {
 		wg.Go(func() { t.run(ctx) })
 	}
 	wg.Wait()
+}
+
+// Look is for whoever looks at a clock anyway: it wakes what should have removed its file
+// by now, as timers sleep with the machine and know nothing of a clock that was set.
+func (d *Deliverer) Look() {
+	for _, t := range d.targets {
+		if s := t.status(); s.Present && (&member{expires: s.Until}).left(t.cfg.Now()) <= 0 {
+			t.kick()
+		}
+	}
 }
 
 // Status says how each target is.

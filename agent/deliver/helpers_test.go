@@ -5,8 +5,10 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"encoding/base64"
 	"os"
 	"path/filepath"
+	"strconv"
 	"sync"
 	"testing"
 	"time"
@@ -184,3 +186,7 @@ func gone(path string) bool {
 	_, err := os.Lstat(path)
 	return os.IsNotExist(err)
 }
+
+func base64Of(s string) string { return base64.StdEncoding.EncodeToString([]byte(s)) }
+
+func itoa(n int64) string { return strconv.FormatInt(n, 10) }

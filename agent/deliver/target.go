@@ -46,7 +46,8 @@ type target struct {
 	counts  *Counts
 	log     *slog.Logger
 
-	disk     []*member // of the slots; empty where nothing is there
+	wake     chan struct{} // has an element when it is late
+	disk     []*member     // of the slots; empty where nothing is there
 	writing  backoff
 	removing backoff
 	tidyAt   time.Time // when the last generation goes; zero for none
@@ -58,7 +59,7 @@ type target struct {
 func newTarget(cfg Config, spec Target, renders []func(credentials) ([]byte, error), counts *Counts) *target {
 	t := &target{
 		spec: spec, cfg: cfg, renders: renders, counts: counts, log: cfg.Log.With("path", spec.Path),
-		access: access{mode: spec.Mode, uid: -1, gid: -1}, shown: Status{Path: spec.Path},
+		access: access{mode: spec.Mode, uid: -1, gid: -1}, shown: Status{Path: spec.Path}, wake: make(chan struct{}, 1),
 	}
 	if t.access.mode == 0 {
 		t.access.mode = DefaultMode
@@ -99,8 +100,17 @@ func (t *target) run(ctx context.Context) {
 			return
 		case <-changed:
 			timer.Stop()
+		case <-t.wake:
+			timer.Stop()
 		case <-timer.C:
 		}
+	}
+}
+
+func (t *target) kick() {
+	select {
+	case t.wake <- struct{}{}:
+	default:
 	}
 }
 

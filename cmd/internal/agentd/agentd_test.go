@@ -161,3 +161,67 @@ func get(t *testing.T, c *http.Client, url string) string {
 		time.Sleep(5 * time.Millisecond)
 	}
 }
+
+// Everything wrong with files is said at once, each at its line.
+func TestFilesRefused(t *testing.T) {
+	file := write(t, `broker: {address: "b:1", id: spiffe://td/b}
+workload_api: unix:///x.sock
+sockets: {grpc: /run/x/g.sock}
+files:
+  - path: relative
+    mode: "0644"
+    credential: {audience: a}
+  - path: /run/x/a
+    format: yaml
+    owner: nobody-of-this-name
+    group: nobody-of-this-name
+    credential:
+      audience: "a b"
+      ttl: 5s
+  - path: /run/x/b
+    format: template
+    credentials:
+      orders: {audience: orders, ttl: 3s}
+    template: |
+      one
+      {{ token "web" }}
+    on_change:
+      command: [sh]
+      timeout: 10m
+      pid_file: x
+  - path: /run/x/c
+    credential: {audience: a}
+    credentials: {b: {audience: b}}
+  - path: /run/x/a
+  - credential: {audience: a}
+directories:
+  - path: /run/x
+    mode: "0640"
+    files:
+      - name: a/b
+        credential: {audience: a}
+      - name: same
+        variable: X
+        credential: {audience: a}
+      - name: same
+        credential: {audiense: a}
+`)
+	err := agentd.Run(t.Context(), []string{"-c", file}, io.Discard, io.Discard)
+	if code := config.ExitCode(err); code != 2 {
+		t.Errorf("exit code %d, want 2", code)
+	}
+	for _, want := range []string{
+		":5: files[0].path: must be absolute", ":6: files[0].mode: must be within 0640",
+		":9: files[1].format", ":10: files[1].owner: no user", ":11: files[1].group: no group", ":13: files[1].credential.audience", ":14: files[1].credential.ttl: is at least 10s",
+		":18: files[2].credentials.orders.ttl", `:19: files[2].template: 2:3: `, `no credential is named "web"`,
+		":23: files[2].on_change.command: begins", ":24: files[2].on_change.timeout", ":25: files[2].on_change.pid_file", ":22: files[2].on_change.signal",
+		":28: files[3].credentials: and credential exclude", ":29: files[4].credentials: are 0", ":30: files[5].path: is required",
+		":29: files[4].path: is in the way of /run/x/a", ":32: directories[0].path: is in the way of",
+		":32: directories[0].group: must be named", ":35: directories[0].files[0].name: must be a plain name",
+		":38: directories[0].files[1].variable", `:40: directories[0].files[2].name: "same" is there twice`, "did you mean \"audience\"",
+	} {
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("the error lacks %q:\n%v", want, err)
+		}
+	}
+}

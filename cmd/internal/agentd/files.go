@@ -141,42 +141,33 @@ func userID(name string) (int, error) {
 // Validate checks all but the folders on the host.
 func (f *File) Validate() error {
 	t, err := f.target()
-	errs := []error{err, onlyOne(f.Credential, f.Credentials)}
+	errs := []error{err}
+	if f.Credential.Audience != "" && len(f.Credentials) > 0 {
+		errs = append(errs, config.Wrong("credentials", exclusive))
+	}
 	for _, p := range deliver.Problems(t.Validate()) {
 		errs = append(errs, problem(strings.TrimPrefix(p.Key, "files[0]."), p.Message))
 	}
 	return errors.Join(errs...)
 }
 
-func onlyOne(one Prefetch, several map[string]Prefetch) error {
-	if one.Audience != "" && len(several) > 0 {
-		return config.Wrong("credentials", "and credential exclude each other")
-	}
-	return nil
-}
+const exclusive = "and credential exclude each other"
 
 // problem names the key as the file has it.
 func problem(key, message string) error {
 	return config.Wrong(strings.Replace(key, "credentials."+single+".", single+".", 1), "%s", message)
 }
 
-// Validate checks all but the files, which do so themselves, and the folders on the host.
+// Validate checks all but the folders on the host.
 func (d *Directory) Validate() error {
 	t, err := d.target()
 	errs := []error{err}
-	for _, p := range deliver.Problems(t.Validate()) {
-		if !strings.HasPrefix(p.Key, "files[") {
-			errs = append(errs, config.Wrong(p.Key, "%s", p.Message))
+	for i := range d.Files {
+		if f := &d.Files[i]; f.Credential.Audience != "" && len(f.Credentials) > 0 {
+			errs = append(errs, config.Wrong(fmt.Sprintf("files[%d].credentials", i), exclusive))
 		}
 	}
-	return errors.Join(errs...)
-}
-
-// Validate checks one file of a folder.
-func (f *DirectoryFile) Validate() error {
-	errs := []error{onlyOne(f.Credential, f.Credentials)}
-	c := f.content()
-	for _, p := range deliver.Problems(c.Validate()) {
+	for _, p := range deliver.Problems(t.Validate()) {
 		errs = append(errs, problem(p.Key, p.Message))
 	}
 	return errors.Join(errs...)
@@ -192,11 +183,11 @@ func (c *Config) checkTargets() error {
 	for i := range targets {
 		for j := range i {
 			if deliver.Overlap(&targets[i], &targets[j]) {
-				key := "files"
-				if i >= len(c.Files) {
-					key = "directories"
+				key := fmt.Sprintf("files[%d].path", i)
+				if n := i - len(c.Files); n >= 0 {
+					key = fmt.Sprintf("directories[%d].path", n)
 				}
-				errs = append(errs, config.Wrong(key, "%s is in the way of %s", targets[i].Path, targets[j].Path))
+				errs = append(errs, config.Wrong(key, "is in the way of %s", targets[j].Path))
 			}
 		}
 	}
