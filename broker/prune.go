@@ -80,12 +80,13 @@ func (b *Broker) nextHorizon(now feed.Instant) (feed.Position, bool) {
 }
 
 // keeper says which records stay below the horizon: the head, the era, standing locks,
-// keys that may have signed a live token or weren't checked yet, and revoked keys.
+// keys that may have signed a live token or weren't checked yet, and revoked keys; and all
+// that another broker appended and this one hasn't heard of.
 func (b *Broker) keeper(now feed.Instant) func(Record) bool {
 	s := b.state
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	keep := map[uint64]bool{s.log.Head().Seq: true}
+	keep, head := map[uint64]bool{}, s.log.Head().Seq
 	for n, l := range s.locks {
 		// Its end is a time of the wall clock, which may have leapt: not before it also
 		// has elapsed.
@@ -109,7 +110,7 @@ func (b *Broker) keeper(now feed.Instant) func(Record) bool {
 		}
 	}
 	return func(rec Record) bool {
-		return keep[rec.Seq] || rec.Era != nil || revokesKey(rec)
+		return keep[rec.Seq] || rec.Seq >= head || rec.Era != nil || revokesKey(rec)
 	}
 }
 

@@ -362,3 +362,24 @@ func TestHoleOfOthers(t *testing.T) {
 		t.Errorf("delivered %+v, want the horizon %d with what is left up to %d", d, last.Seq, next.Seq)
 	}
 }
+
+// TestPruneBehind: a broker that is behind drops nothing of what others appended meanwhile,
+// though they moved the horizon past it.
+func TestPruneBehind(t *testing.T) {
+	w := newWorld(t)
+	behind := w.newBroker()
+	if err := behind.Load(ctx); err != nil {
+		t.Fatal(err)
+	}
+	lock := w.revoke(broker.LockQuarantine, revocation.Identity(id("locked")))
+	w.revoke(broker.LockNone, revocation.Identity(id("last")))
+	w.clock.elapse(broker.ForgetAfter + 1)
+	w.prune()
+	if err := behind.Prune(ctx); err != nil {
+		t.Fatal(err)
+	}
+	w.restart()
+	if locks := w.b.Locks(); len(locks) != 1 || locks[0].Number != lock.Seq {
+		t.Errorf("locks %+v, want %d", locks, lock.Seq)
+	}
+}

@@ -60,6 +60,10 @@ func (s *sim) random(r *rand.Rand) {
 		op = b
 	}
 	some := func(d time.Duration) time.Duration { return time.Duration(r.Int64N(int64(d))) }
+	if s.shared && r.IntN(20) == 0 {
+		s.goDeaf(s.brokers[1], some(10*time.Minute))
+		s.passLater(some(30*time.Second), some(12*time.Minute))
+	}
 	switch n := r.IntN(122); {
 	case n < 26:
 		s.meanwhile(r)
@@ -137,7 +141,7 @@ func (s *sim) random(r *rand.Rand) {
 		case 0:
 			long = time.Hour + some(5*time.Minute) // about when records are forgotten
 		case 1:
-			long = 55*time.Minute + some(6*time.Minute) // what was issued just before lives on
+			long = 56*time.Minute + some(4*time.Minute) // what was issued just before lives on
 		}
 		s.jump(long)
 		for _, b := range s.brokers {
@@ -178,19 +182,9 @@ func (s *sim) random(r *rand.Rand) {
 			s.claims(b, r)
 		}
 	case n < 117:
-		if s.shared {
-			s.goDeaf(s.brokers[1], some(10*time.Minute))
-		}
-		pass := some(4 * time.Minute)
-		s.after(some(30*time.Second), func() {
-			if s.done < simActions {
-				s.note("%s pass", pass)
-				s.jump(pass)
-			}
-		})
+		s.passLater(some(30*time.Second), some(4*time.Minute))
 	case n < 119:
-		s.note("minutes pass")
-		s.jump(some(4 * time.Minute))
+		s.pass(some(4 * time.Minute))
 	case n < 121:
 		s.keepCopy()
 	default:
@@ -214,6 +208,26 @@ func (s *sim) meanwhile(r *rand.Rand) {
 			revoke()
 			s.note("and a long time passes")
 			s.jump(50 * time.Minute)
+		}
+	}
+}
+
+// passLater lets time pass in a while.
+func (s *sim) passLater(in, pass time.Duration) {
+	s.after(in, func() {
+		if s.done < simActions {
+			s.pass(pass)
+		}
+	})
+}
+
+// pass lets minutes pass, after which brokers prune, as they do every minute.
+func (s *sim) pass(d time.Duration) {
+	s.note("%s pass", d)
+	s.jump(d)
+	for _, b := range s.brokers {
+		if b.up() {
+			s.prune(b)
 		}
 	}
 }
