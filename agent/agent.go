@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"time"
 
+	"github.com/dayflyhq/dayfly/agent/deliver"
 	"github.com/dayflyhq/dayfly/proto/boottime"
 	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
 	"github.com/dayflyhq/dayfly/proto/feed"
@@ -78,6 +79,14 @@ type Config struct {
 	// Prefetch are credentials that are fetched at start and kept fresh whether or not
 	// anyone asks.
 	Prefetch []Request
+	// Files are where credentials are written for programs that only read files; what they
+	// hold is fetched and kept fresh like Prefetch.
+	Files []deliver.Target
+
+	// AWS is a container endpoint for AWS's SDKs, and Systemd a socket for
+	// LoadCredential= of systemd; nil: there is none.
+	AWS     *AWSContainer
+	Systemd *Systemd
 
 	// NoFeed leaves the feed alone: nothing is relayed, and a revoked credential is
 	// given out until it expires, to be refused by every verifier.
@@ -127,8 +136,9 @@ func (c *Config) validate() error {
 		errs = append(errs, errors.New("max streams: is negative"))
 	}
 	if len(c.Prefetch) > MaxPrefetch {
-		errs = append(errs, fmt.Errorf("prefetch: at most %d", MaxPrefetch))
+		errs = append(errs, fmt.Errorf("prefetch: at most %d, those of files included", MaxPrefetch))
 	}
+	errs = append(errs, c.AWS.validate(), c.Systemd.validate())
 	for _, a := range c.Audiences {
 		if err := token.ValidateAudience(a); err != nil {
 			errs = append(errs, fmt.Errorf("audiences: %w", err))
@@ -169,6 +179,7 @@ type Agent struct {
 	k        *knowledge
 	cache    *cache
 	follower *follower
+	files    *deliver.Deliverer
 	counts   counters
 	health   *health.Server
 	grpc     *grpc.Server
@@ -180,6 +191,7 @@ type Agent struct {
 // New returns an agent. It starts nothing and calls nobody.
 func New(cfg Config) (*Agent, error) {
 	cfg.setDefaults()
+	cfg.Prefetch = append(cfg.Prefetch[:len(cfg.Prefetch):len(cfg.Prefetch)], filesRequests(cfg.Files)...)
 	if err := cfg.validate(); err != nil {
 		return nil, fmt.Errorf("configuring agent: %w", err)
 	}
@@ -198,6 +210,10 @@ func New(cfg Config) (*Agent, error) {
 	a.follower = &follower{
 		client: dayflyv1.NewFeedServiceClient(above), distrusts: cfg.Feed != nil, k: a.k, instance: rand.Text(), audiences: cfg.Audiences,
 		bound: cfg.MaxStaleness, rotated: cfg.Changed, applied: a.cache.sweep, log: cfg.Log, counts: &a.counts,
+	}
+	var err error
+	if a.files, err = a.deliverer(); err != nil {
+		return nil, fmt.Errorf("configuring agent: files: %w", err)
 	}
 	a.serveGRPC()
 	a.serveRemote()
@@ -232,6 +248,17 @@ func (a *Agent) Run(ctx context.Context) error {
 			return fmt.Errorf("prefetching: %w", err)
 		}
 	}
+	aws := &awsServer{cfg: a.cfg.AWS, cache: a.cache, now: a.cfg.Now, log: a.cfg.Log}
+	if a.cfg.AWS != nil {
+		if err := aws.rotate(); err != nil {
+			return fmt.Errorf("writing the authorization token file of aws_container: %w", err)
+		}
+	}
+	// Before anything that takes time, and after all that may end the start: what it finds
+	// alive has somebody to remove it.
+	if err := a.files.Open(); err != nil {
+		return errors.Join(err, a.closeListeners())
+	}
 	group, ctx := errgroup.WithContext(ctx)
 	if a.cfg.GRPC != nil {
 		group.Go(func() error {
@@ -260,10 +287,35 @@ func (a *Agent) Run(ctx context.Context) error {
 	if !a.cfg.NoFeed {
 		group.Go(func() error { return a.follower.run(ctx) })
 	}
+	if a.cfg.AWS != nil {
+		group.Go(func() error { return aws.run(ctx) })
+	}
+	if a.cfg.Systemd != nil {
+		s := newSystemd(a.cfg.Systemd, a.cache, a.cfg.Log)
+		group.Go(func() error { return s.run(ctx) })
+	}
+	group.Go(func() error { a.files.Run(ctx); return nil })
 	group.Go(func() error { a.look(ctx); return nil })
 	group.Go(func() error { <-ctx.Done(); a.stop(); return nil })
 	a.cfg.Log.InfoContext(ctx, "serving", "grpc", address(a.cfg.GRPC), "http", address(a.cfg.HTTP), "relay", address(a.cfg.Relay))
 	return group.Wait()
+}
+
+func (a *Agent) closeListeners() error {
+	all := []net.Listener{a.cfg.GRPC, a.cfg.HTTP, a.cfg.Relay}
+	if a.cfg.AWS != nil {
+		all = append(all, a.cfg.AWS.Listener)
+	}
+	if a.cfg.Systemd != nil {
+		all = append(all, a.cfg.Systemd.Listener)
+	}
+	var errs []error
+	for _, l := range all {
+		if l != nil {
+			errs = append(errs, l.Close())
+		}
+	}
+	return errors.Join(errs...)
 }
 
 func wrap(doing string, err error) error {
@@ -326,6 +378,7 @@ func (a *Agent) look(ctx context.Context) {
 			tidied = now
 			a.cache.tidy()
 		}
+		a.files.Look()
 		a.k.mu.Lock()
 		changed := a.k.changed
 		a.k.mu.Unlock()

@@ -102,6 +102,8 @@ type cache struct {
 	// for: until then no call is made.
 	limited      *sdk.Error
 	limitedUntil time.Time
+	// changed is closed at every change that somebody who keeps copies must hear of.
+	changed chan struct{}
 }
 
 // An entry is one request and its credential.
@@ -122,16 +124,45 @@ type entry struct {
 	idempotency string // of the fetch under way; only fetch touches it
 }
 
-// held is what the newest credential says of itself.
+// held is the newest credential and what it says of itself.
 type held struct {
 	grant   string
 	claims  *token.Claims
 	expires time.Time
+	cred    *sdk.Credential
 }
 
 func (c *cache) open() {
 	c.ctx, c.cancel = context.WithCancel(context.Background())
-	c.entries = map[string]*entry{}
+	c.entries, c.changed = map[string]*entry{}, make(chan struct{})
+}
+
+// ring wakes those who keep copies.
+func (c *cache) ring() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	close(c.changed)
+	c.changed = make(chan struct{})
+}
+
+// whenChanged returns a channel that is closed when newest may answer otherwise next, but
+// for what expires.
+func (c *cache) whenChanged() <-chan struct{} {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.changed
+}
+
+// newest returns what may be given out now of a request that is kept, nil for nothing. It
+// asks nobody.
+func (c *cache) newest(r Request) *sdk.Credential {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	e, ok := c.entries[r.key()]
+	if !ok || !c.usable(e) {
+		return nil
+	}
+	return e.latest.Load().cred
 }
 
 // close drops every credential and waits for what is under way.
@@ -190,6 +221,18 @@ func (c *cache) keep(e *entry) {
 	e.run.Do(func() { c.wg.Go(func() { _ = e.source.Run(e.ctx) }) })
 }
 
+// start runs a job that ends with the cache, whoever waits for it. It reports false if
+// that has begun to end.
+func (c *cache) start(job func(context.Context)) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.ctx.Err() != nil {
+		return false
+	}
+	c.wg.Go(func() { job(c.ctx) })
+	return true
+}
+
 // token returns a credential from memory, or fetches one; it is alive as far as the
 // agent knows at this moment.
 func (c *cache) token(ctx context.Context, r Request) (*sdk.Credential, error) {
@@ -224,7 +267,7 @@ func (c *cache) acquire(r Request) (*entry, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.ctx.Err() != nil {
-		return nil, refuse(codes.Unavailable, "AGENT_STOPPING", "the agent is stopping", "ask again once it has started")
+		return nil, stopping()
 	}
 	e, ok := c.entries[key]
 	if !ok {
@@ -306,6 +349,7 @@ func (c *cache) tidy() {
 // sweep drops every credential that is dead by what is known now, so that what is
 // renewed ahead is fetched at once and not when somebody asks.
 func (c *cache) sweep(ctx context.Context) {
+	defer c.ring() // whether or not anything is dropped: there may be copies of what isn't here
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, e := range c.entries {
@@ -395,7 +439,8 @@ func (c *cache) fetch(ctx context.Context, e *entry) (*sdk.Credential, error) {
 		c.counts.failures.Add(1)
 		return nil, err
 	}
-	e.latest.Store(&held{cred.Grant, claims, cred.Expires})
+	e.latest.Store(&held{cred.Grant, claims, cred.Expires, cred})
+	c.ring()
 	return cred, nil
 }
 

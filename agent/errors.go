@@ -63,6 +63,10 @@ func upstreamError(err error) error {
 	return refusal.GRPCStatus().Err()
 }
 
+func stopping() error {
+	return refuse(codes.Unavailable, "AGENT_STOPPING", "the agent is stopping", "ask again once it has started")
+}
+
 func tooLarge() error {
 	return refuse(codes.InvalidArgument, "REQUEST_TOO_LARGE", "the request is larger than 64 KiB", "a token has at most 2 KiB and 32 scopes")
 }

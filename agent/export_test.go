@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"time"
 
 	"github.com/dayflyhq/dayfly/sdk"
 )
@@ -11,3 +12,12 @@ import (
 func (a *Agent) Token(ctx context.Context, r Request) (*sdk.Credential, error) {
 	return a.cache.token(ctx, r)
 }
+
+// NewAWSAuthorization is the authorization token file of a container endpoint.
+func NewAWSAuthorization(path string, now func() time.Time) (rotate func() error, authorized func(string) bool) {
+	s := &awsServer{cfg: &AWSContainer{TokenFile: path}, now: now}
+	return s.rotate, s.authorized
+}
+
+// ParseUnit reads the address of systemd's end.
+var ParseUnit = parseUnit

@@ -15,7 +15,7 @@ type counters struct {
 // WriteMetrics writes the agent's metrics in the text format of Prometheus. They hold
 // no identity and no credential.
 func (a *Agent) WriteMetrics(w io.Writer) error {
-	c := &a.counts
+	c, files := &a.counts, &a.files.Counts
 	for _, m := range []struct {
 		name, kind, help string
 		value            uint64
@@ -26,6 +26,14 @@ func (a *Agent) WriteMetrics(w io.Writer) error {
 		{"dayfly_agent_fetch_failures_total", "counter", "Those that failed.", c.failures.Load()},
 		{"dayfly_agent_dropped_total", "counter", "Credentials dropped because they were revoked or their certificate rotated.", c.dropped.Load()},
 		{"dayfly_agent_credentials", "gauge", "Different credentials kept.", uint64(a.cache.len())},
+		{"dayfly_agent_files", "gauge", "Files and folders of files to deliver.", uint64(len(a.cfg.Files))},
+		{"dayfly_agent_files_present", "gauge", "Those that are on disk.", a.present()},
+		{"dayfly_agent_files_failing", "gauge", "Those that can't be written or removed, or whose program can't be told.", a.failing()},
+		{"dayfly_agent_file_writes_total", "counter", "Times that one was written.", files.Written.Load()},
+		{"dayfly_agent_file_write_failures_total", "counter", "Times that one could not be written.", files.WriteFailures.Load()},
+		{"dayfly_agent_file_removals_total", "counter", "Times that one was removed because its credential had died.", files.Removed.Load()},
+		{"dayfly_agent_file_changes_total", "counter", "Times that a program was told of a change.", files.Told.Load()},
+		{"dayfly_agent_file_change_failures_total", "counter", "Those that failed.", files.TellFailures.Load()},
 		{"dayfly_agent_feed_events_total", "counter", "Records received.", c.events.Load()},
 		{"dayfly_agent_feed_reconnects_total", "counter", "Streams to the broker that ended.", c.reconnects.Load()},
 		{"dayfly_agent_relay_messages_total", "counter", "Messages sent to verifiers.", c.relayed.Load()},

@@ -14,7 +14,7 @@ import (
 
 // A Check is one thing that the agent needs to be ready.
 type Check struct {
-	Name    string `json:"name"` // "identity", "feed" or "prefetch"
+	Name    string `json:"name"` // "identity", "prefetch", "files" or "feed"
 	OK      bool   `json:"ok"`
 	Message string `json:"message,omitempty"`
 }
@@ -47,6 +47,9 @@ func (s *Status) ok(name string) bool {
 // Status looks at what the agent needs, now.
 func (a *Agent) Status() Status {
 	s := Status{Ready: true, Checks: []Check{a.checkIdentity(), a.checkPrefetch()}}
+	if len(a.cfg.Files) > 0 {
+		s.Checks = append(s.Checks, a.checkFiles())
+	}
 	if !a.cfg.NoFeed {
 		s.Checks = append(s.Checks, a.checkFeed())
 	}

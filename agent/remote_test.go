@@ -106,6 +106,15 @@ func TestRemoteListener(t *testing.T) {
 	if err := believer.end(); reason(err) != "SIGNED_HEADS_REQUIRED" {
 		t.Errorf("one that would believe the relay: %v", err)
 	}
+	thief, err := follow(spiffeid.RequireFromString("spiffe://td/edge/thief"), remoteSubscription("verifier-1"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := thief.end(); reason(err) != "FEED_MESSAGE_INVALID" {
+		t.Errorf("one who follows as another's instance: %v", err)
+	}
+	v.send(useReport(0, 0, use(t, 1))) // that one follows on
+	b.sent("another use of it", isUseReport)
 	hours.Store(24 * 365)
 	v.send(useReport(0, 0, use(t, 1)))
 	if err := v.end(); reason(err) != "SVID_INVALID" {

@@ -48,14 +48,18 @@ func (d *direct) calls() []time.Time {
 	return append([]time.Time(nil), d.at...)
 }
 
-// bubble runs an agent on the bubble's clock and returns how to ask it.
-func bubble(t *testing.T, d *direct, prefetch ...agent.Request) func(...agent.Request) (*sdk.Credential, error) {
+// bubble runs an agent on the bubble's clock, changed as asked, and returns how to ask it.
+func bubble(t *testing.T, d *direct, changes ...func(*agent.Config)) func(...agent.Request) (*sdk.Credential, error) {
 	t.Helper()
 	began := time.Now()
-	a, err := agent.New(agent.Config{
-		Upstream: d, Source: d.b.td.Source(payments), GRPC: bufconn.Listen(1 << 10), NoFeed: true, Prefetch: prefetch,
+	cfg := agent.Config{
+		Upstream: d, Source: d.b.td.Source(payments), GRPC: bufconn.Listen(1 << 10), NoFeed: true,
 		Boot: func() feed.Instant { return feed.Instant(time.Since(began)) },
-	})
+	}
+	for _, change := range changes {
+		change(&cfg)
+	}
+	a, err := agent.New(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -82,7 +86,7 @@ func TestRenewsAhead(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		td := newDomain(t)
 		d := &direct{b: unservedBroker(t, td)}
-		ask := bubble(t, d, agent.Request{Audience: "orders"})
+		ask := bubble(t, d, func(c *agent.Config) { c.Prefetch = []agent.Request{{Audience: "orders"}} })
 		time.Sleep(30 * time.Minute)
 		calls := d.calls()
 		if len(calls) < 8 || len(calls) > 11 {
@@ -133,7 +137,7 @@ func TestServesUntilExpiry(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		td := newDomain(t)
 		d := &direct{b: unservedBroker(t, td)}
-		ask := bubble(t, d, agent.Request{Audience: "orders"})
+		ask := bubble(t, d, func(c *agent.Config) { c.Prefetch = []agent.Request{{Audience: "orders"}} })
 		d.b.set(func(b *broker) { b.refuse = refusal(codes.Unavailable, "STORE_FULL", "full") })
 		first, err := ask()
 		if err != nil {

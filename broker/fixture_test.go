@@ -132,6 +132,17 @@ func (p *policy) Audience(name string) (broker.Audience, bool) {
 	return a, ok
 }
 
+func (p *policy) External() (out []broker.Audience) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, a := range p.audiences {
+		if a.VerifiedBy == broker.VerifiedByExternal {
+			out = append(out, a)
+		}
+	}
+	return out
+}
+
 func (p *policy) Fallback(caller spiffeid.ID, audience string) broker.Fallback {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -2,11 +2,13 @@ package broker
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -503,7 +505,9 @@ func (r *roster) firstContained(seq uint64, at feed.Instant) feed.Instant {
 }
 
 // External finds the audiences outside the feed that a revocation reaches: a scan of
-// the live grants, so never part of Revoke.
+// the live grants, so never part of Revoke. Of a key no record tells: whoever stole it
+// signs for any audience, and those outside the feed accept it until they read the JWK set
+// again, so each that is declared is reached, for as long as an honest token lives.
 func (b *Broker) External(ctx context.Context, rec RevocationRecord) ([]PlannedAudience, error) {
 	reach, err := b.reach(ctx, func(g *Grant) bool {
 		if g.Position.Era == rec.Position.Era && g.Position.Seq >= rec.Seq {
@@ -525,5 +529,17 @@ func (b *Broker) External(ctx context.Context, rec RevocationRecord) ([]PlannedA
 			out = append(out, a)
 		}
 	}
+	until := rec.Details.Time.Add(token.MaxTTL + token.Leeway)
+	if !revokesKey(rec.Record) || !b.cfg.Now().Before(until) {
+		return out, nil
+	}
+	for _, a := range b.cfg.Policy.External() {
+		i := slices.IndexFunc(out, func(p PlannedAudience) bool { return p.Audience.Name == a.Name })
+		if i < 0 {
+			out, i = append(out, PlannedAudience{Audience: a}), len(out)
+		}
+		out[i].LastExpiry = until // later than that of any grant
+	}
+	slices.SortFunc(out, func(x, y PlannedAudience) int { return cmp.Compare(x.Audience.Name, y.Audience.Name) })
 	return out, nil
 }

@@ -184,6 +184,26 @@ func (b *Broker) seenBefore(ctx context.Context, m *matched) error {
 // narrower proposes what would do instead of the selectors.
 func (m *matched) narrower(live uint64) []Narrower {
 	var out []Narrower
+	if !m.unrecorded() {
+		out = m.oneOnly(live)
+	}
+	if n, ok := m.singles(); ok {
+		out = append(out, n)
+	}
+	return out
+}
+
+// unrecorded reports whether the selectors name what no record tells of: what a stolen key
+// signed. No recorded grant or SVID does instead of those.
+func (m *matched) unrecorded() bool {
+	return slices.ContainsFunc(m.selectors, func(s revocation.Selector) bool {
+		return s.Kind() == revocation.KindKey || s.Kind() == revocation.KindEverything
+	})
+}
+
+// oneOnly proposes the only SVID and the only grant, instead of all that is named.
+func (m *matched) oneOnly(live uint64) []Narrower {
+	var out []Narrower
 	if len(m.svids) == 1 {
 		for svid, id := range m.svids {
 			delete(m.others, svid)
@@ -200,9 +220,6 @@ func (m *matched) narrower(live uint64) []Narrower {
 	}
 	if grant := revocation.Grant(m.one); live == 1 && !slices.Equal(m.selectors, []revocation.Selector{grant}) {
 		out = append(out, Narrower{[]revocation.Selector{grant}, "it is the only live grant that matches. It locks nobody out, so it doesn't do if an identity is compromised"})
-	}
-	if n, ok := m.singles(); ok {
-		out = append(out, n)
 	}
 	return out
 }

@@ -614,6 +614,48 @@ func TestPlan(t *testing.T) {
 	}
 }
 
+// What a stolen key signed is on no record: a plan proposes nothing narrower than the key,
+// and every audience outside the feed may accept it for a while, whatever is live.
+func TestKeyReachesUnrecorded(t *testing.T) {
+	w := newWorld(t)
+	for name, by := range map[string]string{"orders": broker.VerifiedByFeed, "sts": broker.VerifiedByExternal, "api": broker.VerifiedByIntrospection} {
+		w.policy.audiences[name] = broker.Audience{Name: name, VerifiedBy: by}
+	}
+	g := w.issue(w.caller("payments"), "orders").Grant
+	key := revocation.Key(g.Lineage[0].Key)
+	for _, selectors := range [][]revocation.Selector{{key}, {revocation.Everything()}, {revocation.Identity(id("payments")), key}} {
+		p, err := w.b.Plan(ctx, selectors, netip.Addr{})
+		if err != nil || p.Live != 1 || len(p.Narrower) > 0 {
+			t.Errorf("plan of %v: %+v, %v", selectors, p, err)
+		}
+	}
+	external := func(selector revocation.Selector) func() []broker.PlannedAudience {
+		r, err := w.b.Revocation(w.revoke(broker.LockNone, selector).Seq)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return func() []broker.PlannedAudience {
+			out, err := w.b.External(ctx, r)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return out
+		}
+	}
+	ofGrant, ofKey := external(revocation.Grant(g.ID())), external(key)
+	if got := ofGrant(); len(got) > 0 {
+		t.Errorf("a grant for a verifier of the feed reaches %+v", got)
+	}
+	until := w.clock.Now().Add(token.MaxTTL + token.Leeway)
+	if got := ofKey(); len(got) != 1 || got[0].Audience.Name != "sts" || !got[0].LastExpiry.Equal(until) {
+		t.Errorf("a key reaches %+v, not sts until %s", got, until)
+	}
+	w.clock.advance(token.MaxTTL + token.Leeway)
+	if got := ofKey(); len(got) > 0 {
+		t.Errorf("after that a key reaches %+v", got)
+	}
+}
+
 // Lists of grants and revocations, with what narrows them.
 func TestLists(t *testing.T) {
 	w := newWorld(t)

@@ -168,6 +168,9 @@ type Policy interface {
 	// AnswersTo reports whether data assigns the audience name to the identity.
 	AnswersTo(id spiffeid.ID, audience string) bool
 	Audience(name string) (Audience, bool)
+	// External returns every audience that data declares to be outside the feed and not to
+	// introspect; one with placeholders as it is written.
+	External() []Audience
 	// Fallback is what a caller does without credentials for an audience: its own, where
 	// data has one, else the audience's.
 	Fallback(caller spiffeid.ID, audience string) Fallback

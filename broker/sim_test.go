@@ -729,6 +729,8 @@ func (simPolicy) Audience(name string) (broker.Audience, bool) {
 	return broker.Audience{Name: name, VerifiedBy: "feed"}, true
 }
 
+func (simPolicy) External() []broker.Audience { return nil }
+
 func (simPolicy) Fallback(spiffeid.ID, string) broker.Fallback { return broker.Fallback{} }
 
 func simAudience(id spiffeid.ID) string { return "aud" + strings.ReplaceAll(id.Path(), "/", "-") }

@@ -35,7 +35,7 @@ func TestBrokerOnFullDisk(t *testing.T) {
 	revocations := dayflyv1.NewRevocationServiceClient(alice.Conn())
 	early := must(payments.Issue(ctx, sdk.Request{Audience: "orders"}))(t)
 
-	limitFiles(t, box, uint64(must(os.Stat(box.StorePath()))(t).Size()))
+	limitFiles(t, box.BrokerPID(), uint64(must(os.Stat(box.StorePath()))(t).Size()))
 	issue := func(c *sdk.Client) func() (*sdk.Credential, error) {
 		return func() (*sdk.Credential, error) { return c.Issue(ctx, sdk.Request{Audience: "orders"}) }
 	}
@@ -77,7 +77,7 @@ func TestBrokerOnFullDisk(t *testing.T) {
 	wantError(t, err, codes.Unavailable, "STORE_FULL")
 	received = append(received, more...)
 
-	limitFiles(t, box, unix.RLIM_INFINITY)
+	limitFiles(t, box.BrokerPID(), unix.RLIM_INFINITY)
 	fresh := must(payments.Issue(ctx, sdk.Request{Audience: "orders"}))(t)
 	must(box.Call(ctx, sandbox.Payments, service, fresh.Token))(t)
 	wantRecorded(t, alice, append(received, early, fresh))
@@ -94,11 +94,11 @@ func TestBrokerOnFullDisk(t *testing.T) {
 	}
 }
 
-// limitFiles bounds the size of the files that the running broker may write.
-func limitFiles(t *testing.T, box *sandbox.Sandbox, size uint64) {
+// limitFiles bounds the size of the files that a running process may write.
+func limitFiles(t *testing.T, pid int, size uint64) {
 	t.Helper()
 	limit := unix.Rlimit{Cur: size, Max: unix.RLIM_INFINITY}
-	if err := unix.Prlimit(box.BrokerPID(), unix.RLIMIT_FSIZE, &limit, nil); err != nil {
+	if err := unix.Prlimit(pid, unix.RLIMIT_FSIZE, &limit, nil); err != nil {
 		t.Fatal(err)
 	}
 }

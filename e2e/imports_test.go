@@ -61,6 +61,7 @@ var (
 	spiffeID = []string{goSPIFFE + "/spiffeid", goSPIFFE + "/internal", "net/url", "net/netip", "log/slog"} // slog: a token redacts itself
 	core     = []ban{{grpc, outlive}, {bbolt, outlive}, {opa, outlive}, {generated, outlive}, {brokerChildren, outlive}, {module + "/policy", outlive}}
 	light    = []ban{{module + "/broker", usersCompile}, {module + "/policy", usersCompile}, {module + "/agent", usersCompile}, {bbolt, usersCompile}, {opa, usersCompile}}
+	sidecar  = []ban{{module + "/broker", small}, {module + "/policy", small}, {bbolt, small}, {opa, small}}
 	adapters = []ban{{bbolt, adapter}, {opa, adapter}, {module + "/broker/boltstore", adapter}}
 )
 
@@ -83,7 +84,9 @@ var house = []room{
 	{path: "broker/rpc", direct: adapters},
 	{path: "broker/web", direct: adapters},
 	{path: "policy", direct: []ban{{grpc, apart}, {bbolt, apart}, {module + "/broker/keys", apart}}},
-	{path: "agent", closure: []ban{{module + "/broker", small}, {module + "/policy", small}, {bbolt, small}, {opa, small}}},
+	{path: "agent", closure: sidecar},
+	{path: "agent/deliver", closure: append(slices.Clip(sidecar), ban{module + "/agent", "whoever keeps credentials fresh hands them in"})}, // credentials in files
+	{path: "agent/sts", closure: []ban{{grpc, "it knows one POST"}, {generated, "it knows one POST"}, {module + "/sdk", "it knows one POST"}, {"github.com/aws", "a trade is one unsigned POST"}}},
 	{path: "sdk", closure: light},
 	{path: "sdk/verify", closure: light},
 	{path: "sdk/spiffetest", closure: append(slices.Clip(light), ban{"testing", "dev mode links it too"})},

@@ -3,6 +3,7 @@ package sdk
 import (
 	"context"
 	"crypto/sha256"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
@@ -10,6 +11,7 @@ import (
 	"net/netip"
 	"strings"
 	"sync"
+	"sync/atomic"
 
 	"github.com/dayflyhq/dayfly/proto/token"
 	"golang.org/x/oauth2"
@@ -54,9 +56,8 @@ var ErrPlaintext = errors.New("a token is sent over https, or over http to this 
 // dropped: it was revoked, or the broker's store was restored since. The request is made
 // once more with a new one, unless its body can't be had again.
 //
-// A token that is bound to a certificate goes over connections that were made since that
-// became the current one: of a copy of Base, if that is an *http.Transport. Any other Base
-// must see to that itself.
+// A token that is bound to a certificate goes over connections that show that one: of a
+// copy of Base, if that is an *http.Transport. Any other Base must see to that itself.
 type Transport struct {
 	// Source gives the tokens. Required.
 	Source *TokenSource
@@ -70,8 +71,8 @@ type Transport struct {
 	to    [sha256.Size]byte
 }
 
-// RoundTrip makes one request. It returns ErrPlaintext, or the error of the source,
-// without having sent anything.
+// RoundTrip makes one request. It returns ErrPlaintext, ErrOtherCertificate, or the error
+// of the source, without having sent anything.
 func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 	if !sameOrigin(req) {
 		return t.base().RoundTrip(req)
@@ -84,6 +85,17 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 		return nil, refuse(req, err)
 	}
 	resp, err := t.over(cred).RoundTrip(authorized(req, cred))
+	for range certificateAttempts {
+		again, ok := replay(req)
+		if !errors.Is(err, ErrOtherCertificate) || !ok {
+			break
+		}
+		req = again
+		if cred, err = t.Source.Token(req.Context()); err != nil {
+			return nil, refuse(req, err)
+		}
+		resp, err = t.over(cred).RoundTrip(authorized(req, cred))
+	}
 	if err != nil || !invalidToken(resp) || !t.Source.refused(cred) {
 		return resp, err
 	}
@@ -121,8 +133,39 @@ func (t *Transport) over(cred *Credential) http.RoundTripper {
 			t.bound.CloseIdleConnections()
 		}
 		t.bound, t.to = base.Clone(), cred.certificate
+		if cfg := t.bound.TLSClientConfig; cfg != nil && cfg.GetClientCertificate != nil {
+			cfg.GetClientCertificate = only(cred.certificate, cfg.GetClientCertificate)
+		}
 	}
 	return t.bound
+}
+
+// certificateAttempts bounds how often a request is begun anew because the certificate
+// rotated between its token and its connection.
+const certificateAttempts = 3
+
+// ErrOtherCertificate: the certificate that a token is bound to is no longer the one that
+// connections show. It passes by itself: ask again.
+var ErrOtherCertificate = errors.New("the token is bound to another certificate than the current one")
+
+// only shows one certificate of those that get gives over time, from when that is the
+// current one on.
+func only(want [sha256.Size]byte, get func(*tls.CertificateRequestInfo) (*tls.Certificate, error)) func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+	var seen atomic.Pointer[tls.Certificate]
+	return func(info *tls.CertificateRequestInfo) (*tls.Certificate, error) {
+		if cert := seen.Load(); cert != nil {
+			return cert, nil
+		}
+		cert, err := get(info)
+		if err != nil {
+			return nil, err
+		}
+		if len(cert.Certificate) == 0 || sha256.Sum256(cert.Certificate[0]) != want {
+			return nil, ErrOtherCertificate
+		}
+		seen.Store(cert)
+		return cert, nil
+	}
 }
 
 // CloseIdleConnections closes the connections that no request uses.

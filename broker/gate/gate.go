@@ -1,6 +1,7 @@
 // Package gate bounds the connections that have proved nothing. A full gate lets a new
 // one in and closes the one that has waited longest, of the source that has the most: an
 // honest handshake takes milliseconds, so what has waited longest is what came to wait.
+// Those that have proved who they are leave it, and are counted by identity.
 package gate
 
 import (
@@ -48,21 +49,31 @@ func (g *Gate) Enter(conn net.Conn) {
 	g.inside[conn] = g.sources[source].PushBack(&visit{conn, source, g.number})
 	g.mu.Unlock()
 	if crowded != nil {
-		_ = crowded.conn.Close()
+		_ = abruptly(crowded.conn).Close()
 	}
 }
 
-// Leave lets go of a connection. It is no error if it was closed, or isn't inside.
-func (g *Gate) Leave(conn net.Conn) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.leave(conn)
+// abruptly is a connection without TLS's goodbye: its peer could let that take seconds, and
+// whoever comes next would wait.
+func abruptly(conn net.Conn) net.Conn {
+	if t, ok := conn.(interface{ NetConn() net.Conn }); ok {
+		return t.NetConn()
+	}
+	return conn
 }
 
-func (g *Gate) leave(conn net.Conn) {
+// Leave lets go of a connection, and reports whether it was inside: it is no error if it
+// was closed, or never came.
+func (g *Gate) Leave(conn net.Conn) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.leave(conn)
+}
+
+func (g *Gate) leave(conn net.Conn) bool {
 	e, ok := g.inside[conn]
 	if !ok {
-		return
+		return false
 	}
 	delete(g.inside, conn)
 	source := e.Value.(*visit).source
@@ -71,6 +82,7 @@ func (g *Gate) leave(conn net.Conn) {
 	if l.Len() == 0 {
 		delete(g.sources, source)
 	}
+	return true
 }
 
 // Len is how many connections are inside.

@@ -94,3 +94,24 @@ func TestRace(t *testing.T) {
 		t.Errorf("%d inside after all left", g.Len())
 	}
 }
+
+// encrypted is a connection of TLS whose peer lets its goodbye wait.
+type encrypted struct{ *conn }
+
+func (e encrypted) NetConn() net.Conn { return e.conn }
+
+func (e encrypted) Close() error { panic("says goodbye") }
+
+// Closing one doesn't wait for its peer: who comes next would wait too.
+func TestGivesWayAtOnce(t *testing.T) {
+	g := gate.New(1)
+	slow := encrypted{from("192.0.2.1")}
+	g.Enter(slow)
+	g.Enter(from("192.0.2.2"))
+	if !slow.isClosed() {
+		t.Error("it stands")
+	}
+	if g.Leave(slow) {
+		t.Error("it is still inside")
+	}
+}

@@ -17,14 +17,14 @@ import (
 
 // newTransport returns server credentials for mTLS with X.509-SVIDs.
 func newTransport(a *attest.Attestor, svids x509svid.Source) *transport {
-	return &transport{credentials.NewTLS(a.MutualTLS(svids)), gate.New(maxHandshakes), &connections{}}
+	return &transport{credentials.NewTLS(a.MutualTLS(svids)), gate.New(maxHandshakes), gate.NewProven(bounds)}
 }
 
 // transport keeps what was proven beside the connection.
 type transport struct {
 	credentials.TransportCredentials
 	handshakes *gate.Gate
-	open       *connections
+	open       *gate.Proven
 }
 
 func (t *transport) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
@@ -48,11 +48,12 @@ func (t *transport) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthIn
 
 // admit counts an open connection, or closes it.
 func (t *transport) admit(conn net.Conn, id spiffeid.ID) (net.Conn, error) {
-	admitted, err := t.open.admit(conn, id)
-	if err != nil {
+	leave, ok := t.open.Enter(id.String())
+	if !ok {
 		conn.Close()
+		return nil, errTooManyConnections
 	}
-	return admitted, err
+	return &counted{conn, leave}, nil
 }
 
 func (t *transport) Clone() credentials.TransportCredentials {

@@ -3,6 +3,7 @@ package rpc
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"net"
 	"strings"
 	"sync"
@@ -10,6 +11,7 @@ import (
 	"github.com/dayflyhq/dayfly/broker"
 	"github.com/dayflyhq/dayfly/broker/attest"
 	"github.com/dayflyhq/dayfly/broker/gate"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"google.golang.org/grpc/credentials"
@@ -17,32 +19,84 @@ import (
 	"google.golang.org/grpc/peer"
 )
 
-// jwtTransport is TLS without certificates of clients. Its connections prove nothing for
-// as long as they last: a full one closes what has been open longest, of the source that
-// has the most.
+// maxStreamsOfStranger bounds the calls under way on a connection to the JWT server, each of
+// which may hold a message before anybody has proved who it is. A proxy opens another.
+const maxStreamsOfStranger = 8
+
+// strangersWindow is how much such a connection may send unread, and each call on it.
+const strangersWindow = 64 << 10
+
+// jwtTransport is TLS without certificates of clients. A new connection proves nothing: a
+// full gate closes what has been open longest, of the source that has the most. Once a call
+// on it has proved an identity no stranger can have it closed.
 type jwtTransport struct {
 	credentials.TransportCredentials
-	open *gate.Gate
+	strangers *gate.Gate
+	proven    *gate.Proven
 }
 
 func newJWTTransport(svids x509svid.Source) *jwtTransport {
 	cfg := tlsconfig.TLSServerConfig(svids)
 	cfg.MinVersion = tls.VersionTLS13
-	return &jwtTransport{credentials.NewTLS(cfg), gate.New(maxHandshakes)}
+	return &jwtTransport{credentials.NewTLS(cfg), gate.New(maxHandshakes), gate.NewProven(bounds)}
 }
 
 func (t *jwtTransport) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	t.open.Enter(raw)
+	t.strangers.Enter(raw)
 	conn, info, err := t.TransportCredentials.ServerHandshake(raw)
 	if err != nil {
-		t.open.Leave(raw)
+		t.strangers.Leave(raw)
 		return nil, nil, err
 	}
-	return &counted{Conn: conn, release: sync.OnceFunc(func() { t.open.Leave(raw) })}, info, nil
+	tlsInfo, ok := info.(credentials.TLSInfo)
+	if !ok {
+		t.strangers.Leave(raw)
+		conn.Close()
+		return nil, nil, errors.New("no TLS in the handshake")
+	}
+	p := &proxy{TLSInfo: tlsInfo, door: t, raw: raw}
+	return &counted{conn, p.closed}, p, nil
 }
 
 func (t *jwtTransport) Clone() credentials.TransportCredentials {
-	return &jwtTransport{t.TransportCredentials.Clone(), t.open}
+	return &jwtTransport{t.TransportCredentials.Clone(), t.strangers, t.proven}
+}
+
+// proxy is the AuthInfo of a connection to the JWT server: the first identity that a call on
+// it proves is the one that it counts for.
+type proxy struct {
+	credentials.TLSInfo
+	door *jwtTransport
+	raw  net.Conn
+
+	mu    sync.Mutex
+	leave func() // of those that are proven
+}
+
+func (p *proxy) proved(id spiffeid.ID) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.leave != nil {
+		return
+	}
+	leave, ok := p.door.proven.Enter(id.String())
+	if !ok {
+		return // it has too many beside: this one stays a stranger's
+	}
+	if !p.door.strangers.Leave(p.raw) { // it is closed, or about to be
+		leave()
+		return
+	}
+	p.leave = leave
+}
+
+func (p *proxy) closed() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.door.strangers.Leave(p.raw)
+	if p.leave != nil {
+		p.leave()
+	}
 }
 
 var errNoJWT = func() error {
@@ -69,6 +123,9 @@ func bearer(a *attest.Attestor) func(context.Context) (broker.Caller, error) {
 		}
 		if p, ok := peer.FromContext(ctx); ok {
 			c.Peer = addressOf(p)
+			if conn, ok := p.AuthInfo.(*proxy); ok {
+				conn.proved(c.ID)
+			}
 		}
 		return c, nil
 	}

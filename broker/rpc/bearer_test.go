@@ -1,12 +1,14 @@
 package rpc_test
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
 	"io"
 	"net"
 	"os"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -148,13 +150,35 @@ func TestJWTServerHasOneService(t *testing.T) {
 	refused(t, err, codes.Unavailable, "")
 }
 
-// Connections that prove nothing give way to others, for as long as they last.
+// dials counts how often a client connects.
+type dials struct{ n atomic.Int32 }
+
+func (d *dials) dial(ctx context.Context, addr string) (net.Conn, error) {
+	d.n.Add(1)
+	return new(net.Dialer).DialContext(ctx, "tcp", addr)
+}
+
+// Connections that have proved nothing give way to others, for as long as they last; one
+// that has doesn't.
 func TestJWTServerBoundsConnections(t *testing.T) {
 	w := newWorld(t)
 	conn := w.proxied()
 	addr := conn.Target()[len("passthrough:///"):]
 	cfg := tlsconfig.TLSClientConfig(w.td, tlsconfig.AuthorizeID(brokerID))
 	cfg.NextProtos = []string{"h2"}
+	proven := &dials{}
+	client, err := grpc.NewClient(conn.Target(), grpc.WithTransportCredentials(credentials.NewTLS(cfg.Clone())), grpc.WithContextDialer(proven.dial))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	issue := func() error {
+		_, err := dayflyv1.NewTokenServiceClient(client).Issue(showing(t, "Bearer "+w.jwt(payments, issuer)), &dayflyv1.IssueRequest{Audience: "orders"}, grpc.WaitForReady(true))
+		return err
+	}
+	if err := issue(); err != nil {
+		t.Fatal(err)
+	}
 	var open []net.Conn
 	for range rpc.MaxHandshakes + 20 {
 		c, err := tls.Dial("tcp", addr, cfg)
@@ -173,5 +197,21 @@ func TestJWTServerBoundsConnections(t *testing.T) {
 	}
 	if _, err := dayflyv1.NewTokenServiceClient(conn).Issue(showing(t, "Bearer "+w.jwt(payments, issuer)), &dayflyv1.IssueRequest{Audience: "orders"}, grpc.WaitForReady(true)); err != nil {
 		t.Fatal(err)
+	}
+	if err := issue(); err != nil || proven.n.Load() != 1 {
+		t.Errorf("the connection of a client that has proved who it is was closed for strangers: %d dials, %v", proven.n.Load(), err)
+	}
+	// What such a connection may have under way, and so in memory.
+	head := make([]byte, 9) // RFC 9113 section 4.1; the first frame is SETTINGS
+	last := open[len(open)-1]
+	if _, err := io.ReadFull(last, head); err != nil || head[3] != 4 {
+		t.Fatalf("first frame %x, %v", head, err)
+	}
+	settings := make([]byte, int(head[1])<<8|int(head[2]))
+	if _, err := io.ReadFull(last, settings); err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Contains(settings, []byte{0, 3, 0, 0, 0, rpc.MaxStreamsOfStranger}) { // MAX_CONCURRENT_STREAMS
+		t.Errorf("any number of calls on a connection: %x", settings)
 	}
 }

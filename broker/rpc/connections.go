@@ -3,9 +3,8 @@ package rpc
 import (
 	"errors"
 	"net"
-	"sync"
 
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/dayflyhq/dayfly/broker/gate"
 )
 
 const (
@@ -22,14 +21,7 @@ const (
 	reservedConnections = 1024
 )
 
-// connections counts what has proved who it is.
-type connections struct {
-	mu   sync.Mutex
-	byID map[spiffeid.ID]int
-	all  int
-	// refused counts those that were closed for having too many beside them.
-	refused uint64
-}
+var bounds = gate.Bounds{OfOne: maxConnectionsOfOne, All: maxConnections, Reserved: reservedConnections}
 
 // ConnectionCounts says how many connections there are, and how many were closed.
 type ConnectionCounts struct {
@@ -42,45 +34,15 @@ type ConnectionCounts struct {
 
 // Connections returns the counts of the public listener.
 func (s *Server) Connections() ConnectionCounts {
-	s.open.mu.Lock()
-	defer s.open.mu.Unlock()
 	return ConnectionCounts{
-		Handshaking: s.handshakes.Len(), Open: s.open.all,
-		Crowded: s.handshakes.Closed(), Refused: s.open.refused,
+		Handshaking: s.handshakes.Len(), Open: s.open.Len(),
+		Crowded: s.handshakes.Closed(), Refused: s.open.Refused(),
 	}
 }
 
 var errTooManyConnections = errors.New("too many connections are open")
 
-// admit counts a connection, which is released when it is closed.
-func (c *connections) admit(conn net.Conn, id spiffeid.ID) (net.Conn, error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	limit := maxConnections
-	if c.byID[id] == 0 {
-		limit += reservedConnections
-	}
-	if c.byID[id] >= maxConnectionsOfOne || c.all >= limit {
-		c.refused++
-		return nil, errTooManyConnections
-	}
-	if c.byID == nil {
-		c.byID = map[spiffeid.ID]int{}
-	}
-	c.byID[id]++
-	c.all++
-	return &counted{Conn: conn, release: sync.OnceFunc(func() { c.release(id) })}, nil
-}
-
-func (c *connections) release(id spiffeid.ID) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.all--
-	if c.byID[id]--; c.byID[id] == 0 {
-		delete(c.byID, id)
-	}
-}
-
+// counted is a connection that somebody counts until it is closed.
 type counted struct {
 	net.Conn
 	release func()

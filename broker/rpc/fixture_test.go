@@ -89,6 +89,8 @@ func (p *policy) AnswersTo(spiffeid.ID, string) bool {
 func (p *policy) Audience(name string) (broker.Audience, bool) {
 	return broker.Audience{Name: name, VerifiedBy: "feed"}, true
 }
+func (p *policy) External() []broker.Audience { return nil }
+
 func (p *policy) Fallback(spiffeid.ID, string) broker.Fallback {
 	return broker.Fallback{Owner: "team orders", Text: "they queue up"}
 }

@@ -122,53 +122,6 @@ func TestHandshakeFlood(t *testing.T) {
 	}
 }
 
-// One identity has so many connections, all together so many more, and who has none gets
-// through when others have taken them all.
-func TestConnectionsOfOneIdentity(t *testing.T) {
-	var open rpc.Connections
-	var conns []net.Conn
-	admit := func(id spiffeid.ID) error {
-		a, b := net.Pipe()
-		b.Close()
-		c, err := open.Admit(a, id)
-		if err == nil {
-			conns = append(conns, c)
-		}
-		return err
-	}
-	for range rpc.MaxConnectionsOfOne {
-		if err := admit(payments); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if admit(payments) == nil {
-		t.Error("one more than the bound")
-	}
-	for i := 0; len(conns) < rpc.MaxConnections; i++ {
-		id := spiffeid.RequireFromString(fmt.Sprintf("spiffe://example.org/many/%d", i%(rpc.MaxConnections/rpc.MaxConnectionsOfOne)))
-		if err := admit(id); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if admit(spiffeid.RequireFromString("spiffe://example.org/many/0")) == nil {
-		t.Error("one more than all may have")
-	}
-	operator := spiffeid.RequireFromString("spiffe://example.org/ops/ada")
-	if err := admit(operator); err != nil {
-		t.Errorf("one who has none: %v", err)
-	}
-	if admit(operator) == nil {
-		t.Error("the reserve is for those who have none")
-	}
-	for _, c := range conns {
-		c.Close()
-		c.Close()
-	}
-	if n := open.Len(); n != 0 {
-		t.Errorf("%d are counted after all were closed", n)
-	}
-}
-
 // A connection that ends makes room, over real sockets.
 func TestConnectionsAreReleased(t *testing.T) {
 	w := newWorld(t)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"runtime"
 	"strings"
 	"sync"
@@ -22,6 +23,7 @@ import (
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/reflection"
 	"google.golang.org/protobuf/proto"
 )
@@ -61,6 +63,8 @@ type Config struct {
 	Backup func() (Backup, error)
 	// Handover lets the next process take over, over the break-glass socket; nil: none can.
 	Handover *Handover
+	// Unproven is told of each call whose client hasn't proved who it is. Nil: nobody is.
+	Unproven func(attest.Failure)
 	// Options are added to the gRPC server: a stats handler for metrics and traces.
 	Options []grpc.ServerOption
 }
@@ -70,7 +74,7 @@ type Server struct {
 	*grpc.Server
 	Health *health.Server
 
-	open       *connections // nil for break-glass, as
+	open       *gate.Proven // nil for break-glass, as
 	handshakes *gate.Gate
 	stopping   chan struct{}
 	stop       sync.Once
@@ -86,7 +90,7 @@ func NewServer(cfg Config) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	h := &handlers{broker: cfg.Broker, log: cfg.Log, now: cfg.Now, caller: certified(auth), bundlesChanged: cfg.BundlesChanged, stopping: make(chan struct{})}
+	h := &handlers{broker: cfg.Broker, log: cfg.Log, now: cfg.Now, caller: telling(cfg.Unproven, attest.MethodX509, certified(auth)), bundlesChanged: cfg.BundlesChanged, stopping: make(chan struct{})}
 	creds := newTransport(auth, cfg.SVIDs)
 	srv := h.server(append(cfg.Options, grpc.Creds(creds)))
 	srv.open, srv.handshakes = creds.open, creds.handshakes
@@ -111,8 +115,9 @@ func NewJWTServer(cfg Config) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	h := &handlers{broker: cfg.Broker, log: cfg.Log, now: cfg.Now, caller: bearer(auth), bundlesChanged: cfg.BundlesChanged, stopping: make(chan struct{})}
-	srv := h.server(append(cfg.Options, grpc.Creds(newJWTTransport(cfg.SVIDs))))
+	h := &handlers{broker: cfg.Broker, log: cfg.Log, now: cfg.Now, caller: telling(cfg.Unproven, attest.MethodJWT, bearer(auth)), bundlesChanged: cfg.BundlesChanged, stopping: make(chan struct{})}
+	// Fixed windows: those that grow with what arrives grow with what a stranger sends.
+	srv := h.server(append(cfg.Options, grpc.Creds(newJWTTransport(cfg.SVIDs)), grpc.InitialWindowSize(strangersWindow), grpc.InitialConnWindowSize(strangersWindow)), grpc.MaxConcurrentStreams(maxStreamsOfStranger), grpc.MaxRecvMsgSize(MaxRequestBytes))
 	dayflyv1.RegisterTokenServiceServer(srv.Server, &tokenService{handlers: h})
 	return srv, nil
 }
@@ -124,8 +129,26 @@ func (cfg *Config) setDefaults() {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
+	if cfg.Unproven == nil {
+		cfg.Unproven = func(attest.Failure) {}
+	}
 	if cfg.BundlesChanged == nil {
 		cfg.BundlesChanged = func() <-chan struct{} { return nil }
+	}
+}
+
+// telling tells of the calls whose client can't be proved.
+func telling(told func(attest.Failure), method string, caller func(context.Context) (broker.Caller, error)) func(context.Context) (broker.Caller, error) {
+	return func(ctx context.Context) (broker.Caller, error) {
+		c, err := caller(ctx)
+		if err != nil {
+			var from netip.AddrPort
+			if p, ok := peer.FromContext(ctx); ok {
+				from = addressOf(p)
+			}
+			told(attest.FailureOf(from, method, err))
+		}
+		return c, err
 	}
 }
 
@@ -140,7 +163,7 @@ type handlers struct {
 	stopping       chan struct{}
 }
 
-func (h *handlers) server(options []grpc.ServerOption) *Server {
+func (h *handlers) server(options []grpc.ServerOption, more ...grpc.ServerOption) *Server {
 	options = append([]grpc.ServerOption{grpc.ConnectionTimeout(handshakeTimeout)}, options...) // a test may want another
 	options = append(options,
 		grpc.MaxRecvMsgSize(maxReceiveBytes),
@@ -151,6 +174,7 @@ func (h *handlers) server(options []grpc.ServerOption) *Server {
 		grpc.ChainUnaryInterceptor(h.unary),
 		grpc.ChainStreamInterceptor(h.stream),
 	)
+	options = append(options, more...)
 	srv := &Server{Server: grpc.NewServer(options...), Health: health.NewServer(), stopping: h.stopping}
 	healthpb.RegisterHealthServer(srv.Server, srv.Health)
 	return srv

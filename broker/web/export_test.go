@@ -7,8 +7,9 @@ import (
 
 // Inner doors for the tests of this package.
 const (
-	MaxConnections    = maxConnections
-	ReadHeaderTimeout = readHeaderTimeout
+	MaxConnections       = maxConnections
+	MaxConcurrentStreams = maxConcurrentStreams
+	ReadHeaderTimeout    = readHeaderTimeout
 )
 
 // ReadForm reads a request's form.

@@ -5,12 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"math"
-	"net"
 	"net/http"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/dayflyhq/dayfly/broker"
@@ -65,61 +64,56 @@ func (p *public) call(ctx context.Context, r *http.Request, serve endpoint) (ans
 	return serve(ctx, c, f)
 }
 
-// client authenticates whoever sent a request, in exactly one way: spiffe_x509, the
-// certificate of its connection, or spiffe_jwt, an assertion.
+// client authenticates whoever sent a request, and tells of whoever can't.
 func (p *public) client(r *http.Request, f form) (broker.Caller, error) {
-	if r.Header.Get("Authorization") != "" || f.get("client_secret") != "" {
-		return broker.Caller{}, invalidClient("a client authenticates with an SVID: there are no client secrets and no tokens for it")
-	}
-	assertion, kind := f.get("client_assertion"), f.get("client_assertion_type")
-	certified := r.TLS != nil && len(r.TLS.PeerCertificates) > 0
-	var c broker.Caller
-	var err error
-	switch {
-	case (assertion == "") != (kind == ""):
-		return c, invalidRequest("client_assertion and client_assertion_type go together")
-	case assertion != "" && certified:
-		return c, invalidRequest("a client authenticates once: with its certificate or with an assertion")
-	case assertion != "" && kind != assertionType:
-		return c, invalidClient("client_assertion_type must be " + assertionType)
-	case assertion != "":
-		c, err = p.cfg.Attestor.JWT(assertion)
-	case certified:
-		c, err = p.cfg.Attestor.X509(shownBy(r))
-	default:
-		return c, invalidClient("no client authentication: neither a certificate nor an assertion")
-	}
+	peer, _ := netip.ParseAddrPort(r.RemoteAddr)
+	c, method, err := p.authenticate(r, f)
 	if err != nil {
+		failure := attest.FailureOf(peer, method, err)
+		var e *oauthError
+		if errors.As(err, &e) {
+			failure.Reason, failure.Message = e.refusal.Reason, e.refusal.Message
+		}
+		p.cfg.Unproven(failure)
 		return broker.Caller{}, err
 	}
-	if id := f.get("client_id"); id != "" && id != c.ID.String() {
-		return broker.Caller{}, invalidClient("client_id is not the SPIFFE ID of the SVID")
-	}
-	c.Peer, _ = netip.ParseAddrPort(r.RemoteAddr)
+	c.Peer = peer
 	return c, nil
 }
 
-// shown holds the certificates of a connection, so that its chain isn't verified anew in
-// every request.
-type shown struct {
-	once  sync.Once
-	chain *attest.Chain
-}
-
-type shownKey struct{}
-
-func withShown(ctx context.Context, _ net.Conn) context.Context {
-	return context.WithValue(ctx, shownKey{}, &shown{})
-}
-
-// shownBy returns the chain of a request's connection.
-func shownBy(r *http.Request) *attest.Chain {
-	s, ok := r.Context().Value(shownKey{}).(*shown)
-	if !ok {
-		return attest.NewChain(r.TLS.PeerCertificates)
+// authenticate does so in exactly one way: spiffe_x509, the certificate of the connection,
+// or spiffe_jwt, an assertion. It says which was tried.
+func (p *public) authenticate(r *http.Request, f form) (c broker.Caller, method string, err error) {
+	if slices.ContainsFunc(r.Header.Values("Authorization"), func(s string) bool { return s != "" }) || f.get("client_secret") != "" {
+		return c, attest.MethodNone, invalidClient("a client authenticates with an SVID: there are no client secrets and no tokens for it")
 	}
-	s.once.Do(func() { s.chain = attest.NewChain(r.TLS.PeerCertificates) })
-	return s.chain
+	assertion, kind := f.get("client_assertion"), f.get("client_assertion_type")
+	certified := r.TLS != nil && len(r.TLS.PeerCertificates) > 0
+	v := visitorOf(r)
+	switch {
+	case (assertion == "") != (kind == ""):
+		return c, attest.MethodJWT, invalidRequest("client_assertion and client_assertion_type go together")
+	case assertion != "" && certified:
+		return c, attest.MethodJWT, invalidRequest("a client authenticates once: with its certificate or with an assertion")
+	case assertion != "" && kind != assertionType:
+		return c, attest.MethodJWT, invalidClient("client_assertion_type must be " + assertionType)
+	case assertion != "":
+		method = attest.MethodJWT
+		c, err = p.cfg.Attestor.JWT(assertion)
+	case certified:
+		method = attest.MethodX509
+		c, err = p.cfg.Attestor.X509(v.chainOf(r))
+	default:
+		return c, attest.MethodNone, invalidClient("no client authentication: neither a certificate nor an assertion")
+	}
+	if err != nil {
+		return broker.Caller{}, method, err
+	}
+	if id := f.get("client_id"); id != "" && id != c.ID.String() {
+		return broker.Caller{}, method, invalidClient("client_id is not the SPIFFE ID of the SVID")
+	}
+	v.proved(c.ID)
+	return c, method, nil
 }
 
 // An oauthError is an answer of RFC 6749 section 5.2. The standard's error says what a
@@ -260,10 +254,12 @@ func (p *public) writeOAuthError(ctx context.Context, w http.ResponseWriter, r *
 // challenge answers the scheme that a client tried, as RFC 6749 section 5.2 wants it. Our
 // ways of authenticating have none in HTTP, so SPIFFE stands for them.
 func (p *public) challenge(r *http.Request) string {
-	scheme, _, _ := strings.Cut(r.Header.Get("Authorization"), " ")
-	for _, known := range []string{"Basic", "Bearer"} {
-		if strings.EqualFold(scheme, known) {
-			return fmt.Sprintf("%s realm=%q", known, p.cfg.Issuer)
+	for _, tried := range r.Header.Values("Authorization") {
+		scheme, _, _ := strings.Cut(tried, " ")
+		for _, known := range []string{"Basic", "Bearer"} {
+			if strings.EqualFold(scheme, known) {
+				return fmt.Sprintf("%s realm=%q", known, p.cfg.Issuer)
+			}
 		}
 	}
 	return fmt.Sprintf("SPIFFE realm=%q", p.cfg.Issuer)

@@ -50,6 +50,8 @@ type world struct {
 	mu     sync.Mutex
 	decide func(broker.Question) (broker.Decision, error)
 	audit  []broker.AuditEntry
+	failed []attest.Failure
+	now    time.Time // as the handler has it; the broker's stands still
 }
 
 func newWorld(t testing.TB) *world {
@@ -76,7 +78,15 @@ func newWorldOf(t testing.TB, maxRevocations int) *world {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w.handler = mustPublic(t, web.PublicConfig{Broker: w.b, Attestor: attestor, Keys: w.b.Keys})
+	w.handler = mustPublic(t, web.PublicConfig{Broker: w.b, Attestor: attestor, Keys: w.b.Keys, Unproven: func(f attest.Failure) {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		w.failed = append(w.failed, f)
+	}, Now: func() time.Time {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		return w.now
+	}})
 	cfg := tlsconfig.TLSServerConfig(w.td.Source(brokerID))
 	attest.OptionalTLS(cfg)
 	ln := listen(t, "tcp", "127.0.0.1:0")
@@ -98,6 +108,7 @@ func (w *world) start(maxRevocations int) {
 	t := w.t
 	t.Helper()
 	start := time.Now().UTC()
+	w.now = start.Truncate(time.Second).Add(time.Second / 2)
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
@@ -173,6 +184,8 @@ func (w *world) AnswersTo(id spiffeid.ID, audience string) bool { return id.Path
 func (w *world) Audience(name string) (broker.Audience, bool) {
 	return broker.Audience{Name: name, VerifiedBy: "feed"}, true
 }
+
+func (w *world) External() []broker.Audience { return nil }
 
 func (w *world) Fallback(spiffeid.ID, string) broker.Fallback { return broker.Fallback{} }
 
@@ -290,7 +303,7 @@ func (a answer) wantToken(t *testing.T, issuedType string) *token.Token {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if a.text("token_type") != "Bearer" || a.body["expires_in"] != tok.Expires.Sub(tok.IssuedAt).Seconds() ||
+	if a.text("token_type") != "Bearer" || !leftOf(tok, a.body["expires_in"]) ||
 		a.text("scope") != strings.Join(tok.Scopes, " ") || a.text("issued_token_type") != issuedType ||
 		a.text("dayfly_grant") != tok.Grant().String() || a.text("dayfly_binding") != string(tok.Binding) {
 		delete(a.body, "access_token")
@@ -347,6 +360,30 @@ func TestTokenWithCertificate(t *testing.T) {
 	f.Del("audience")
 	if tok := w.post(c, "/token", f.Encode()).wantToken(t, ""); tok.Audience != orders.String() {
 		t.Errorf("for a resource, aud is %q", tok.Audience)
+	}
+}
+
+// A client that never heard the answer asks again with the same key, and has one token and
+// not two; what is left of its life is said as of then.
+func TestTokenRepeated(t *testing.T) {
+	w := newWorld(t)
+	c := w.client(payments)
+	first := w.post(c, "/token", credentials("dayfly_idempotency_key", "k").Encode())
+	first.wantToken(t, "")
+	w.mu.Lock()
+	w.now = w.now.Add(40 * time.Second)
+	w.mu.Unlock()
+	again := w.post(c, "/token", credentials("dayfly_idempotency_key", "k").Encode())
+	if again.text("access_token") != first.text("access_token") {
+		t.Error("another token")
+	}
+	if first.body["expires_in"] != 299. || again.body["expires_in"] != 259. {
+		t.Errorf("expires in %v, then in %v", first.body["expires_in"], again.body["expires_in"])
+	}
+	w.post(c, "/token", credentials("dayfly_idempotency_key", "k", "scope", "read").Encode()).wantError(t, 400, "invalid_request", "IDEMPOTENCY_KEY_REUSED")
+	w.post(c, "/token", credentials("dayfly_idempotency_key", strings.Repeat("k", 65)).Encode()).wantError(t, 400, "invalid_request", "INVALID_REQUEST")
+	if other := w.post(c, "/token", credentials("dayfly_idempotency_key", "j").Encode()); other.text("access_token") == first.text("access_token") {
+		t.Error("the same token for another key")
 	}
 }
 
@@ -501,7 +538,11 @@ func TestClientAuthentication(t *testing.T) {
 			"client_assertion_type", "urn:ietf:params:oauth:client-assertion-type:jwt-spiffe"), 401, "invalid_client", "JWT_SVID_INVALID"},
 	} {
 		t.Run(name, func(t *testing.T) {
+			w.failed = nil
 			w.post(tt.client, "/token", tt.form.Encode()).wantError(t, tt.status, tt.code, tt.reason)
+			if len(w.failed) != 1 || w.failed[0].Reason != tt.reason || !w.failed[0].Peer.IsValid() || strings.Contains(w.failed[0].Message, assertion) {
+				t.Errorf("told %+v", w.failed)
+			}
 		})
 	}
 	// A library that tries its luck with a header is told the scheme, and asks again.
@@ -514,6 +555,17 @@ func TestClientAuthentication(t *testing.T) {
 	a := w.send(certified, r)
 	a.wantError(t, 401, "invalid_client", "CLIENT_UNAUTHENTICATED")
 	if got := a.header.Get("WWW-Authenticate"); got != `Basic realm="`+issuer+`"` {
+		t.Errorf("WWW-Authenticate is %q", got)
+	}
+	// Not only in the first: another reader would take the second.
+	r, err = http.NewRequest(http.MethodPost, w.base+"/token", strings.NewReader(credentials("audience", "orders").Encode()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Header = http.Header{"Content-Type": {"application/x-www-form-urlencoded"}, "Authorization": {"", "Bearer x"}}
+	a = w.send(certified, r)
+	a.wantError(t, 401, "invalid_client", "CLIENT_UNAUTHENTICATED")
+	if got := a.header.Get("WWW-Authenticate"); got != `Bearer realm="`+issuer+`"` {
 		t.Errorf("WWW-Authenticate is %q", got)
 	}
 	if got := w.post(stranger, "/token", "x=%zz").header.Get("WWW-Authenticate"); got != "" { // a bad form, whoever sent it
@@ -682,4 +734,11 @@ func TestDiscoveryOfOAuth(t *testing.T) {
 	if _, err := web.Public(web.PublicConfig{Issuer: issuer, Keys: w.b.Keys, Broker: w.b, Attestor: attestor, MutualTLS: "broker:1"}); err == nil {
 		t.Error("a base URL that is none is taken")
 	}
+}
+
+// leftOf reports whether a number of seconds is not more than what a token had left when
+// this was asked, up to what passed since.
+func leftOf(tok *token.Token, seconds any) bool {
+	left, ok := seconds.(float64)
+	return ok && left > 0 && left < tok.Expires.Sub(tok.IssuedAt).Seconds()
 }

@@ -53,6 +53,9 @@ type PublicConfig struct {
 	// MutualTLS is the base URL at which clients with a certificate are served, where that
 	// isn't the issuer: something that ends TLS stands before that. Empty: it is.
 	MutualTLS string
+	Now       func() time.Time // nil: time.Now
+	// Unproven is told of each request whose client hasn't proved who it is. Nil: nobody is.
+	Unproven func(attest.Failure)
 	// TracerProvider makes a span of every request. Nil: none.
 	TracerProvider trace.TracerProvider
 	// Log receives what goes wrong inside. Nil: nothing does.
@@ -84,6 +87,12 @@ func Public(cfg PublicConfig) (http.Handler, error) {
 		cfg.JWKSMaxAge = DefaultJWKSMaxAge
 	}
 	cfg.Log = orDiscard(cfg.Log)
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	if cfg.Unproven == nil {
+		cfg.Unproven = func(attest.Failure) {}
+	}
 	path, err := cfg.validate()
 	if err != nil {
 		return nil, fmt.Errorf("configuring the public HTTP handler: %w", err)

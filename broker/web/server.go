@@ -9,8 +9,6 @@ import (
 	"net"
 	"net/http"
 	"time"
-
-	"github.com/dayflyhq/dayfly/broker/gate"
 )
 
 // Limits of both servers. All answers are small and made from memory, so a client
@@ -25,10 +23,14 @@ const (
 	maxHeaderBytes = 16 << 10
 	// maxBodyBytes is the design's bound on a request.
 	maxBodyBytes = 64 << 10
-	// maxConnections bounds the connections of each server. All readers are strangers,
-	// and what they read is cached for a minute; a full server closes the connection that
-	// is open longest of the source that has the most.
+	// maxConnections bounds the connections of each server on which nobody has proved who
+	// it is. What strangers read is cached for a minute; a full server closes the connection
+	// that is open longest of the source that has the most.
 	maxConnections = 1024
+	// maxConcurrentStreams bounds the requests under way on one connection of HTTP/2. Each
+	// may hold a body and headers before anybody has proved who it is, so that a stranger
+	// costs this times 1,024 times some 100 KiB at most.
+	maxConcurrentStreams = 8
 	// shutdownTimeout is how long requests under way may take after ctx has ended.
 	shutdownTimeout = 10 * time.Second
 )
@@ -45,24 +47,18 @@ func Serve(ctx context.Context, ln net.Listener, handler http.Handler, log *slog
 
 // ServeTLS is Serve over TLS: HTTP/1.1 and HTTP/2. A nil configuration is plain HTTP.
 func ServeTLS(ctx context.Context, ln net.Listener, cfg *tls.Config, handler http.Handler, log *slog.Logger) error {
-	open := gate.New(maxConnections)
+	d := newDoor()
 	server := &http.Server{
-		ConnState: func(c net.Conn, s http.ConnState) {
-			switch s {
-			case http.StateNew:
-				open.Enter(c)
-			case http.StateClosed, http.StateHijacked:
-				open.Leave(c)
-			}
-		},
+		ConnState:         d.state,
 		TLSConfig:         cfg,
-		ConnContext:       withShown,
+		ConnContext:       d.welcome,
 		Handler:           http.MaxBytesHandler(handler, maxBodyBytes),
 		ReadHeaderTimeout: readHeaderTimeout,
 		ReadTimeout:       readTimeout,
 		WriteTimeout:      writeTimeout,
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    maxHeaderBytes,
+		HTTP2:             &http.HTTP2Config{MaxConcurrentStreams: maxConcurrentStreams},
 		ErrorLog:          slog.NewLogLogger(orDiscard(log).Handler(), slog.LevelWarn),
 		// The end of ctx stops new requests; it doesn't cut off those under way.
 		BaseContext: func(net.Listener) context.Context { return context.WithoutCancel(ctx) },

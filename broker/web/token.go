@@ -26,7 +26,7 @@ type tokenAnswer struct {
 	AccessToken     string        `json:"access_token"`
 	IssuedTokenType string        `json:"issued_token_type,omitempty"`
 	TokenType       string        `json:"token_type"`
-	ExpiresIn       int64         `json:"expires_in"`
+	ExpiresIn       int64         `json:"expires_in"` // whole seconds that are left, rounded down: of a repeated call fewer
 	Scope           string        `json:"scope,omitempty"`
 	Grant           string        `json:"dayfly_grant"`
 	Binding         token.Binding `json:"dayfly_binding"`
@@ -46,7 +46,7 @@ func (p *public) token(ctx context.Context, c broker.Caller, f form) (any, error
 		if err != nil {
 			return nil, err
 		}
-		return answerOf(cred), nil
+		return p.answerOf(cred), nil
 	case grantTokenExchange:
 		return p.exchange(ctx, c, f)
 	}
@@ -67,7 +67,7 @@ func (p *public) exchange(ctx context.Context, c broker.Caller, f form) (any, er
 	if err != nil {
 		return nil, err
 	}
-	answer := answerOf(cred)
+	answer := p.answerOf(cred)
 	answer.IssuedTokenType = issued
 	return answer, nil
 }
@@ -101,7 +101,7 @@ func requestOf(f form) (broker.Request, error) {
 	if err != nil {
 		return broker.Request{}, err
 	}
-	req := broker.Request{Audience: audience, Binding: token.Binding(f.get("dayfly_binding"))}
+	req := broker.Request{Audience: audience, Binding: token.Binding(f.get("dayfly_binding")), IdempotencyKey: f.get("dayfly_idempotency_key")}
 	if req.Scopes, err = scopesOf(f); err != nil {
 		return req, err
 	}
@@ -139,11 +139,11 @@ func targetOf(f form) (string, error) {
 	return resources[0], nil
 }
 
-func answerOf(cred *broker.Credential) *tokenAnswer {
+func (p *public) answerOf(cred *broker.Credential) *tokenAnswer {
 	g := cred.Grant
 	return &tokenAnswer{
 		AccessToken: cred.Token.Reveal(), TokenType: "Bearer",
-		ExpiresIn: int64(g.Expires.Sub(g.IssuedAt) / time.Second), Scope: strings.Join(g.Scopes, " "),
+		ExpiresIn: max(0, int64(g.Expires.Sub(p.cfg.Now())/time.Second)), Scope: strings.Join(g.Scopes, " "),
 		Grant: g.ID().String(), Binding: g.Binding,
 	}
 }

@@ -137,17 +137,6 @@ func (a *app) state(stream io.Writer, s dayflyv1.ReceiptState) string {
 	return a.paint(stream, red, text)
 }
 
-// beyond returns the audiences outside the feed that still accept what was revoked.
-func beyond(c *dayflyv1.Containment, now time.Time) []*dayflyv1.AffectedAudience {
-	var out []*dayflyv1.AffectedAudience
-	for _, u := range c.GetExternal() {
-		if u.GetLastExpiry() == nil || now.Before(u.GetLastExpiry().AsTime()) {
-			out = append(out, u)
-		}
-	}
-	return out
-}
-
 // complete is nil once nobody accepts what was revoked; what no feed reaches counts
 // until it has expired. Else it is the error that gives exit code 3.
 func (a *app) complete(sequence uint64, c *dayflyv1.Containment) error {
@@ -155,7 +144,8 @@ func (a *app) complete(sequence uint64, c *dayflyv1.Containment) error {
 	if !c.GetContained() {
 		return failf(exitIncomplete, show, "revocation %d is recorded, but not contained everywhere yet", sequence)
 	}
-	if open := beyond(c, a.now()); len(open) > 0 {
+	// Those that the broker names: this machine's clock ends nothing.
+	if open := c.GetExternal(); len(open) > 0 {
 		return failf(exitIncomplete, "tell the owners: these tokens can't be called back, they expire", "revocation %d is contained in the feed, but %s outside it accept until expiry", sequence, count(uint64(len(open)), "audience", "audiences"))
 	}
 	return nil
@@ -164,7 +154,7 @@ func (a *app) complete(sequence uint64, c *dayflyv1.Containment) error {
 // writeContainment is the answer to "is it over?", with who says so.
 func (a *app) writeContainment(w io.Writer, r *dayflyv1.Revocation, c *dayflyv1.Containment) {
 	sum := fmt.Sprintf("%d confirmed, %d closed, %d pending, %d unbounded", c.GetConfirmed(), c.GetClosed(), c.GetPending(), c.GetUnbounded())
-	open := beyond(c, a.now())
+	open := c.GetExternal()
 	switch {
 	case c.GetContained() && len(open) == 0:
 		after := ""

@@ -152,7 +152,7 @@ func hintOf(c codes.Code) string {
 	case codes.Unauthenticated:
 		return "the SVID wasn't accepted: is it current, and does the other end trust its trust domain?"
 	case codes.Unimplemented:
-		return "this end doesn't serve that: an agent serves token and exec only"
+		return "this end doesn't serve that: an agent serves token, exec and helper only"
 	}
 	return ""
 }

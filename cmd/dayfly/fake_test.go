@@ -9,6 +9,8 @@ import (
 	"crypto/tls"
 	"fmt"
 	"net"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -134,6 +136,9 @@ func (f *fake) start(work string) (map[string]string, error) {
 		"AGENT":            "unix://" + dir + "/agent.sock",
 		"BREAK_GLASS":      "unix://" + dir + "/bg.sock",
 	}
+	sts := httptest.NewServer(http.HandlerFunc(assumeRole))
+	f.stop = append(f.stop, sts.Close)
+	env["STS"] = sts.URL
 	for _, name := range []string{"agent.sock", "bg.sock"} {
 		sock, err := net.Listen("unix", filepath.Join(dir, name))
 		if err != nil {
@@ -157,6 +162,21 @@ func (f *fake) start(work string) (map[string]string, error) {
 		return nil, err
 	}
 	return env, f.writeTokens(work)
+}
+
+// assumeRole is a token service of AWS's that takes every token, for one role.
+func assumeRole(w http.ResponseWriter, r *http.Request) {
+	switch r.PostFormValue("RoleArn") {
+	case "arn:aws:iam::1:role/orders":
+		fmt.Fprintf(w, "<AssumeRoleWithWebIdentityResponse><AssumeRoleWithWebIdentityResult><Credentials><AccessKeyId>ASIA-%s</AccessKeyId><SecretAccessKey>secret</SecretAccessKey>"+
+			"<SessionToken>session</SessionToken><Expiration>%s</Expiration></Credentials></AssumeRoleWithWebIdentityResult></AssumeRoleWithWebIdentityResponse>",
+			r.PostFormValue("RoleSessionName"), time.Now().Add(time.Hour).UTC().Format(time.RFC3339))
+	case "arn:aws:iam::1:role/busy":
+		w.WriteHeader(http.StatusServiceUnavailable)
+	default:
+		w.WriteHeader(http.StatusForbidden)
+		fmt.Fprintf(w, "<ErrorResponse><Error><Code>AccessDenied</Code><Message>Not authorized, %s</Message></Error></ErrorResponse>", r.PostFormValue("WebIdentityToken"))
+	}
 }
 
 // writeTokens makes the leaked tokens that scripts find.
@@ -325,7 +345,7 @@ func refuse(code codes.Code, reason, message, hint string) error {
 }
 
 func (f *fake) Issue(_ context.Context, r *dayflyv1.IssueRequest) (*dayflyv1.IssueResponse, error) {
-	c, err := f.give(r.GetAudience(), paymentsID)
+	c, err := f.give(r.GetAudience(), r.GetBinding(), paymentsID)
 	return &dayflyv1.IssueResponse{Credential: c}, err
 }
 
@@ -333,11 +353,11 @@ func (f *fake) Exchange(_ context.Context, r *dayflyv1.ExchangeRequest) (*dayfly
 	if _, err := token.Inspect(r.GetSubjectToken()); err != nil {
 		return nil, refuse(codes.InvalidArgument, "SUBJECT_TOKEN_MALFORMED", "the subject token is not a token of dayfly", "present it as it was received")
 	}
-	c, err := f.give(r.GetAudience(), paymentsID, ordersID)
+	c, err := f.give(r.GetAudience(), r.GetBinding(), paymentsID, ordersID)
 	return &dayflyv1.ExchangeResponse{Credential: c}, err
 }
 
-func (f *fake) give(audience string, chain ...spiffeid.ID) (*dayflyv1.Credential, error) {
+func (f *fake) give(audience string, asked dayflyv1.Binding, chain ...spiffeid.ID) (*dayflyv1.Credential, error) {
 	switch audience {
 	case "forbidden":
 		return nil, refuse(codes.PermissionDenied, "POLICY_DENIED", "policy does not allow this", "ask the owner of forbidden")
@@ -350,8 +370,12 @@ func (f *fake) give(audience string, chain ...spiffeid.ID) (*dayflyv1.Credential
 	if err != nil {
 		return nil, err
 	}
+	binding := g.GetBinding()
+	if asked == dayflyv1.Binding_BINDING_NONE && audience != "bound" {
+		binding = asked
+	}
 	return &dayflyv1.Credential{
-		Token: secret.Reveal(), Grant: g.GetGrant(), Audience: audience, Scopes: g.GetScopes(), Binding: g.GetBinding(),
+		Token: secret.Reveal(), Grant: g.GetGrant(), Audience: audience, Scopes: g.GetScopes(), Binding: binding,
 		IssuedAt: g.GetIssuedAt(), ExpiresAt: g.GetExpiresAt(),
 	}, nil
 }
@@ -527,7 +551,7 @@ func (f *fake) WatchContainment(r *dayflyv1.WatchContainmentRequest, s grpc.Serv
 		}
 	case "spiffe://example.org/cloud":
 		done.External = []*dayflyv1.AffectedAudience{{Audience: "aws", Owner: "team cloud", VerifiedBy: "external", LiveGrants: 2, LastExpiry: timestamppb.New(time.Now().Add(time.Hour))}}
-	case "spiffe://example.org/bygone":
+	case "spiffe://example.org/ahead": // as an operator sees it whose clock is
 		done.External = []*dayflyv1.AffectedAudience{{Audience: "aws", VerifiedBy: "external", LastExpiry: timestamppb.New(time.Now().Add(-time.Minute))}}
 	}
 	return s.Send(&dayflyv1.WatchContainmentResponse{Containment: done})

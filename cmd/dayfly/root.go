@@ -64,7 +64,7 @@ Configuration comes from flags, else from the environment:
 
   --broker          DAYFLY_BROKER           address of the broker, host:port
   --broker-id       DAYFLY_BROKER_ID        SPIFFE ID that the broker must prove
-  --agent           DAYFLY_AGENT            socket of the agent, unix:///path (token, exec)
+  --agent           DAYFLY_AGENT            socket of the agent, unix:///path (token, exec, helper)
   --svid-socket     SPIFFE_ENDPOINT_SOCKET  Workload API that your SVID comes from
   --svid-cert, --svid-key, --svid-bundle    or the SVID and its bundle in PEM files
   --break-glass     (never)                 root's socket on the broker's host
@@ -105,6 +105,7 @@ func (a *app) root() *cobra.Command {
 	root.AddCommand(
 		a.tokenCmd(),
 		a.execCmd(),
+		a.helperCmd(),
 		a.revokeCmd(),
 		a.liftCmd(),
 		a.grantsCmd(),

@@ -13,10 +13,11 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"dayfly": func() {
+	dayfly := func() {
 		os.Args = append(os.Args[:1:1], patient(os.Args[1:])...)
 		main()
-	}})
+	}
+	testscript.Main(m, map[string]func(){"dayfly": dayfly, "git-credential-dayfly": dayfly, "docker-credential-dayfly": dayfly})
 }
 
 // patient gives calls more time than they have by default, for slow machines; what

@@ -33,8 +33,17 @@ type requestFlags struct {
 }
 
 func (r *requestFlags) add(cmd *cobra.Command) {
+	r.addAudience(cmd, "`whom` the token is for: a name or a SPIFFE ID (required)")
+	r.addRest(cmd)
+}
+
+func (r *requestFlags) addAudience(cmd *cobra.Command, usage string) {
+	cmd.Flags().StringVarP(&r.audience, "audience", "a", "", usage)
+}
+
+// addRest adds what may be asked of a token whatever its audience.
+func (r *requestFlags) addRest(cmd *cobra.Command) {
 	f := cmd.Flags()
-	f.StringVarP(&r.audience, "audience", "a", "", "`whom` the token is for: a name or a SPIFFE ID (required)")
 	f.StringSliceVarP(&r.scopes, "scope", "s", nil, "`scopes` to ask for, repeatable or with commas; none: what policy gives by default")
 	f.DurationVar(&r.ttl, "ttl", 0, "wanted life, at most "+token.MaxTTL.String()+"; 0: what policy gives")
 	f.StringVar(&r.binding, "binding", "", "who may present it: spiffe, x5t or none; policy may be stricter")

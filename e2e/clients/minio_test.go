@@ -23,6 +23,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/aws/aws-sdk-go-v2/config"
 	"github.com/dayflyhq/dayfly/e2e/sandbox"
 	"github.com/dayflyhq/dayfly/sdk"
 	"github.com/minio/minio-go/v7"
@@ -89,12 +90,12 @@ func TestMinIO(t *testing.T) {
 			"a token for a role, without": m.assume(writer, "", 0),
 			"no secret's signature":       m.assumeRaw(forge(b.Issuer, ""), "", 0),
 		} {
-			if _, err := creds.Get(); err == nil {
+			if _, err := open(creds); err == nil {
 				t.Errorf("%s got a session", what)
 			}
 		}
 		// Whoever has the client secret may sign whatever they like: that is what it is.
-		must(m.assumeRaw(forge(b.Issuer, m.secret), "", 0).Get())(t)
+		must(open(m.assumeRaw(forge(b.Issuer, m.secret), "", 0)))(t)
 		for _, other := range []spiffeid.ID{sandbox.Orders, sandbox.Reports} {
 			if _, err := b.client(t, other).Issue(ctx, sdk.Request{Audience: "minio/payments"}); !errors.Is(err, sdk.ErrPolicyDenied) {
 				t.Errorf("%s asked for payments' role: %v", other, err)
@@ -109,12 +110,12 @@ func TestMinIO(t *testing.T) {
 		put(t, all, nil)
 		put(t, ask("readonly"), errDenied)
 		put(t, all, errDenied) // MinIO keeps one set of policies for each sub: the last session's
-		if _, err := m.assume(b.issue(t, sandbox.Payments, sdk.Request{Audience: "minio-scopes"}), "", 0).Get(); err == nil {
+		if _, err := open(m.assume(b.issue(t, sandbox.Payments, sdk.Request{Audience: "minio-scopes"}), "", 0)); err == nil {
 			t.Error("two scopes are no name of a policy")
 		}
 	})
 	t.Run("expiry", func(t *testing.T) {
-		if got := must(session.Get())(t); !got.Expiration.Equal(reader.Expires) {
+		if got := must(open(session))(t); !got.Expiration.Equal(reader.Expires) {
 			t.Errorf("the session ends at %s, the token at %s", got.Expiration, reader.Expires)
 		}
 		// Brief, but on a slow machine long enough to be used.
@@ -122,8 +123,8 @@ func TestMinIO(t *testing.T) {
 		var ends, outlives credentials.Value
 		for ttl, err := 3*time.Second, error(io.EOF); err != nil; ttl *= 2 {
 			brief = b.issue(t, sandbox.Payments, sdk.Request{Audience: "minio/payments", TTL: ttl})
-			if ends, err = m.assume(brief, roleARN("minio/payments"), 0).Get(); err == nil {
-				outlives, err = m.assume(brief, roleARN("minio/payments"), 15*time.Minute).Get()
+			if ends, err = open(m.assume(brief, roleARN("minio/payments"), 0)); err == nil {
+				outlives, err = open(m.assume(brief, roleARN("minio/payments"), 15*time.Minute))
 			}
 			if err != nil && time.Now().Before(brief.Expires) {
 				t.Fatal(err)
@@ -133,11 +134,29 @@ func TestMinIO(t *testing.T) {
 			t.Errorf("asked for 15m, the session ends at %s: docs/federation/minio.md says that it outlives the token", outlives.Expiration)
 		}
 		time.Sleep(time.Until(brief.Expires) + 1500*time.Millisecond)
-		if _, err := m.assume(brief, roleARN("minio/payments"), 0).Get(); err == nil {
+		if _, err := open(m.assume(brief, roleARN("minio/payments"), 0)); err == nil {
 			t.Error("an expired token got a session")
 		}
 		put(t, m.static(t, ends), errEnded)
 		put(t, m.static(t, outlives), nil)
+	})
+	t.Run("AWS's SDK", func(t *testing.T) {
+		file := filepath.Join(t.TempDir(), "minio.jwt")
+		if err := os.WriteFile(file, []byte(writer.Token.Reveal()), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		for name, value := range map[string]string{ // docs/federation/aws.md
+			"AWS_ROLE_ARN": roleARN("minio/payments"), "AWS_WEB_IDENTITY_TOKEN_FILE": file, "AWS_ROLE_SESSION_NAME": "payments",
+			"AWS_ENDPOINT_URL_STS": "http://" + m.addr, "AWS_REGION": "us-east-1",
+			"AWS_CONFIG_FILE": os.DevNull, "AWS_SHARED_CREDENTIALS_FILE": os.DevNull, "AWS_EC2_METADATA_DISABLED": "true",
+		} {
+			t.Setenv(name, value)
+		}
+		got := must(must(config.LoadDefaultConfig(ctx))(t).Credentials.Retrieve(ctx))(t)
+		put(t, m.static(t, credentials.Value{AccessKeyID: got.AccessKeyID, SecretAccessKey: got.SecretAccessKey, SessionToken: got.SessionToken}), nil)
+		if !got.CanExpire || got.Expires.After(writer.Expires) {
+			t.Errorf("the session ends at %s, the token at %s", got.Expires, writer.Expires)
+		}
 	})
 	t.Run("revoked", func(t *testing.T) {
 		said, err := b.dayfly(t, sandbox.Alice, "revoke", "--identity", sandbox.Payments.String(), "--reason", "found in a ticket", "--yes", "--wait", "5s")
@@ -243,6 +262,11 @@ func (m *minioServer) assumeRaw(token, role string, duration time.Duration) *cre
 			return &credentials.WebIdentityToken{Token: token, Expiry: int(duration / time.Second)}, nil
 		},
 	})
+}
+
+// open asks for the session itself.
+func open(c *credentials.Credentials) (credentials.Value, error) {
+	return c.GetWithContext(&credentials.CredContext{Client: http.DefaultClient})
 }
 
 // startMinIO starts a MinIO that trusts the issuer, as docs/federation/minio.md says.

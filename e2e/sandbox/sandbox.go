@@ -314,22 +314,34 @@ func (s *Sandbox) AgentHTTP(id spiffeid.ID) string {
 
 // StartAgent starts the agent of an identity and returns the address of its socket once
 // it is ready to serve.
-func (s *Sandbox) StartAgent(ctx context.Context, id spiffeid.ID) (string, error) {
+func (s *Sandbox) StartAgent(ctx context.Context, id spiffeid.ID, flags ...string) (string, error) {
+	address, err := s.SpawnAgent(id, flags...)
+	if err != nil {
+		return "", err
+	}
+	return address, s.awaitAgent(ctx, address, s.agents[id])
+}
+
+// SpawnAgent is StartAgent without the waiting.
+func (s *Sandbox) SpawnAgent(id spiffeid.ID, flags ...string) (string, error) {
 	workloadAPI, err := s.TD.Workload(id)
 	if err != nil {
 		return "", err
 	}
 	name := filepath.Base(id.Path())
 	socket := filepath.Join(s.Dir, name+".sock")
-	s.agents[id], err = s.spawn("agent-"+name, s.cfg.Agent,
+	s.agents[id], err = s.spawn("agent-"+name, s.cfg.Agent, append([]string{
 		"--broker", s.Info.GRPC, "--broker-id", Broker.String(), "--workload-api", workloadAPI,
 		"--grpc-socket", socket, "--http-socket", s.AgentHTTP(id),
-		"--max-staleness", Staleness.String())
-	if err != nil {
-		return "", err
-	}
-	return "unix://" + socket, s.awaitAgent(ctx, "unix://"+socket, s.agents[id])
+		"--max-staleness", Staleness.String()}, flags...)...)
+	return "unix://" + socket, err
 }
+
+// KillAgent ends the agent of an identity as kill -9 does.
+func (s *Sandbox) KillAgent(id spiffeid.ID) { s.agents[id].kill() }
+
+// StopAgent tells it to end, and waits.
+func (s *Sandbox) StopAgent(id spiffeid.ID) error { return s.agents[id].stop() }
 
 // StartRelay starts the agent of an identity with a listener for verifiers on other hosts
 // that allow admits, and returns where that is and the agent's process ID. Its upstream

@@ -24,6 +24,10 @@ const (
 // ErrCrowded: a relay has as many verifiers below it as it can report.
 var ErrCrowded = errors.New("too many verifiers below")
 
+// ErrTaken: the instance is that of one with another SPIFFE ID, whose receipts and stream
+// are nobody else's.
+var ErrTaken = errors.New("the instance is another identity's")
+
 // A Relayed is what a relay says upwards of one that learns from it.
 type Relayed struct {
 	// Path is the instances of the relays between and its own, nearest to the broker
@@ -379,14 +383,18 @@ type Answer struct {
 
 // Follow takes in one that begins to follow, whose path is its instance alone and whose
 // Acked is what it says to have. Another stream that spoke for the instance is returned:
-// it is replaced, and whoever owns it ends it.
+// it is replaced, and whoever owns it ends it. An instance is one identity's.
 func (r *Relay) Follow(self Relayed, relays bool, now Instant) (*Downstream, *Downstream, error) {
 	d := &Downstream{relay: r, relays: relays, cursor: NewCursor(self.Acked)}
 	if at, ok := r.View.Log().At(self.Acked.Seq); !ok || at != self.Acked {
 		self.Acked = Position{}
 	}
 	var replaced *Downstream
-	if old := r.below[pathKey(self.Path)]; old != nil && !old.Gone {
+	switch old := r.below[pathKey(self.Path)]; {
+	case old == nil:
+	case old.Identity != self.Identity:
+		return nil, nil, ErrTaken
+	case !old.Gone:
 		replaced = old.owner
 	}
 	d.self = &learner{Relayed: self, owner: d}

@@ -220,3 +220,29 @@ func TestRelayIsCrowded(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestInstanceIsOneIdentitys: who knows another's instance neither takes its stream over
+// nor gives its receipts, not even once it is gone: it may be fresh for a while yet.
+func TestInstanceIsOneIdentitys(t *testing.T) {
+	r := newRelay(t)
+	self := feed.Relayed{Path: []string{"verifier-1"}, Bound: time.Second, Identity: "spiffe://example.org/web"}
+	d, _, err := r.Follow(self, false, at(0))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, gone := range []bool{false, true} {
+		for _, identity := range []string{"spiffe://example.org/thief", ""} {
+			other := self
+			other.Identity = identity
+			if _, replaced, err := r.Follow(other, false, at(1)); !errors.Is(err, feed.ErrTaken) || replaced != nil {
+				t.Errorf("as %q, gone: %t: %v", identity, gone, err)
+			}
+		}
+		if !gone {
+			d.Leave()
+		}
+	}
+	if _, _, err := r.Follow(self, false, at(1)); err != nil {
+		t.Errorf("itself again: %v", err)
+	}
+}

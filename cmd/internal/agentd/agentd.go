@@ -174,9 +174,10 @@ func serve(ctx context.Context, cfg *Config, stderr io.Writer) error {
 	agentCfg := agent.Config{
 		Upstream: client.Conn(), Source: identity, Changed: identity.Changed,
 		GRPC: listeners.grpc, HTTP: listeners.http, AllowedUIDs: cfg.Sockets.AllowedUIDs,
-		Prefetch: cfg.requests(), NoFeed: !cfg.Feed.Follow, MaxStaleness: cfg.Feed.MaxStaleness,
+		Prefetch: cfg.requests(), Files: cfg.targets(), NoFeed: !cfg.Feed.Follow, MaxStaleness: cfg.Feed.MaxStaleness,
 		Audiences: cfg.Feed.Audiences, MaxStreams: cfg.Feed.MaxStreams, Log: log,
 		BrokerID: cfg.Broker.ID, Bundles: identity, Relay: listeners.relay, RelayAllow: allow,
+		AWS: cfg.AWS.agent(listeners.aws), Systemd: cfg.Systemd.agent(listeners.systemd),
 	}
 	if above != nil {
 		agentCfg.Feed = above.Conn()
@@ -215,7 +216,7 @@ func newLog(cfg Log, w io.Writer) *slog.Logger {
 }
 
 // listeners are all that the process listens on; nil for what isn't configured.
-type listeners struct{ grpc, http, relay, metrics net.Listener }
+type listeners struct{ grpc, http, relay, metrics, aws, systemd net.Listener }
 
 func listen(cfg *Config) (_ listeners, err error) {
 	var l listeners
@@ -233,6 +234,16 @@ func listen(cfg *Config) (_ listeners, err error) {
 	if cfg.Feed.Relay.Listen != "" {
 		if l.relay, err = net.Listen("tcp", cfg.Feed.Relay.Listen); err != nil {
 			return listeners{}, fmt.Errorf("listening for verifiers on other hosts: %w", err)
+		}
+	}
+	if cfg.AWS.Listen.IsValid() {
+		if l.aws, err = net.Listen("tcp", cfg.AWS.Listen.String()); err != nil {
+			return listeners{}, fmt.Errorf("listening for AWS's SDKs: %w", err)
+		}
+	}
+	if cfg.Systemd.Socket != "" {
+		if l.systemd, err = agent.Listen(agent.SocketConfig{Path: cfg.Systemd.Socket}); err != nil {
+			return listeners{}, err
 		}
 	}
 	if cfg.Metrics.IsValid() {
@@ -256,7 +267,7 @@ func listenUnix(cfg *Config, path string) (net.Listener, error) {
 
 func (l *listeners) close() error {
 	var errs []error
-	for _, one := range []net.Listener{l.grpc, l.http, l.relay, l.metrics} {
+	for _, one := range []net.Listener{l.grpc, l.http, l.relay, l.metrics, l.aws, l.systemd} {
 		if one != nil {
 			errs = append(errs, one.Close())
 		}

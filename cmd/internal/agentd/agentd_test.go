@@ -59,9 +59,15 @@ func TestConfigurationRefused(t *testing.T) {
 		"a short TTL":             {file: "prefetch:\n  - audience: a\n    ttl: 1ms\n", want: []string{":3: prefetch[0].ttl"}},
 		"too many audiences":      {file: "feed:\n  audiences: [" + strings.Repeat("a,", 65) + "]\n", want: []string{":2: feed.audiences: are at most 64"}},
 		"too much to prefetch":    {file: "prefetch: [" + strings.Repeat("{audience: a},", 513) + "]\n", want: []string{":1: prefetch: are at most 512"}},
-		"no Workload API":         {args: []string{"--broker", "b:1"}, want: []string{"workload_api: give the socket"}},
-		"no file":                 {args: []string{"--config", "/nonexistent/agent.yaml"}, want: []string{"there is no file"}},
-		"arguments":               {args: []string{"serve"}, want: []string{"serve"}},
+		"bad helpers": {
+			file: "aws_container: {listen: \"192.0.2.1:1\", role_arn: x, duration: 1s, session_name: s, sts_endpoint: \"http://sts.example.org\"}\nsystemd:\n  credentials:\n    - {unit: a, credential: b, audience: c d}\n",
+			want: []string{":1: aws_container.listen: must be a loopback", "aws_container.audience", "aws_container.authorization_token_file", "aws_container.role_arn: must be an ARN", "aws_container.duration: is 15m", "aws_container.session_name", "aws_container.sts_endpoint", ":4: systemd.credentials[0].unit", "systemd.credentials[0].audience"},
+		},
+		"a socket for nobody": {file: "systemd: {socket: /run/x.sock}\n", want: []string{":1: systemd.credentials: and socket go together"}},
+		"half a helper":       {file: "aws_container: {role_arn: x}\n", want: []string{":1: aws_container.listen: is missing"}},
+		"no Workload API":     {args: []string{"--broker", "b:1"}, want: []string{"workload_api: give the socket"}},
+		"no file":             {args: []string{"--config", "/nonexistent/agent.yaml"}, want: []string{"there is no file"}},
+		"arguments":           {args: []string{"serve"}, want: []string{"serve"}},
 	} {
 		args := c.args
 		if c.file != "" {
@@ -153,5 +159,69 @@ func get(t *testing.T, c *http.Client, url string) string {
 			t.Fatal(errors.Join(errors.New("nobody answers"), err))
 		}
 		time.Sleep(5 * time.Millisecond)
+	}
+}
+
+// Everything wrong with files is said at once, each at its line.
+func TestFilesRefused(t *testing.T) {
+	file := write(t, `broker: {address: "b:1", id: spiffe://td/b}
+workload_api: unix:///x.sock
+sockets: {grpc: /run/x/g.sock}
+files:
+  - path: relative
+    mode: "0644"
+    credential: {audience: a}
+  - path: /run/x/a
+    format: yaml
+    owner: nobody-of-this-name
+    group: nobody-of-this-name
+    credential:
+      audience: "a b"
+      ttl: 5s
+  - path: /run/x/b
+    format: template
+    credentials:
+      orders: {audience: orders, ttl: 3s}
+    template: |
+      one
+      {{ token "web" }}
+    on_change:
+      command: [sh]
+      timeout: 10m
+      pid_file: x
+  - path: /run/x/c
+    credential: {audience: a}
+    credentials: {b: {audience: b}}
+  - path: /run/x/a
+  - credential: {audience: a}
+directories:
+  - path: /run/x
+    mode: "0640"
+    files:
+      - name: a/b
+        credential: {audience: a}
+      - name: same
+        variable: X
+        credential: {audience: a}
+      - name: same
+        credential: {audiense: a}
+`)
+	err := agentd.Run(t.Context(), []string{"-c", file}, io.Discard, io.Discard)
+	if code := config.ExitCode(err); code != 2 {
+		t.Errorf("exit code %d, want 2", code)
+	}
+	for _, want := range []string{
+		":5: files[0].path: must be absolute", ":6: files[0].mode: must be within 0640",
+		":9: files[1].format", ":10: files[1].owner: no user", ":11: files[1].group: no group", ":13: files[1].credential.audience", ":14: files[1].credential.ttl: is at least 10s",
+		":18: files[2].credentials.orders.ttl", `:19: files[2].template: 2:3: `, `no credential is named "web"`,
+		":23: files[2].on_change.command: begins", ":24: files[2].on_change.timeout", ":25: files[2].on_change.pid_file", ":22: files[2].on_change.signal",
+		":28: files[3].credentials: and credential exclude", ":29: files[4].credentials: are 0", ":30: files[5].path: is required",
+		":29: files[4].path: is in the way of /run/x/a", ":32: directories[0].path: is in the way of",
+		":32: directories[0].group: must be named", ":35: directories[0].files[0].name: must be a plain name",
+		":38: directories[0].files[1].variable", `:40: directories[0].files[2].name: "same" is there twice`, "did you mean \"audience\"",
+	} {
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("the error lacks %q:\n%v", want, err)
+		}
 	}
 }

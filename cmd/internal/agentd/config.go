@@ -28,7 +28,11 @@ type Config struct {
 	WorkloadAPI string         `yaml:"workload_api"`
 	Sockets     Sockets        `yaml:"sockets"`
 	Prefetch    []Prefetch     `yaml:"prefetch"`
+	Files       []File         `yaml:"files"`
+	Directories []Directory    `yaml:"directories"`
 	Feed        Feed           `yaml:"feed"`
+	AWS         AWSContainer   `yaml:"aws_container"`
+	Systemd     Systemd        `yaml:"systemd"`
 	Metrics     netip.AddrPort `yaml:"metrics"`
 	Log         Log            `yaml:"log"`
 }
@@ -216,6 +220,7 @@ func (c *Config) Validate() error {
 	if len(c.Prefetch) > agent.MaxPrefetch {
 		errs = append(errs, config.Wrong("prefetch", "are at most %d", agent.MaxPrefetch))
 	}
+	errs = append(errs, c.checkTargets())
 	if c.Log.Format != "json" && c.Log.Format != "text" {
 		errs = append(errs, config.Wrong("log.format", "is json or text"))
 	}
@@ -225,7 +230,7 @@ func (c *Config) Validate() error {
 // complete reports what neither the file nor a flag gave, and checks the flags' values
 // by the file's rules.
 func (c *Config) complete() error {
-	errs := []error{c.Validate(), c.Broker.Validate(), c.Sockets.Validate(), c.Feed.Validate()}
+	errs := []error{c.Validate(), c.AWS.Validate(), c.Systemd.Validate(), c.Broker.Validate(), c.Sockets.Validate(), c.Feed.Validate()}
 	if c.Broker.Address == "" {
 		errs = append(errs, errors.New("broker.address: give the broker's host:port, here or as --broker"))
 	}

@@ -4,6 +4,7 @@ import (
 	"os"
 	"reflect"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -32,26 +33,37 @@ func TestExampleFile(t *testing.T) {
 	if err := config.Parse("example", []byte(all), &full); err != nil {
 		t.Fatal(err)
 	}
-	for _, key := range unset(reflect.ValueOf(full), "") {
+	for _, key := range unset(full) {
 		t.Errorf("the example says nothing of %s", key)
 	}
 }
 
-// unset lists the keys that are zero, but for those that are rightly so.
-func unset(v reflect.Value, path string) []string {
-	var out []string
-	for i := range v.NumField() {
-		key := v.Type().Field(i).Tag.Get("yaml")
-		key, _, _ = strings.Cut(key, ",")
-		field, at := v.Field(i), strings.TrimPrefix(path+"."+key, ".")
+// unset lists the keys that are zero wherever their struct occurs, but for those that are
+// rightly so.
+func unset(cfg Config) []string {
+	all := map[reflect.Type][]reflect.Value{}
+	var collect func(reflect.Value)
+	collect = func(v reflect.Value) {
 		switch {
-		case key == "level": // info is zero
-		case field.Kind() == reflect.Struct && strings.HasPrefix(field.Type().PkgPath(), "github.com/dayflyhq/dayfly/cmd/internal/agentd"):
-			out = append(out, unset(field, at)...)
-		case field.Kind() == reflect.Slice && field.Len() > 0 && field.Index(0).Kind() == reflect.Struct:
-			out = append(out, unset(field.Index(0), at+"[0]")...)
-		case field.IsZero():
-			out = append(out, at)
+		case v.Kind() == reflect.Slice:
+			for i := range v.Len() {
+				collect(v.Index(i))
+			}
+		case v.Kind() == reflect.Struct && v.Type().PkgPath() == reflect.TypeFor[Config]().PkgPath():
+			all[v.Type()] = append(all[v.Type()], v)
+			for i := range v.NumField() {
+				collect(v.Field(i))
+			}
+		}
+	}
+	collect(reflect.ValueOf(cfg))
+	var out []string
+	for kind, values := range all {
+		for i := range kind.NumField() {
+			key, _, _ := strings.Cut(kind.Field(i).Tag.Get("yaml"), ",")
+			if key != "level" && !slices.ContainsFunc(values, func(v reflect.Value) bool { return !v.Field(i).IsZero() }) { // info is zero
+				out = append(out, kind.Name()+"."+key)
+			}
 		}
 	}
 	return out

@@ -70,6 +70,15 @@ type identities interface {
 	x509bundle.Source
 }
 
+// policySource is the folder, or the bundle.
+func (c *Config) policySource(svids identities) (policy.Config, error) {
+	if c.PolicyBundle == nil {
+		return policy.Config{Dir: c.Policy}, nil
+	}
+	bundle, err := c.PolicyBundle.source(c.Store, svids)
+	return policy.Config{Bundle: bundle}, err
+}
+
 // source reads the files. The store's folder is where a bundle is kept by default.
 func (b *PolicyBundle) source(store string, svids identities) (*policy.Bundle, error) {
 	out := &policy.Bundle{

@@ -123,7 +123,7 @@ func (p *publisher) publish(revision string, iat int64) {
 // readiness warns of; a restart while the server is away starts with what was kept.
 func TestServeWithABundle(t *testing.T) {
 	h := newHouse(t)
-	h.cfg.Listen.Admin = "127.0.0.1:0"
+	h.cfg.Listen.Admin, h.cfg.JWKSMaxAge = "127.0.0.1:0", time.Second
 	p := h.publisher()
 	p.publish("v1", time.Now().Unix()-10)
 	h.giveSVID()
@@ -153,8 +153,17 @@ func TestServeWithABundle(t *testing.T) {
 	if err := issue(); err != nil {
 		t.Errorf("the last good policy isn't in force: %v", err)
 	}
-	s.stop()
 
+	h.cfg.TakeOver = true
+	next := h.serve()
+	c = h.client(h.td, reports, next.announced())
+	s.stop() // has ended, without an error
+	if err := issue(); err != nil || !strings.HasPrefix(h.lastAudited().Revision, "v2@") {
+		t.Errorf("after a takeover: %v, %s", err, h.lastAudited().Revision)
+	}
+	next.stop()
+
+	h.cfg.TakeOver = false
 	s = h.serve()
 	c = h.client(h.td, reports, s.announced())
 	if err := issue(); err != nil || !strings.HasPrefix(h.lastAudited().Revision, "v2@") {

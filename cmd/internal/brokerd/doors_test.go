@@ -22,12 +22,16 @@ import (
 	"time"
 
 	"github.com/dayflyhq/dayfly/cmd/internal/brokerd"
+	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
 	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/dayflyhq/dayfly/sdk"
 	"github.com/dayflyhq/dayfly/sdk/spiffetest"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/status"
 )
 
 // webFiles writes a certificate for loopback that vouches for itself, and returns those
@@ -68,6 +72,7 @@ func TestServeDoors(t *testing.T) {
 	roots := h.webFiles()
 	h.cfg.Listen.HTTPS, h.cfg.Listen.HTTPSSVID, h.cfg.Listen.GRPCJWT = "127.0.0.1:0", "127.0.0.1:0", "127.0.0.1:0"
 	h.cfg.GRPCJWTTrustDomains = []spiffeid.TrustDomain{domain}
+	h.cfg.Listen.Admin = "127.0.0.1:0"
 	h.cfg.MutualTLSURL = "https://broker-mtls.example.org:8445"
 	h.writePolicy()
 	h.giveSVID()
@@ -154,6 +159,36 @@ func TestServeDoors(t *testing.T) {
 	defer c.Close()
 	if _, err := c.Issue(within(t), sdk.Request{Audience: "orders"}); !errors.As(err, &refused) || refused.Code != codes.Unavailable || !strings.Contains(err.Error(), "is away") {
 		t.Errorf("without a JWT-SVID: %v", err)
+	}
+	// Who has proved nothing is counted by door and way, and logged.
+	bearer, err := grpc.NewClient(at.GRPCJWT, grpc.WithTransportCredentials(credentials.NewTLS(bySVID)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer bearer.Close()
+	if _, err := dayflyv1.NewTokenServiceClient(bearer).Issue(within(t), &dayflyv1.IssueRequest{Audience: "orders"}); status.Code(err) != codes.Unauthenticated {
+		t.Errorf("with nothing: %v", err)
+	}
+	resp, err := http.Get("http://" + at.Admin + "/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	scraped, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{
+		`{door="http",method="none",reason="CLIENT_UNAUTHENTICATED"} 3`,
+		`{door="http",method="jwt",reason="FORM_INVALID"} 1`,
+		`{door="grpc_jwt",method="jwt",reason="JWT_SVID_INVALID"} 1`,
+	} {
+		if !strings.Contains(string(scraped), "dayfly_client_authentication_failures_total"+want) {
+			t.Errorf("no metric %s", want)
+		}
+	}
+	if log := s.stderr.String(); strings.Count(log, "a client has not proved who it is") != 5 || strings.Contains(log, assertion) {
+		t.Error("the log doesn't say so, or says too much")
 	}
 	if _, err := sdk.New(sdk.Config{Address: "unix:///a.sock", JWTSVID: showing.JWTSVID}); err == nil {
 		t.Error("a JWT-SVID is taken for a unix socket")

@@ -2,7 +2,6 @@ package brokerd
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"time"
@@ -38,8 +37,12 @@ func takeOver(ctx context.Context, cfg *Config, ring *keyring, svids *agent.Iden
 		log.WarnContext(ctx, "no broker serves to take over from; starting without", "break_glass", socket)
 		return nil
 	}
-	if _, err := policy.Load(ctx, policy.Config{Dir: cfg.Policy}); err != nil {
-		return fmt.Errorf("loading policy from %s: %w", cfg.Policy, err)
+	source, err := cfg.policySource(svids)
+	if err != nil {
+		return err
+	}
+	if _, err := policy.Load(ctx, source); err != nil {
+		return fmt.Errorf("loading policy: %w", err)
 	}
 	if _, err := awaitSVID(ctx, svids, log); err != nil {
 		return err
@@ -98,10 +101,14 @@ func (d *daemon) handover() *rpc.Handover {
 	return &rpc.Handover{SpreadIn: keys.SpreadAfter(d.cfg.JWKSMaxAge), Stop: d.stop}
 }
 
-// ended makes no error of an end that was asked for.
-func ended(ctx context.Context, err error) error {
-	if errors.Is(err, context.Canceled) && ctx.Err() != nil {
-		return nil
+// ended makes no error of an end that was asked for: what was under way broke off, and says
+// so in as many ways as there are libraries below.
+func ended(ctx context.Context, err error, log *slog.Logger) error {
+	if ctx.Err() == nil {
+		return err
 	}
-	return err
+	if err != nil {
+		log.InfoContext(ctx, "told to stop before serving", "err", err)
+	}
+	return nil
 }

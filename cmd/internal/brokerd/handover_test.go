@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -16,6 +17,7 @@ import (
 	"github.com/dayflyhq/dayfly/sdk"
 	"github.com/dayflyhq/dayfly/sdk/spiffetest"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 )
 
@@ -150,6 +152,57 @@ func TestTakeOverIsGivenUp(t *testing.T) {
 		t.Error(err)
 	}
 	if _, err := h.client(h.td, reports, at).Issue(within(t), sdk.Request{Audience: "orders"}); err != nil {
+		t.Error(err)
+	}
+}
+
+// deaf is a running broker that takes a call and doesn't answer.
+type deaf struct {
+	dayflyv1.UnimplementedHandoverServiceServer
+	called chan struct{}
+}
+
+func (d *deaf) PublishKey(ctx context.Context, _ *dayflyv1.PublishKeyRequest) (*dayflyv1.PublishKeyResponse, error) {
+	close(d.called)
+	<-ctx.Done()
+	return nil, ctx.Err()
+}
+
+// TestTakeOverIsGivenUpWhilePublishing: nor is it an error to be told to stop while the
+// running broker is asked.
+func TestTakeOverIsGivenUpWhilePublishing(t *testing.T) {
+	h := newHouse(t)
+	h.writePolicy()
+	h.giveSVID()
+	cfg := h.cfg
+	cfg.TakeOver = true
+	l, err := net.Listen("unix", cfg.Listen.BreakGlass)
+	if err != nil {
+		t.Fatal(err)
+	}
+	running, busy := grpc.NewServer(), &deaf{called: make(chan struct{})}
+	dayflyv1.RegisterHandoverServiceServer(running, busy)
+	served := make(chan error, 1)
+	go func() { served <- running.Serve(l) }()
+	t.Cleanup(func() {
+		running.Stop()
+		if err := <-served; err != nil {
+			t.Error(err)
+		}
+	})
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	ended := make(chan error, 1)
+	go func() { ended <- brokerd.Serve(ctx, cfg, io.Discard, io.Discard) }()
+	select {
+	case <-busy.called:
+	case err := <-ended:
+		t.Fatal("it ended: ", err)
+	case <-within(t).Done():
+		t.Fatal("the running broker isn't asked")
+	}
+	cancel()
+	if err := <-ended; err != nil {
 		t.Error(err)
 	}
 }

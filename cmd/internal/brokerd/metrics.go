@@ -18,6 +18,7 @@ type metrics struct {
 	commits   prometheus.Histogram
 	carried   *prometheus.CounterVec
 	reloads   *prometheus.CounterVec
+	unproven  *prometheus.CounterVec
 }
 
 func newMetrics(r *prometheus.Registry) *metrics {
@@ -39,8 +40,11 @@ func newMetrics(r *prometheus.Registry) *metrics {
 		reloads: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "dayfly_policy_reloads_total", Help: "Reloads of policy that changed something or failed, by outcome.",
 		}, []string{"outcome"}),
+		unproven: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "dayfly_client_authentication_failures_total", Help: "Calls of clients that have not proved who they are, by door, method and reason.",
+		}, []string{"door", "method", "reason"}),
 	}
-	r.MustRegister(m.decisions, m.alerts, m.commits, m.carried, m.reloads)
+	r.MustRegister(m.decisions, m.alerts, m.commits, m.carried, m.reloads, m.unproven)
 	return m
 }
 
@@ -93,6 +97,24 @@ func (m *metrics) watch(b *broker.Broker, s *boltstore.Store) {
 	gauge("dayfly_store_waiting", "Calls that wait for a commit.", stat(func(st boltstore.Stats) float64 { return float64(st.Waiting) }))
 }
 
+// watchConnections counts what the public gRPC listener lets in and closes.
+func (m *metrics) watchConnections(s *rpc.Server) {
+	open := func(state string, value func(rpc.ConnectionCounts) int) {
+		m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "dayfly_connections", Help: "Connections of the gRPC listener: in their handshake, or open.", ConstLabels: prometheus.Labels{"state": state},
+		}, func() float64 { return float64(value(s.Connections())) }))
+	}
+	open("handshake", func(c rpc.ConnectionCounts) int { return c.Handshaking })
+	open("open", func(c rpc.ConnectionCounts) int { return c.Open })
+	closed := func(why string, value func(rpc.ConnectionCounts) uint64) {
+		m.registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{
+			Name: "dayfly_connections_closed_total", Help: "Connections of the gRPC listener that were closed: in a handshake that others waited for, or for an identity's or everybody's bound.", ConstLabels: prometheus.Labels{"why": why},
+		}, func() float64 { return float64(value(s.Connections())) }))
+	}
+	closed("crowded", func(c rpc.ConnectionCounts) uint64 { return c.Crowded })
+	closed("bound", func(c rpc.ConnectionCounts) uint64 { return c.Refused })
+}
+
 // policyInfo tells which policy is in force: one series, with its revision as a label,
 // which only who writes policy chooses.
 type policyInfo struct {
@@ -119,24 +141,6 @@ func (m *metrics) watchPolicy(status func() policy.Status) {
 		}
 		return 0
 	}))
-}
-
-// watchConnections counts what the public gRPC listener lets in and closes.
-func (m *metrics) watchConnections(s *rpc.Server) {
-	open := func(state string, value func(rpc.ConnectionCounts) int) {
-		m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-			Name: "dayfly_connections", Help: "Connections of the gRPC listener: in their handshake, or open.", ConstLabels: prometheus.Labels{"state": state},
-		}, func() float64 { return float64(value(s.Connections())) }))
-	}
-	open("handshake", func(c rpc.ConnectionCounts) int { return c.Handshaking })
-	open("open", func(c rpc.ConnectionCounts) int { return c.Open })
-	closed := func(why string, value func(rpc.ConnectionCounts) uint64) {
-		m.registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{
-			Name: "dayfly_connections_closed_total", Help: "Connections of the gRPC listener that were closed: in a handshake that others waited for, or for an identity's or everybody's bound.", ConstLabels: prometheus.Labels{"why": why},
-		}, func() float64 { return float64(value(s.Connections())) }))
-	}
-	closed("crowded", func(c rpc.ConnectionCounts) uint64 { return c.Crowded })
-	closed("bound", func(c rpc.ConnectionCounts) uint64 { return c.Refused })
 }
 
 // watchUses counts what verifiers reported.

@@ -22,10 +22,24 @@ func (d decider) Audience(name string) (broker.Audience, bool) {
 	if !ok {
 		return broker.Audience{}, false
 	}
+	return audience(a), true
+}
+
+func (d decider) External() []broker.Audience {
+	var out []broker.Audience
+	for _, a := range d.p.Audiences() {
+		if a.VerifiedBy == policy.VerifiedByExternal {
+			out = append(out, audience(a))
+		}
+	}
+	return out
+}
+
+func audience(a policy.Audience) broker.Audience {
 	return broker.Audience{
 		Name: a.Name, Owner: a.Owner, VerifiedBy: a.VerifiedBy, MaxStaleness: a.MaxStaleness,
 		Fallback: broker.Fallback(a.Fallback),
-	}, true
+	}
 }
 
 func (d decider) Fallback(caller spiffeid.ID, audience string) broker.Fallback {

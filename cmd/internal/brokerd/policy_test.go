@@ -3,6 +3,8 @@ package brokerd
 import (
 	"encoding/json"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"reflect"
 	"testing"
 	"time"
@@ -99,3 +101,28 @@ func TestQuestionsCanBeAskedAgain(t *testing.T) {
 type zeros struct{}
 
 func (zeros) Read(p []byte) (int, error) { return len(p), nil }
+
+// The broker is told which audiences no feed reaches, templates too.
+func TestExternalAudiences(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.CopyFS(dir, policy.Default()); err != nil {
+		t.Fatal(err)
+	}
+	data := `audiences:
+  orders: {owner: o, identities: ["spiffe://example.org/orders"]}
+  api: {owner: a, verified_by: introspection}
+  sts: {owner: cloud team, verified_by: external}
+  "m/{segment.1}": {owner: storage team, verified_by: external}
+`
+	if err := os.WriteFile(filepath.Join(dir, "data.yaml"), []byte(data), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p, err := policy.Load(t.Context(), policy.Config{Dir: dir})
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := decider{p}.External()
+	if len(got) != 2 || got[0].Name != "m/{segment.1}" || got[1].Name != "sts" || got[1].Owner != "cloud team" || got[1].VerifiedBy != broker.VerifiedByExternal {
+		t.Errorf("got %+v", got)
+	}
+}

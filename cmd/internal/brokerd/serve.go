@@ -90,7 +90,7 @@ func Serve(ctx context.Context, cfg Config, out, stderr io.Writer) error {
 	var patience time.Duration // with a process that has the store; 0: the store's own
 	if cfg.TakeOver {
 		if err := takeOver(ctx, &cfg, ring, identity, log); err != nil {
-			return ended(ctx, err)
+			return ended(ctx, err, log)
 		}
 		patience = cfg.ShutdownGrace + stopTimeout
 	}
@@ -137,27 +137,25 @@ type daemon struct {
 
 func (d *daemon) run(ctx context.Context) (err error) {
 	if err := d.open(ctx); err != nil {
-		return err
+		return ended(ctx, err, d.log)
 	}
 	// Last of all: everything that may still write has ended by then.
 	defer func() { err = errors.Join(err, d.store.Close()) }()
 	if err := d.assemble(ctx); err != nil {
-		return err
+		return ended(ctx, err, d.log)
 	}
 	return d.serve(ctx)
 }
 
 func (d *daemon) open(ctx context.Context) error {
-	var err error
 	d.registry = prometheus.NewRegistry()
 	d.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	d.metrics = newMetrics(d.registry)
-	source := policy.Config{Dir: d.cfg.Policy, Log: d.log, OnReload: d.metrics.policyReloaded}
-	if b := d.cfg.PolicyBundle; b != nil {
-		if source.Bundle, err = b.source(d.cfg.Store, d.svids); err != nil {
-			return err
-		}
+	source, err := d.cfg.policySource(d.svids)
+	if err != nil {
+		return err
 	}
+	source.Log, source.OnReload = d.log, d.metrics.policyReloaded
 	if d.policy, err = policy.Open(ctx, source); err != nil {
 		return fmt.Errorf("loading policy: %w", err)
 	}
@@ -381,8 +379,9 @@ func (d *daemon) startLocal(r *running) error {
 // it returns is called.
 func (d *daemon) startPublic(r *running) (serving func(), err error) {
 	domains := append([]spiffeid.TrustDomain{d.id.TrustDomain()}, d.cfg.TrustDomains...)
+	told := &unproven{log: d.log, count: d.metrics.unproven, now: time.Now, since: time.Now()}
 	cfg := rpc.Config{
-		Broker: d.broker, SVIDs: d.svids, Bundle: d.svids, BundlesChanged: d.svids.Changed, Log: d.log, Options: d.traces.serverOptions(),
+		Unproven: told.at("grpc"), Broker: d.broker, SVIDs: d.svids, Bundle: d.svids, BundlesChanged: d.svids.Changed, Log: d.log, Options: d.traces.serverOptions(),
 		TrustDomains: domains,
 	}
 	main, err := rpc.NewServer(cfg)
@@ -390,11 +389,12 @@ func (d *daemon) startPublic(r *running) (serving func(), err error) {
 		return nil, err
 	}
 	servers := []*rpc.Server{main}
-	d.metrics.watchConnections(main)
 	if err := d.startGRPC(r, main, &d.cfg.Listen.GRPC); err != nil {
 		return nil, err
 	}
+	d.metrics.watchConnections(main)
 	if d.cfg.Listen.GRPCJWT != "" {
+		cfg.Unproven = told.at("grpc_jwt")
 		proxied, err := d.proxied(cfg)
 		if err != nil {
 			return nil, err
@@ -409,7 +409,7 @@ func (d *daemon) startPublic(r *running) (serving func(), err error) {
 			s.Health.SetServingStatus("", healthpb.HealthCheckResponse_SERVING)
 		}
 	}
-	return serving, d.startWeb(r, domains)
+	return serving, d.startWeb(r, domains, told.at("http"))
 }
 
 func (d *daemon) startGRPC(r *running, s *rpc.Server, addr *string) error {
@@ -434,14 +434,14 @@ func (d *daemon) proxied(cfg rpc.Config) (*rpc.Server, error) {
 }
 
 // startWeb serves the public documents and OAuth.
-func (d *daemon) startWeb(r *running, domains []spiffeid.TrustDomain) error {
+func (d *daemon) startWeb(r *running, domains []spiffeid.TrustDomain, told func(attest.Failure)) error {
 	attestor, err := attest.New(attest.Config{X509: d.svids, JWT: d.jwts, TrustDomains: domains, Audience: d.cfg.Issuer})
 	if err != nil {
 		return err
 	}
 	h, err := web.Public(web.PublicConfig{
 		Issuer: d.cfg.Issuer, Keys: d.broker.Keys, Algorithm: d.cfg.Algorithm, JWKSMaxAge: d.cfg.JWKSMaxAge, Broker: d.broker, Attestor: attestor, MutualTLS: d.cfg.MutualTLSURL,
-		TracerProvider: d.traces.tracer(), Log: d.log,
+		Unproven: told, TracerProvider: d.traces.tracer(), Log: d.log,
 	})
 	if err != nil {
 		return err

@@ -320,3 +320,14 @@ type source struct {
 	*x509svid.SVID
 	x509bundle.Source
 }
+
+// TestStoppedWhileStarting: told to stop before it serves, a broker ends without an error.
+func TestStoppedWhileStarting(t *testing.T) {
+	h := newHouse(t)
+	h.writePolicy()
+	stopped, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := brokerd.Serve(stopped, h.cfg, io.Discard, io.Discard); err != nil {
+		t.Error(err)
+	}
+}

@@ -160,23 +160,31 @@ func (d *decoder) validate(val validator, n *yaml.Node, key string, before int) 
 // lineOf finds the line of a dotted key below n, or of as much of it as is there.
 func lineOf(n *yaml.Node, key string) int {
 	line := n.Line
-	for part := range strings.SplitSeq(key, ".") {
-		if n.Kind != yaml.MappingNode {
+	for part := range strings.SplitSeq(strings.ReplaceAll(key, "[", ".["), ".") {
+		at, value := child(n, part)
+		if value == nil {
 			break
 		}
-		next := -1
-		for i := 0; i+1 < len(n.Content); i += 2 {
-			if n.Content[i].Value == part {
-				next = i
-				break
-			}
-		}
-		if next < 0 {
-			break
-		}
-		line, n = n.Content[next].Line, n.Content[next+1]
+		line, n = at, value
 	}
 	return line
+}
+
+// child finds one part of a dotted key, a word or an [index], and the line of it.
+func child(n *yaml.Node, part string) (line int, value *yaml.Node) {
+	if n.Kind == yaml.SequenceNode {
+		i, err := strconv.Atoi(strings.Trim(part, "[]"))
+		if err != nil || i < 0 || i >= len(n.Content) {
+			return 0, nil
+		}
+		return n.Content[i].Line, n.Content[i]
+	}
+	for i := 0; n.Kind == yaml.MappingNode && i+1 < len(n.Content); i += 2 {
+		if n.Content[i].Value == part {
+			return n.Content[i].Line, n.Content[i+1]
+		}
+	}
+	return 0, nil
 }
 
 // entries reads a map with string keys.

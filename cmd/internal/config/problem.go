@@ -58,7 +58,8 @@ type keyError struct{ key, message string }
 func (e *keyError) Error() string { return e.key + ": " + e.message }
 
 // Wrong is an error about one key, for a Validate method. The key is relative to
-// the struct that is validated, with dots for what lies deeper: "tls.cert".
+// the struct that is validated, with dots and indices for what lies deeper: "tls.cert",
+// "files[2].name".
 func Wrong(key, format string, args ...any) error {
 	return &keyError{key: key, message: fmt.Sprintf(format, args...)}
 }

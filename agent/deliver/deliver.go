@@ -1,0 +1,271 @@
+package deliver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/dayflyhq/dayfly/proto/token"
+	"github.com/dayflyhq/dayfly/sdk"
+)
+
+const (
+	// DefaultMode is that of a file if nothing else is said: its owner's alone.
+	DefaultMode fs.FileMode = 0o600
+	// WidestMode is the most that a file may allow: its owner, and a group to read. A group
+	// must be named for that; others never may.
+	WidestMode fs.FileMode = 0o640
+	// MinTTL is the shortest life that may be asked for for a file: one that goes a moment
+	// before its credential, and is renewed well before that, needs some.
+	MinTTL = 10 * time.Second
+	// MaxTargets and MaxFiles bound how many targets there are, and the files of each.
+	MaxTargets, MaxFiles = 128, 64
+)
+
+// A File is one file and what is in it.
+type File struct {
+	// Name is the file's name in a folder of several; empty where Target.Path is the file.
+	Name   string
+	Format Format
+	// Variable is for the format Env. Empty: DefaultVariable.
+	Variable string
+	// Template is the text of the format Template. Beside the language's own functions it
+	// has token, grant, audience, scope, expires and expires_unix, each of a credential's
+	// name, and json, base64 and quote.
+	Template string
+	// Credentials are what the file holds, by the names that the template has for them:
+	// exactly one for the other formats.
+	Credentials map[string]sdk.Request
+}
+
+// A Target is what is written at once: a file, or the files of a folder.
+type Target struct {
+	// Path is absolute. Its folder must exist, and be writable for root and this user only,
+	// as must be the way to it.
+	Path string
+	// Directory says that Path is a folder of its own, made if it isn't there, whose Files
+	// are exchanged together by the swap of a symbolic link, as in a projected volume of
+	// Kubernetes: each is a link to ..data/NAME, and ..data to a folder of one generation.
+	Directory bool
+	// Files is one file unless Directory.
+	Files []File
+	// Mode is that of the files: within WidestMode; zero means DefaultMode.
+	Mode fs.FileMode
+	// UID and GID are whose the files are; nil: this user's. Only root may give files to
+	// another user.
+	UID, GID *int
+	// Change is how the program is told; nil: it isn't.
+	Change *Change
+}
+
+// A FieldError is what is wrong with one field, by its name in a configuration file.
+type FieldError struct{ Key, Message string }
+
+func (e *FieldError) Error() string { return e.Key + ": " + e.Message }
+
+func wrong(key, format string, args ...any) error {
+	return &FieldError{key, fmt.Sprintf(format, args...)}
+}
+
+// Problems lists what is wrong, of an error of Validate.
+func Problems(err error) []*FieldError {
+	switch e := err.(type) {
+	case *FieldError:
+		return []*FieldError{e}
+	case interface{ Unwrap() []error }:
+		var out []*FieldError
+		for _, one := range e.Unwrap() {
+			out = append(out, Problems(one)...)
+		}
+		return out
+	}
+	return nil
+}
+
+// within puts the problems of a part below the key of that part.
+func within(key string, err error) error {
+	var errs []error
+	for _, p := range Problems(err) {
+		errs = append(errs, wrong(key+"."+p.Key, "%s", p.Message))
+	}
+	return errors.Join(errs...)
+}
+
+// Validate says all that is wrong with the target, whatever is on this host: FieldErrors,
+// joined.
+func (t *Target) Validate() error {
+	_, err := t.compile()
+	return err
+}
+
+func (t *Target) compile() (renders []func(credentials) ([]byte, error), err error) {
+	var errs []error
+	if !filepath.IsAbs(t.Path) || filepath.Clean(t.Path) != t.Path || t.Path == "/" {
+		errs = append(errs, wrong("path", "must be absolute and plain"))
+	} else if err := plainName(filepath.Base(t.Path)); err != nil {
+		errs = append(errs, wrong("path", "its last part %v", err))
+	}
+	if t.Mode&^WidestMode != 0 || t.Mode != 0 && t.Mode&0o400 == 0 {
+		errs = append(errs, wrong("mode", "must be within %04o, and its owner may read", WidestMode))
+	}
+	if t.Mode&0o040 != 0 && t.GID == nil {
+		errs = append(errs, wrong("group", "must be named where it may read"))
+	}
+	if n := len(t.Files); n < 1 || n > MaxFiles || n > 1 && !t.Directory {
+		errs = append(errs, wrong("files", "are %d, and must be one, or up to %d in a folder", n, MaxFiles))
+	}
+	seen := map[string]bool{}
+	for i := range t.Files {
+		f := &t.Files[i]
+		if t.Directory {
+			if err := plainName(f.Name); err != nil {
+				errs = append(errs, wrong(fmt.Sprintf("files[%d].name", i), "%v", err))
+			}
+			if seen[f.Name] {
+				errs = append(errs, wrong(fmt.Sprintf("files[%d].name", i), "%q is there twice", f.Name))
+			}
+			seen[f.Name] = true
+		}
+		render, err := f.compile()
+		errs = append(errs, within(fmt.Sprintf("files[%d]", i), err))
+		renders = append(renders, render)
+	}
+	if t.Change != nil {
+		errs = append(errs, within("on_change", t.Change.validate()))
+	}
+	return renders, errors.Join(errs...)
+}
+
+// Config says what to deliver and where it comes from. All but Log and Now must be set.
+type Config struct {
+	Targets []Target
+	// Newest returns the newest credential of a request that may be given out now, nil if
+	// there is none. It doesn't wait.
+	Newest func(sdk.Request) *sdk.Credential
+	// Changed returns a channel that is closed when what Newest or Alive says may have
+	// changed next, but for what expires.
+	Changed func() <-chan struct{}
+	// Alive says whether a credential of these claims may be used, as far as is known.
+	Alive func(*token.Claims) bool
+
+	// Now is the clock that credentials are aged with. Nil means time.Now.
+	Now func() time.Time
+	// Log never gets a credential. Nil: nothing is logged.
+	Log *slog.Logger
+}
+
+// Counts is what a Deliverer counts.
+type Counts struct {
+	Written, WriteFailures atomic.Uint64
+	Removed                atomic.Uint64 // for want of a living credential; not at shutdown
+	Told, TellFailures     atomic.Uint64
+}
+
+// A Status is how one target is.
+type Status struct {
+	Path string
+	// Present says that it is on disk, until Until at the longest.
+	Present bool
+	Until   time.Time
+	// Err is why it can't be written or removed now, ChangeErr why the program can't be
+	// told; nil if they can.
+	Err, ChangeErr error
+}
+
+// A Deliverer keeps files. Run makes it work.
+type Deliverer struct {
+	Counts  Counts
+	targets []*target
+}
+
+// New checks the configuration. It touches nothing.
+func New(cfg Config) (*Deliverer, error) {
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	d := &Deliverer{}
+	var errs []error
+	if len(cfg.Targets) > MaxTargets {
+		errs = append(errs, fmt.Errorf("are more than %d", MaxTargets))
+	}
+	for i, spec := range cfg.Targets {
+		renders, err := spec.compile()
+		if err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", spec.Path, err))
+			continue
+		}
+		for _, other := range cfg.Targets[:i] {
+			if Overlap(&spec, &other) {
+				errs = append(errs, fmt.Errorf("%s: is in the way of %s", spec.Path, other.Path))
+			}
+		}
+		d.targets = append(d.targets, newTarget(cfg, spec, renders, &d.Counts))
+	}
+	return d, errors.Join(errs...)
+}
+
+// Overlap says whether two targets would write at one place.
+func Overlap(a, b *Target) bool {
+	return a.Path == b.Path || a.Directory && strings.HasPrefix(b.Path, a.Path+"/") || b.Directory && strings.HasPrefix(a.Path, b.Path+"/")
+}
+
+// Open looks at every target's place: what an earlier process left there stays if it is
+// alive as far as it says itself, and goes if not. After an error nothing is left.
+func (d *Deliverer) Open() error {
+	var errs []error
+	for _, t := range d.targets {
+		if err := t.adopt(); err != nil {
+			errs = append(errs, fmt.Errorf("delivering to %s: %w", t.spec.Path, err))
+		}
+	}
+	if len(errs) == 0 {
+		return nil
+	}
+	for _, t := range d.targets {
+		if len(t.disk) > 0 {
+			errs = append(errs, t.clear())
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Run keeps the files until ctx ends. When it returns they are gone.
+func (d *Deliverer) Run(ctx context.Context) {
+	var wg sync.WaitGroup
+	for _, t := range d.targets {
+		if t.teller != nil {
+			wg.Go(func() { t.teller.run(ctx) })
+		}
+		wg.Go(func() { t.run(ctx) })
+	}
+	wg.Wait()
+}
+
+// Look is for whoever looks at a clock anyway: it wakes what should have removed its file
+// by now, as timers sleep with the machine and know nothing of a clock that was set.
+func (d *Deliverer) Look() {
+	for _, t := range d.targets {
+		if s := t.status(); s.Present && (&member{expires: s.Until}).left(t.cfg.Now()) <= 0 {
+			t.kick()
+		}
+	}
+}
+
+// Status says how each target is.
+func (d *Deliverer) Status() []Status {
+	out := make([]Status, len(d.targets))
+	for i, t := range d.targets {
+		out[i] = t.status()
+	}
+	return out
+}

@@ -1,0 +1,209 @@
+package agentd
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os/user"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/dayflyhq/dayfly/agent/deliver"
+	"github.com/dayflyhq/dayfly/cmd/internal/config"
+	"github.com/dayflyhq/dayfly/proto/token"
+	"github.com/dayflyhq/dayfly/sdk"
+)
+
+// File is one file with credentials in it.
+type File struct {
+	Path        string              `yaml:"path,required"`
+	Format      string              `yaml:"format"`
+	Variable    string              `yaml:"variable"`
+	Template    string              `yaml:"template"`
+	Credential  Prefetch            `yaml:"credential"`
+	Credentials map[string]Prefetch `yaml:"credentials"`
+	Mode        config.Mode         `yaml:"mode"`
+	Owner       string              `yaml:"owner"`
+	Group       string              `yaml:"group"`
+	OnChange    OnChange            `yaml:"on_change"`
+}
+
+// Directory is a folder of files that change together.
+type Directory struct {
+	Path     string          `yaml:"path,required"`
+	Files    []DirectoryFile `yaml:"files,required"`
+	Mode     config.Mode     `yaml:"mode"`
+	Owner    string          `yaml:"owner"`
+	Group    string          `yaml:"group"`
+	OnChange OnChange        `yaml:"on_change"`
+}
+
+// DirectoryFile is one of them.
+type DirectoryFile struct {
+	Name        string              `yaml:"name,required"`
+	Format      string              `yaml:"format"`
+	Variable    string              `yaml:"variable"`
+	Template    string              `yaml:"template"`
+	Credential  Prefetch            `yaml:"credential"`
+	Credentials map[string]Prefetch `yaml:"credentials"`
+}
+
+// OnChange is how a program is told of a change: a command or a signal.
+type OnChange struct {
+	Command     []string      `yaml:"command"`
+	Timeout     time.Duration `yaml:"timeout"`
+	PIDFile     string        `yaml:"pid_file"`
+	Signal      string        `yaml:"signal"`
+	MinInterval time.Duration `yaml:"min_interval"`
+}
+
+// single is the name of the one credential that needs none.
+const single = "credential"
+
+func content(name, format, variable, template string, one Prefetch, several map[string]Prefetch) deliver.File {
+	f := deliver.File{Name: name, Format: deliver.Format(format), Variable: variable, Template: template, Credentials: map[string]sdk.Request{}}
+	if format == "" {
+		f.Format = deliver.Token
+	}
+	for name, p := range several {
+		f.Credentials[name] = p.request()
+	}
+	if one.Audience != "" {
+		f.Credentials[single] = one.request()
+	}
+	return f
+}
+
+func (p *Prefetch) request() sdk.Request {
+	return sdk.Request{Audience: p.Audience, Scopes: p.Scopes, TTL: p.TTL, Binding: token.Binding(p.Binding)}
+}
+
+// target reads a file's configuration; an owner that isn't on this host is an error.
+func (f *File) target() (deliver.Target, error) {
+	t := deliver.Target{
+		Path: f.Path, Mode: fs.FileMode(f.Mode), Change: f.OnChange.change(),
+		Files: []deliver.File{content("", f.Format, f.Variable, f.Template, f.Credential, f.Credentials)},
+	}
+	return t, setOwner(&t, f.Owner, f.Group)
+}
+
+func (d *Directory) target() (deliver.Target, error) {
+	t := deliver.Target{Path: d.Path, Directory: true, Mode: fs.FileMode(d.Mode), Change: d.OnChange.change()}
+	for i := range d.Files {
+		t.Files = append(t.Files, d.Files[i].content())
+	}
+	return t, setOwner(&t, d.Owner, d.Group)
+}
+
+func (f *DirectoryFile) content() deliver.File {
+	return content(f.Name, f.Format, f.Variable, f.Template, f.Credential, f.Credentials)
+}
+
+func (o *OnChange) change() *deliver.Change {
+	if len(o.Command) == 0 && o.PIDFile == "" && o.Signal == "" && o.Timeout == 0 && o.MinInterval == 0 {
+		return nil
+	}
+	return &deliver.Change{Command: o.Command, Timeout: o.Timeout, PIDFile: o.PIDFile, Signal: o.Signal, MinInterval: o.MinInterval}
+}
+
+func setOwner(t *deliver.Target, owner, group string) error {
+	var errs []error
+	if owner != "" {
+		uid, err := userID(owner)
+		if err != nil {
+			errs = append(errs, config.Wrong("owner", "%v", err))
+		}
+		t.UID = &uid
+	}
+	if group != "" {
+		gid, err := groupID(group)
+		if err != nil {
+			errs = append(errs, config.Wrong("group", "%v", err))
+		}
+		t.GID = &gid
+	}
+	return errors.Join(errs...)
+}
+
+// userID reads a number or looks up a name.
+func userID(name string) (int, error) {
+	if n, err := strconv.ParseUint(name, 10, 31); err == nil {
+		return int(n), nil
+	}
+	u, err := user.Lookup(name)
+	if err != nil {
+		return 0, fmt.Errorf("no user %q on this host", name)
+	}
+	return strconv.Atoi(u.Uid)
+}
+
+// Validate checks all but the folders on the host.
+func (f *File) Validate() error {
+	t, err := f.target()
+	errs := []error{err}
+	if f.Credential.Audience != "" && len(f.Credentials) > 0 {
+		errs = append(errs, config.Wrong("credentials", exclusive))
+	}
+	for _, p := range deliver.Problems(t.Validate()) {
+		errs = append(errs, problem(strings.TrimPrefix(p.Key, "files[0]."), p.Message))
+	}
+	return errors.Join(errs...)
+}
+
+const exclusive = "and credential exclude each other"
+
+// problem names the key as the file has it.
+func problem(key, message string) error {
+	return config.Wrong(strings.Replace(key, "credentials."+single+".", single+".", 1), "%s", message)
+}
+
+// Validate checks all but the folders on the host.
+func (d *Directory) Validate() error {
+	t, err := d.target()
+	errs := []error{err}
+	for i := range d.Files {
+		if f := &d.Files[i]; f.Credential.Audience != "" && len(f.Credentials) > 0 {
+			errs = append(errs, config.Wrong(fmt.Sprintf("files[%d].credentials", i), exclusive))
+		}
+	}
+	for _, p := range deliver.Problems(t.Validate()) {
+		errs = append(errs, problem(p.Key, p.Message))
+	}
+	return errors.Join(errs...)
+}
+
+// checkTargets checks what files and folders are to each other.
+func (c *Config) checkTargets() error {
+	var errs []error
+	targets := c.targets()
+	if len(targets) > deliver.MaxTargets {
+		errs = append(errs, config.Wrong("files", "and directories are at most %d", deliver.MaxTargets))
+	}
+	for i := range targets {
+		for j := range i {
+			if deliver.Overlap(&targets[i], &targets[j]) {
+				key := fmt.Sprintf("files[%d].path", i)
+				if n := i - len(c.Files); n >= 0 {
+					key = fmt.Sprintf("directories[%d].path", n)
+				}
+				errs = append(errs, config.Wrong(key, "is in the way of %s", targets[j].Path))
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// targets are what the agent delivers to. Owners were looked up by Validate.
+func (c *Config) targets() []deliver.Target {
+	var out []deliver.Target
+	for i := range c.Files {
+		t, _ := c.Files[i].target()
+		out = append(out, t)
+	}
+	for i := range c.Directories {
+		t, _ := c.Directories[i].target()
+		out = append(out, t)
+	}
+	return out
+}
