@@ -99,7 +99,7 @@ var mutants = []mutant{
 	{"B7", "a revoked key is judged by number", one(set,
 		"if seq, ok := s.keys[m.Key]; ok {", "if seq, ok := s.keys[m.Key]; ok && seq > sub.Position.Rev {")},
 	{"B8", "a presented token is not looked up in the records", one(exchange,
-		"if errors.Is(err, ErrNotFound) || err == nil && g.Fingerprint != t.Fingerprint {", "err = nil\n\tif g == nil && false {")},
+		"if errors.Is(err, ErrNotFound) || err == nil && g.Fingerprint != t.Fingerprint {", "if errors.Is(err, ErrNotFound) {\n\t\tg, err = &Grant{Lineage: t.Lineage, Expires: t.Expires}, nil\n\t}\n\tif g == nil {")},
 	{"B9", "a position above the head is accepted", one(set,
 		"case rev > s.head:\n\t\treturn Verdict{Reason: Ahead}", "case rev > s.head:\n\t\treturn Verdict{Reason: Alive}")},
 	{"C1", "a lift ends every lock on the same selectors", one(stateGo,
