@@ -10,6 +10,8 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/dayflyhq/dayfly/proto/revocation"
@@ -64,6 +66,27 @@ func (p Position) String() string {
 // MarshalText writes a position whole, for JSON: era, number, sum.
 func (p Position) MarshalText() ([]byte, error) {
 	return fmt.Appendf(nil, "%s/%d/%s", p.Era, p.Seq, p.Sum), nil
+}
+
+// UnmarshalText reads what MarshalText writes, and nothing else.
+func (p *Position) UnmarshalText(text []byte) error {
+	parts := strings.Split(string(text), "/")
+	if len(parts) != 3 {
+		return errors.New("a position is ERA/NUMBER/SUM")
+	}
+	era, errEra := strconv.ParseUint(parts[0], 16, 32)
+	seq, errSeq := strconv.ParseUint(parts[1], 10, 64)
+	sum, errSum := hex.DecodeString(parts[2])
+	if err := errors.Join(errEra, errSeq, errSum); err != nil {
+		return fmt.Errorf("reading a position: %w", err)
+	}
+	read := Position{Era: token.Era(era), Seq: seq}
+	copy(read.Sum[:], sum)
+	if again, _ := read.MarshalText(); string(again) != string(text) {
+		return errors.New("the position has another spelling")
+	}
+	*p = read
+	return nil
 }
 
 // An Event is the public part of one record of the log: exactly one of the four

@@ -6,11 +6,13 @@ import (
 	"encoding/json"
 	"errors"
 	"os"
+	"strings"
 	"testing"
 
 	"github.com/dayflyhq/dayfly/proto/feed"
 	"github.com/dayflyhq/dayfly/proto/revocation"
 	"github.com/dayflyhq/dayfly/proto/token"
+	"pgregory.net/rapid"
 )
 
 // A vector is one record of a log in the words of the wire.
@@ -147,6 +149,32 @@ func TestValidate(t *testing.T) {
 	} {
 		if err := e.Validate(); !errors.Is(err, feed.ErrMalformed) {
 			t.Errorf("%s: %v, want ErrMalformed", name, err)
+		}
+	}
+}
+
+// A position that was written is read, and nothing that would be written otherwise.
+func TestPositionText(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		p := feed.Position{
+			Era: token.Era(rapid.Uint32().Draw(t, "era")), Seq: rapid.Uint64().Draw(t, "seq"),
+			Sum: feed.Sum(rapid.SliceOfN(rapid.Byte(), 32, 32).Draw(t, "sum")),
+		}
+		text, err := p.MarshalText()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var q feed.Position
+		if err := q.UnmarshalText(text); err != nil || q != p {
+			t.Fatalf("%s was read as %+v, %v", text, q, err)
+		}
+	})
+	whole, _ := feed.Position{Era: 10, Seq: 7}.MarshalText()
+	for _, bad := range []string{"", "0000000a", "0000000a/7", "a/7/" + strings.Repeat("0", 64), "0000000A/7/" + strings.Repeat("0", 64),
+		"0000000a/07/" + strings.Repeat("0", 64), "0000000a/7/00", string(whole) + "00", string(whole) + "/", "0000000a/-7/" + strings.Repeat("0", 64)} {
+		var q feed.Position
+		if err := q.UnmarshalText([]byte(bad)); err == nil || q != (feed.Position{}) {
+			t.Errorf("%q was read as %+v", bad, q)
 		}
 	}
 }
