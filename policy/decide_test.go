@@ -1,6 +1,7 @@
 package policy_test
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -21,6 +22,7 @@ func id(path string) spiffeid.ID { return spiffeid.RequireFromString("spiffe://d
 
 func load(t testing.TB, cfg policy.Config) *policy.Policy {
 	t.Helper()
+	cfg.Timeout = cmp.Or(cfg.Timeout, patience)
 	p, err := policy.Load(t.Context(), cfg)
 	if err != nil {
 		t.Fatal(err)
