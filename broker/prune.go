@@ -94,8 +94,9 @@ func (b *Broker) keeper(now feed.Instant) func(Record) bool {
 			keep[n] = true
 		}
 	}
+	oldest := s.oldestKept(now)
 	for _, seq := range s.keySeq {
-		if !s.retired(seq, now) {
+		if seq >= oldest {
 			keep[seq] = true
 		}
 	}
@@ -131,6 +132,19 @@ func (s *state) retired(seq uint64, now feed.Instant) bool {
 		}
 	}
 	return false
+}
+
+// oldestKept is the number of the oldest key that isn't retired. Later ones stay with it,
+// retired or not: who knows more keys than are signed for takes those that it lacks for
+// the oldest (feed.Screen). The caller holds the lock.
+func (s *state) oldestKept(now feed.Instant) uint64 {
+	oldest := s.log.Head().Seq
+	for _, seq := range s.keySeq {
+		if !s.retired(seq, now) {
+			oldest = min(oldest, seq)
+		}
+	}
+	return oldest
 }
 
 // oldestKey returns when the oldest key was published that may have signed a live token.

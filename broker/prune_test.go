@@ -166,15 +166,21 @@ func TestPruneKeepsTheKeyThatSigns(t *testing.T) {
 	has := func() bool {
 		return slices.ContainsFunc(w.b.Keys(), func(k token.PublicKey) bool { return k.ID == old.ID })
 	}
-	successor, _ := w.vouched(newKey(t), brokerID)
-	if err := w.b.PublishKey(ctx, successor); err != nil {
-		t.Fatal(err)
+	for range 2 {
+		successor, _ := w.vouched(newKey(t), brokerID)
+		if err := w.b.PublishKey(ctx, successor); err != nil {
+			t.Fatal(err)
+		}
 	}
 	w.revoke(broker.LockNone, revocation.Identity(id("other"))) // the head stays, whatever it is
+	published := len(w.b.Keys())
 	w.clock.elapse(10 * time.Hour)
 	w.prune()
 	if !has() {
 		t.Fatal("the signing key is gone while it signs")
+	}
+	if n := len(w.b.Keys()); n != published {
+		t.Fatalf("of %d keys since the signing one there are %d: only the oldest may go", published, n)
 	}
 	w.clock.elapse(time.Hour)
 	w.issue(w.caller("payments"), "orders") // lives for an hour

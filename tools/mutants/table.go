@@ -198,5 +198,5 @@ var mutants = []mutant{
 	{"", "a lock on an SVID admits it where the mode is reissue", one(stateGo,
 		"if sel.Kind() == revocation.KindSVID || l.Mode", "if l.Mode")},
 	{"", "keys are forgotten while tokens that they signed live", one(prune,
-		"if !s.retired(seq, now) {\n\t\t\tkeep[seq] = true", "if false {\n\t\t\tkeep[seq] = true")},
+		"if seq >= oldest {\n\t\t\tkeep[seq] = true", "if seq > oldest && false {\n\t\t\tkeep[seq] = true")},
 }
