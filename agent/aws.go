@@ -218,15 +218,18 @@ func (s *awsServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		status, code, message = http.StatusMethodNotAllowed, "METHOD_NOT_ALLOWED", "GET only"
 	}
 	if status != 0 {
+		s.cache.counts.requests.add(ListenerAWS, code)
 		writeJSON(w, status, awsError{code, message})
 		return
 	}
 	session, err := s.get(r.Context())
 	if err != nil {
 		status, refusal := awsRefusal(err)
+		s.cache.counts.requests.add(ListenerAWS, refusal.Code)
 		writeJSON(w, status, refusal)
 		return
 	}
+	s.cache.counts.requests.add(ListenerAWS, okay)
 	writeJSON(w, http.StatusOK, awsCredentials{
 		AccessKeyID: session.AccessKeyID, SecretAccessKey: session.SecretAccessKey.Reveal(), Token: session.SessionToken.Reveal(),
 		Expiration: session.Expires.Format(time.RFC3339), RoleArn: s.cfg.Role.ARN,

@@ -150,6 +150,7 @@ func (s *systemdServer) serve(ctx context.Context, conn net.Conn) {
 	if err == nil {
 		_, err = io.WriteString(conn, secret)
 	}
+	s.cache.counts.requests.add(ListenerSystemd, outcome(err))
 	if err != nil {
 		s.log.WarnContext(ctx, "a unit got no credential", "unit", unit, "credential", name, "error", sdk.FromRPC(err))
 		return
