@@ -119,7 +119,7 @@ func (s *awsServer) run(ctx context.Context) error {
 			return fmt.Errorf("serving aws_container: %w", err)
 		case <-every.C:
 			if err := s.rotate(); err != nil { // the old one goes on
-				s.log.WarnContext(ctx, "the authorization token file of aws_container can't be written", "error", err)
+				s.log.WarnContext(ctx, "the authorization token file of aws_container can't be written", "err", err)
 			}
 		}
 	}
@@ -340,7 +340,7 @@ func (s *awsServer) trade(ctx context.Context) (*sts.Session, error) {
 	now := s.now()
 	session, err := sts.Trade(ctx, s.cfg.Role, cred.Token, now)
 	if err != nil {
-		s.log.WarnContext(ctx, "trading a token for a session failed", "role", s.cfg.Role.ARN, "grant", cred.Grant, "error", sdk.FromRPC(err))
+		s.log.WarnContext(ctx, "trading a token for a session failed", "role", s.cfg.Role.ARN, "grant", cred.Grant, "err", sdk.FromRPC(err))
 		return nil, err
 	}
 	s.log.InfoContext(ctx, "traded a token for a session", "role", s.cfg.Role.ARN, "grant", cred.Grant, "expires", session.Expires)

@@ -30,6 +30,9 @@ const (
 	maxEntries = 1024
 	// MaxPrefetch bounds Config.Prefetch: it leaves room for what is asked for.
 	MaxPrefetch = maxEntries / 2
+	// renewFrom and renewTo are between which fractions of a credential's life the agent
+	// renews it, at random.
+	renewFrom, renewTo = sdk.RenewFrom, sdk.RenewTo
 	// idleAfter is how long a credential that nobody asks for is kept fresh: twice
 	// the default life.
 	idleAfter = 10 * time.Minute
@@ -230,7 +233,8 @@ func (c *cache) add(r Request, pinned bool) (*entry, error) {
 		timeout = prefetchTimeout
 	}
 	source, err := sdk.NewTokenSource(sdk.SourceConfig{
-		Fetch:   func(ctx context.Context) (*sdk.Credential, error) { return c.fetch(ctx, e) },
+		Fetch:     func(ctx context.Context) (*sdk.Credential, error) { return c.fetch(ctx, e) },
+		RenewFrom: renewFrom, RenewTo: renewTo,
 		Timeout: timeout, Now: c.now, Boot: c.boot, Jitter: c.jitter,
 		Log: c.log.With("audience", r.Audience),
 	})

@@ -22,6 +22,9 @@ const (
 
 	minBackoff = 500 * time.Millisecond
 	maxBackoff = 15 * time.Second
+	// pauseParts keeps pauses short beside a short life: a twentieth of it at the longest,
+	// while it lasts.
+	pauseParts = 20
 	// maxRetryAfter is the longest pause that a broker's retry_after makes: limits are
 	// raised, and revoked credentials make room, before that is over.
 	maxRetryAfter = time.Minute
@@ -54,6 +57,10 @@ type SourceConfig struct {
 	// goes to those who wait for it, and the next Token fetches anew. Nil means that each
 	// may.
 	Keeps func(*Credential) bool
+
+	// RenewFrom and RenewTo are between which fractions of its life a credential is renewed,
+	// at random. Zero means the constants of these names.
+	RenewFrom, RenewTo float64
 
 	// Timeout bounds one Fetch. Zero means DefaultTimeout.
 	Timeout time.Duration
@@ -127,6 +134,12 @@ func NewTokenSource(cfg SourceConfig) (*TokenSource, error) {
 	}
 	if cfg.Keeps == nil {
 		cfg.Keeps = all
+	}
+	if cfg.RenewFrom == 0 && cfg.RenewTo == 0 {
+		cfg.RenewFrom, cfg.RenewTo = RenewFrom, RenewTo
+	}
+	if cfg.RenewFrom <= 0 || cfg.RenewTo < cfg.RenewFrom || cfg.RenewTo >= 1 {
+		return nil, errors.New("configuring token source: it renews at fractions of a credential's life, in order")
 	}
 	if cfg.Timeout <= 0 {
 		cfg.Timeout = DefaultTimeout
@@ -319,7 +332,7 @@ func (s *TokenSource) land(f *flight, cred *Credential, err error, asked moment)
 	default:
 		s.succeeded()
 		s.current, s.passing = cred, false
-		s.renewAt = time.Duration(float64(cred.left) * (RenewFrom + (RenewTo-RenewFrom)*s.cfg.Jitter()))
+		s.renewAt = time.Duration(float64(cred.left) * (s.cfg.RenewFrom + (s.cfg.RenewTo-s.cfg.RenewFrom)*s.cfg.Jitter()))
 	}
 	close(f.done)
 	s.notify()
@@ -346,7 +359,11 @@ func (s *TokenSource) failure(now moment, err error) {
 	}
 	s.failed, s.at = err, now
 	s.fails++
-	s.pause = min(max(2*s.pause, minBackoff), maxBackoff)
+	longest := maxBackoff
+	if cred := s.valid(now); cred != nil {
+		longest = min(max(cred.left/pauseParts, minBackoff), maxBackoff)
+	}
+	s.pause = min(max(2*s.pause, minBackoff), longest)
 	wait := time.Duration(float64(s.pause) * (0.5 + s.cfg.Jitter()/2))
 	least := minBackoff
 	var refusal *Error
