@@ -376,7 +376,8 @@ func (s *TokenSource) failure(now moment, err error) {
 	if errors.As(err, &refusal) {
 		least = max(least, min(refusal.RetryAfter(), maxRetryAfter))
 	}
-	wait = max(wait, least+time.Duration(float64(least-minBackoff)*s.cfg.Jitter()/4))
+	// Never before the hint, and not all at once after it.
+	wait = max(wait, least+time.Duration(float64(max(minBackoff, least/4))*s.cfg.Jitter()))
 	s.soonest, s.retry = least, wait
 	if s.ctx.Err() == nil {
 		s.cfg.Log.Warn("renewing credential", "err", err, "retry_in", wait, "still_valid", s.valid(now) != nil)
