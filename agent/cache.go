@@ -36,11 +36,9 @@ const (
 	// idleAfter is how long a credential that nobody asks for is kept fresh: twice
 	// the default life.
 	idleAfter = 10 * time.Minute
-	// issueTimeout bounds a call for somebody who waits: shorter than a client's own
-	// default, so that the reason reaches them.
+	// issueTimeout bounds a call: shorter than a client's own default, so that the reason
+	// reaches whoever waits; and it is how soon a broker that doesn't answer is known for it.
 	issueTimeout = 5 * time.Second
-	// prefetchTimeout is for one that nobody waits for yet.
-	prefetchTimeout = time.Minute
 	// maxDead bounds how often in a row the broker may give what the feed says is dead.
 	maxDead = 3
 )
@@ -228,14 +226,10 @@ func (c *cache) prefetch(r Request) error {
 func (c *cache) add(r Request, pinned bool) (*entry, error) {
 	e := &entry{req: r, pinned: pinned, asked: c.now()}
 	e.ctx, e.cancel = context.WithCancel(c.ctx)
-	timeout := issueTimeout
-	if pinned {
-		timeout = prefetchTimeout
-	}
 	source, err := sdk.NewTokenSource(sdk.SourceConfig{
 		Fetch:     func(ctx context.Context) (*sdk.Credential, error) { return c.fetch(ctx, e) },
 		RenewFrom: renewFrom, RenewTo: renewTo,
-		Timeout: timeout, Now: c.now, Boot: c.boot, Jitter: c.jitter,
+		Timeout: issueTimeout, Now: c.now, Boot: c.boot, Jitter: c.jitter,
 		Log: c.log.With("audience", r.Audience),
 	})
 	if err != nil {
