@@ -195,6 +195,10 @@ func New(cfg Config) (*Agent, error) {
 	if err := cfg.validate(); err != nil {
 		return nil, fmt.Errorf("configuring agent: %w", err)
 	}
+	cfg.Upstream = proven{cfg.Upstream, cfg.Source, cfg.Changed}
+	if cfg.Feed != nil {
+		cfg.Feed = proven{cfg.Feed, cfg.Source, cfg.Changed}
+	}
 	a := &Agent{cfg: cfg, k: newKnowledge(cfg.Boot), health: health.NewServer(), stopping: make(chan struct{})}
 	a.cache = &cache{
 		tokens: dayflyv1.NewTokenServiceClient(cfg.Upstream), svids: cfg.Source, judge: a.judge(),
@@ -245,13 +249,13 @@ func (a *Agent) Run(ctx context.Context) error {
 	defer a.cache.close()
 	for _, r := range a.cfg.Prefetch {
 		if err := a.cache.prefetch(r); err != nil {
-			return fmt.Errorf("prefetching: %w", err)
+			return errors.Join(fmt.Errorf("prefetching: %w", err), a.closeListeners())
 		}
 	}
 	aws := &awsServer{cfg: a.cfg.AWS, cache: a.cache, now: a.cfg.Now, log: a.cfg.Log}
 	if a.cfg.AWS != nil {
 		if err := aws.rotate(); err != nil {
-			return fmt.Errorf("writing the authorization token file of aws_container: %w", err)
+			return errors.Join(fmt.Errorf("writing the authorization token file of aws_container: %w", err), a.closeListeners())
 		}
 	}
 	// Before anything that takes time, and after all that may end the start: what it finds

@@ -398,18 +398,21 @@ func (c *cache) dead(e *entry, cred *sdk.Credential) bool {
 	return err != nil || c.judged(&t.Claims)
 }
 
-// judged reports whether claims are dead: revoked, or bound to a certificate that this
-// workload has no longer.
+// judged reports whether claims are dead: revoked, of an identity that the Workload API no
+// longer gives this workload, or bound to a certificate that it has no longer.
 func (c *cache) judged(claims *token.Claims) bool {
 	switch c.judge(revocation.SubjectOf(claims)).Reason {
 	case revocation.Alive, revocation.Ahead:
 	default:
 		return true
 	}
+	svid, err := c.svids.GetX509SVID()
+	if disowned(svid, err, claims) {
+		return true
+	}
 	if claims.Binding != token.BindingX5T {
 		return false
 	}
-	svid, err := c.svids.GetX509SVID()
 	return err == nil && len(svid.Certificates) > 0 && sha256.Sum256(svid.Certificates[0].Raw) != claims.Certificate
 }
 

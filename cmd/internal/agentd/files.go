@@ -176,37 +176,24 @@ func (d *Directory) Validate() error {
 	return errors.Join(errs...)
 }
 
-// checkTargets checks what files and folders are to each other.
-func (c *Config) checkTargets() error {
-	var errs []error
-	targets := c.targets()
-	if len(targets) > deliver.MaxTargets {
-		errs = append(errs, config.Wrong("files", "and directories are at most %d", deliver.MaxTargets))
-	}
-	for i := range targets {
-		for j := range i {
-			if deliver.Overlap(&targets[i], &targets[j]) {
-				key := fmt.Sprintf("files[%d].path", i)
-				if n := i - len(c.Files); n >= 0 {
-					key = fmt.Sprintf("directories[%d].path", n)
-				}
-				errs = append(errs, config.Wrong(key, "is in the way of %s", targets[j].Path))
-			}
-		}
-	}
-	return errors.Join(errs...)
-}
-
 // targets are what the agent delivers to. Owners were looked up by Validate.
-func (c *Config) targets() []deliver.Target {
+func (w *Workload) targets() []deliver.Target {
 	var out []deliver.Target
-	for i := range c.Files {
-		t, _ := c.Files[i].target()
+	for i := range w.Files {
+		t, _ := w.Files[i].target()
 		out = append(out, t)
 	}
-	for i := range c.Directories {
-		t, _ := c.Directories[i].target()
+	for i := range w.Directories {
+		t, _ := w.Directories[i].target()
 		out = append(out, t)
 	}
 	return out
+}
+
+// targetKey is where the file says the i-th target.
+func (w *Workload) targetKey(i int) string {
+	if n := i - len(w.Files); n >= 0 {
+		return fmt.Sprintf("directories[%d].path", n)
+	}
+	return fmt.Sprintf("files[%d].path", i)
 }
