@@ -24,7 +24,8 @@ import (
 // accessTokenType names what is given out (RFC 8693 section 3).
 const accessTokenType = "urn:ietf:params:oauth:token-type:access_token"
 
-type doorKey struct{}
+// connKey is of the connection of a request, in its context.
+type connKey struct{}
 
 func (a *Agent) serveHTTP() {
 	mux := http.NewServeMux()
@@ -37,16 +38,15 @@ func (a *Agent) serveHTTP() {
 	mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
 		writeError(w, refuse(codes.NotFound, "NO_SUCH_ENDPOINT", "there is nothing here for this method", "GET /v1/token?audience=..., POST /v1/exchange, GET /healthz, GET /readyz"))
 	})
-	door := door{a.cfg.AllowedUIDs}
 	a.http = &http.Server{
-		Handler:           guard(mux),
+		Handler:           a.guard(mux),
 		ReadHeaderTimeout: 5 * time.Second,
 		ReadTimeout:       10 * time.Second,
 		WriteTimeout:      30 * time.Second,
 		IdleTimeout:       2 * time.Minute,
 		MaxHeaderBytes:    16 << 10,
 		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
-			return context.WithValue(ctx, doorKey{}, door.admit(conn))
+			return context.WithValue(ctx, connKey{}, conn)
 		},
 	}
 }
@@ -54,11 +54,11 @@ func (a *Agent) serveHTTP() {
 // guard refuses peers by the kernel's word, and what a browser or a proxy brings: the
 // socket is for programs beside the agent, and whoever is led to it by a web page isn't
 // one of them.
-func guard(next http.Handler) http.Handler {
+func (a *Agent) guard(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Cache-Control", "no-store")
 		w.Header().Set("X-Content-Type-Options", "nosniff")
-		if err, _ := r.Context().Value(doorKey{}).(error); err != nil {
+		if err := a.door.admit(r.Context().Value(connKey{}).(net.Conn)); err != nil {
 			writeError(w, err)
 			return
 		}
