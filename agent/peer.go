@@ -7,8 +7,10 @@ import (
 	"net"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync/atomic"
 
+	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
@@ -143,6 +145,15 @@ func admitted(ctx context.Context) error {
 		return refuse(codes.PermissionDenied, "PEER_UNKNOWN", "no peer credentials", "")
 	}
 	return local.door.admit(local.conn)
+}
+
+// countUnary counts what is asked of the TokenService.
+func (a *Agent) countUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
+	resp, err := handle(ctx, req)
+	if strings.HasPrefix(info.FullMethod, "/"+dayflyv1.TokenService_ServiceDesc.ServiceName+"/") {
+		a.CountRequest(ListenerGRPC, err)
+	}
+	return resp, err
 }
 
 func admitUnary(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
