@@ -58,6 +58,7 @@ func Command() *cobra.Command {
 			"what is revoked at once and relays the feed to verifiers beside it.\n\n" +
 			"Exit codes: 0 it was told to stop, 1 it failed, 2 the command line or the configuration is wrong.",
 		Example: "  dayfly-agent --config /etc/dayfly/agent.yaml\n" +
+			"  dayfly-agent status\n" +
 			"  dayfly-agent --broker broker:8443 --broker-id spiffe://example.org/dayfly/broker \\\n" +
 			"    --grpc-socket /run/dayfly/agent.sock --prefetch orders=orders:read",
 		Args:          cobra.NoArgs,
@@ -72,6 +73,7 @@ func Command() *cobra.Command {
 		},
 	}
 	f.add(cmd)
+	cmd.AddCommand(statusCommand())
 	return cmd
 }
 
@@ -187,9 +189,9 @@ func serve(ctx context.Context, cfg *Config, stderr io.Writer) (err error) {
 func newLog(cfg Log, w io.Writer) *slog.Logger {
 	options := &slog.HandlerOptions{Level: cfg.Level}
 	if cfg.Format == "text" {
-		return slog.New(slog.NewTextHandler(w, options))
+		return slog.New(agent.QuietLog(slog.NewTextHandler(w, options)))
 	}
-	return slog.New(slog.NewJSONHandler(w, options))
+	return slog.New(agent.QuietLog(slog.NewJSONHandler(w, options)))
 }
 
 // serveMetrics answers GET /metrics until ctx ends.
@@ -197,7 +199,7 @@ func serveMetrics(ctx context.Context, all []*workload, several bool, l net.List
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-		_ = writeMetrics(w, all, several) // to one who has gone, perhaps
+		_ = agent.WriteMetrics(w, metricsOf(all, several)...) // to one who has gone, perhaps
 	})
 	server := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 10 * time.Second, MaxHeaderBytes: 16 << 10}
 	stop := context.AfterFunc(ctx, func() { _ = server.Close() })
@@ -206,4 +208,18 @@ func serveMetrics(ctx context.Context, all []*workload, several bool, l net.List
 		return fmt.Errorf("serving metrics: %w", err)
 	}
 	return nil
+}
+
+// metricsOf is the one place where the metrics of several workloads meet: with a label that
+// says whose a sample is, where there are several.
+func metricsOf(all []*workload, several bool) []agent.Metrics {
+	var out []agent.Metrics
+	for _, w := range all {
+		m := w.agent.Metrics()
+		if several {
+			m = m.With("workload", w.name)
+		}
+		out = append(out, m)
+	}
+	return out
 }

@@ -47,6 +47,12 @@ type Sockets struct {
 	Mode        config.Mode `yaml:"mode"`
 	Group       string      `yaml:"group"`
 	AllowedUIDs []uint32    `yaml:"allowed_uids"`
+	AllowedGIDs []uint32    `yaml:"allowed_gids"`
+	Executables []string    `yaml:"allowed_executables"`
+}
+
+func (s *Sockets) allow() agent.Allow {
+	return agent.Allow{UIDs: s.AllowedUIDs, GIDs: s.AllowedGIDs, Executables: s.Executables}
 }
 
 // Prefetch is a credential that is kept fresh before anyone asks.
@@ -155,6 +161,10 @@ func (s *Sockets) Validate() error {
 		if _, err := groupID(s.Group); err != nil {
 			errs = append(errs, config.Wrong("group", "%v", err))
 		}
+	}
+	allow := s.allow()
+	if err := allow.Validate(); err != nil {
+		errs = append(errs, config.Wrong("allowed_executables", "%v", err))
 	}
 	return errors.Join(errs...)
 }

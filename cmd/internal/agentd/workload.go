@@ -44,7 +44,7 @@ func newWorkload(cfg *Config, w *Workload, identity *agent.Identity, log *slog.L
 	}
 	agentCfg := agent.Config{
 		Upstream: client.Conn(), Source: identity, Changed: identity.Changed,
-		GRPC: out.sockets.grpc, HTTP: out.sockets.http, AllowedUIDs: w.Sockets.AllowedUIDs,
+		GRPC: out.sockets.grpc, HTTP: out.sockets.http, Allow: w.Sockets.allow(),
 		Prefetch: w.requests(), Files: w.targets(), NoFeed: !cfg.Feed.Follow, MaxStaleness: cfg.Feed.MaxStaleness,
 		Audiences: cfg.Feed.Audiences, MaxStreams: cfg.Feed.MaxStreams, Log: log,
 		BrokerID: cfg.Broker.ID, Bundles: identity, Relay: out.sockets.relay, RelayAllow: allow,
