@@ -431,12 +431,15 @@ func (c *cache) dead(e *entry, cred *sdk.Credential) bool {
 	return err != nil || c.judged(&t.Claims)
 }
 
-// judged reports whether claims are dead: revoked, or bound to a certificate that this
-// workload has no longer.
+// judged reports whether claims are dead: revoked, of an identity that the Workload API no
+// longer gives this workload, or bound to a certificate that it has no longer.
 func (c *cache) judged(claims *token.Claims) bool {
 	switch c.judge(revocation.SubjectOf(claims)).Reason {
 	case revocation.Alive, revocation.Ahead:
 	default:
+		return true
+	}
+	if svid, err := c.svids.GetX509SVID(); disowned(svid, err, claims) {
 		return true
 	}
 	return c.outdated(claims)
