@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -238,6 +239,11 @@ func Overlap(a, b *Target) bool {
 // Open looks at every target's place: what an earlier process left there stays if it is
 // alive as far as it says itself, and goes if not. After an error nothing is left.
 func (d *Deliverer) Open() error { return open(d.targets) }
+
+// Try is Open for all but the targets at these paths, which somebody else delivers to now.
+func (d *Deliverer) Try(except []string) error {
+	return open(slices.DeleteFunc(slices.Clone(d.targets), func(t *target) bool { return slices.Contains(except, t.spec.Path) }))
+}
 
 func open(targets []*target) error {
 	var errs []error
