@@ -41,7 +41,11 @@ func (a *Agent) Apply(s Settings) error {
 	select {
 	case <-a.running:
 	case <-a.ended:
+	}
+	select {
+	case <-a.ended:
 		return errors.New("changing settings: the agent has ended")
+	default:
 	}
 	old := a.live.Load()
 	err := a.cache.pin(next.Prefetch)

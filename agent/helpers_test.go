@@ -397,13 +397,20 @@ func newDomain(t *testing.T) *spiffetest.TrustDomain {
 // start runs an agent for payments. With no broker, nobody is at its broker's address.
 func start(t *testing.T, td *spiffetest.TrustDomain, b *broker, change func(*agent.Config)) *fixture {
 	t.Helper()
+	var a *agent.Agent
+	return startAgent(t, td, b, change, &a)
+}
+
+// startAgent is start for a test that needs the agent itself.
+func startAgent(t *testing.T, td *spiffetest.TrustDomain, b *broker, change func(*agent.Config), out **agent.Agent) *fixture {
+	t.Helper()
 	addr, err := td.Workload(payments)
 	if err != nil {
 		t.Fatal(err)
 	}
 	f := &fixture{T: t, td: td, broker: b, dir: tempDir(t), done: make(chan error, 1)}
 	f.grpc, f.http = filepath.Join(f.dir, "g.sock"), filepath.Join(f.dir, "h.sock")
-	identity := agent.NewIdentity(addr, nil)
+	identity := agent.NewIdentities(addr, nil).Identity(payments)
 	client, err := sdk.New(sdk.Config{Address: b.addr, Source: identity, BrokerID: brokerID})
 	if err != nil {
 		t.Fatal(err)
@@ -419,6 +426,7 @@ func start(t *testing.T, td *spiffetest.TrustDomain, b *broker, change func(*age
 	if err != nil {
 		t.Fatal(err)
 	}
+	*out = a
 	ctx, cancel := context.WithCancel(context.Background())
 	f.cancel = cancel
 	var wg sync.WaitGroup
