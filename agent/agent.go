@@ -8,6 +8,8 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/dayflyhq/dayfly/agent/deliver"
@@ -91,7 +93,7 @@ type Config struct {
 	// given out until it expires, to be refused by every verifier.
 	NoFeed bool
 	// MaxStaleness is the bound that the agent states as a subscriber, and the age
-	// beyond which it says that it isn't ready. Zero means wire.DefaultBound.
+	// beyond which it says that its knowledge is old. Zero means wire.DefaultBound.
 	MaxStaleness time.Duration
 	// Audiences are what the agent follows for where policy doesn't let it relay. A
 	// relay needs none.
@@ -99,6 +101,9 @@ type Config struct {
 	// MaxStreams bounds the verifiers that follow at once. Zero means
 	// DefaultMaxStreams.
 	MaxStreams int
+
+	// Configuration says how reading the configuration went, for Report. Nil: it isn't told.
+	Configuration func() ConfigurationInfo
 
 	// Now is the clock that credentials are aged with. Nil means time.Now.
 	Now func() time.Time
@@ -186,13 +191,18 @@ type Agent struct {
 	remote   *grpc.Server // for verifiers on other hosts, nil for none
 	http     *http.Server
 	stopping chan struct{} // closed when Run begins to stop
+	running  chan struct{} // closed when Run serves
+	ended    chan struct{} // closed when Run returns
+	live     atomic.Pointer[Settings]
+	applying sync.Mutex
 	started  time.Time
 }
 
 // New returns an agent. It starts nothing and calls nobody.
 func New(cfg Config) (*Agent, error) {
 	cfg.setDefaults()
-	cfg.Prefetch = append(cfg.Prefetch[:len(cfg.Prefetch):len(cfg.Prefetch)], filesRequests(cfg.Files)...)
+	settings := Settings{cfg.Allow, cfg.Prefetch, cfg.Files, cfg.MaxStaleness}
+	cfg.Prefetch = settings.pins()
 	if err := cfg.validate(); err != nil {
 		return nil, fmt.Errorf("configuring agent: %w", err)
 	}
@@ -200,7 +210,8 @@ func New(cfg Config) (*Agent, error) {
 	if cfg.Feed != nil {
 		cfg.Feed = proven{cfg.Feed, cfg.Source, cfg.Changed}
 	}
-	a := &Agent{cfg: cfg, k: newKnowledge(cfg.Boot), door: newDoor(cfg.Allow), health: health.NewServer(), stopping: make(chan struct{}), started: cfg.Now()}
+	a := &Agent{cfg: cfg, k: newKnowledge(cfg.Boot), door: newDoor(cfg.Allow), health: health.NewServer(), stopping: make(chan struct{}), running: make(chan struct{}), ended: make(chan struct{}), started: cfg.Now()}
+	a.live.Store(&settings)
 	a.cache = &cache{
 		tokens: dayflyv1.NewTokenServiceClient(cfg.Upstream), svids: cfg.Source, judge: a.judge(),
 		now: cfg.Now, boot: cfg.Boot, jitter: cfg.Jitter, log: cfg.Log, counts: &a.counts,
@@ -214,7 +225,7 @@ func New(cfg Config) (*Agent, error) {
 	}
 	a.follower = &follower{
 		client: dayflyv1.NewFeedServiceClient(above), distrusts: cfg.Feed != nil, k: a.k, instance: rand.Text(), audiences: cfg.Audiences,
-		bound: cfg.MaxStaleness, rotated: cfg.Changed, applied: a.cache.sweep, log: cfg.Log, counts: &a.counts,
+		bound: func() time.Duration { return a.live.Load().MaxStaleness }, rebound: make(chan struct{}, 1), rotated: cfg.Changed, applied: a.cache.sweep, log: cfg.Log, counts: &a.counts,
 	}
 	var err error
 	if a.files, err = a.deliverer(); err != nil {
@@ -246,12 +257,11 @@ func (a *Agent) serveGRPC() {
 // Run serves until ctx ends or a socket fails. When it returns everything that it
 // started has ended and its sockets are gone. It may be called once.
 func (a *Agent) Run(ctx context.Context) error {
+	defer close(a.ended)
 	a.cache.open()
 	defer a.cache.close()
-	for _, r := range a.cfg.Prefetch {
-		if err := a.cache.prefetch(r); err != nil {
-			return errors.Join(fmt.Errorf("prefetching: %w", err), a.closeListeners())
-		}
+	if err := a.cache.pin(a.cfg.Prefetch); err != nil {
+		return errors.Join(fmt.Errorf("prefetching: %w", err), a.closeListeners())
 	}
 	aws := &awsServer{cfg: a.cfg.AWS, cache: a.cache, now: a.cfg.Now, log: a.cfg.Log}
 	if a.cfg.AWS != nil {
@@ -303,6 +313,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	group.Go(func() error { a.look(ctx); return nil })
 	group.Go(func() error { <-ctx.Done(); a.stop(); return nil })
 	a.cfg.Log.InfoContext(ctx, "serving", "grpc", address(a.cfg.GRPC), "http", address(a.cfg.HTTP), "relay", address(a.cfg.Relay))
+	close(a.running)
 	return group.Wait()
 }
 

@@ -220,18 +220,38 @@ func (c *cache) close() {
 	c.wg.Wait()
 }
 
-// prefetch keeps a credential whether or not anyone asks for it.
-func (c *cache) prefetch(r Request) error {
+// pin keeps these credentials whether or not anyone asks for them, and no others: those
+// that were pinned before are kept while somebody asks.
+func (c *cache) pin(requests []Request) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if _, ok := c.entries[r.key()]; ok {
-		return nil
+	if c.ctx.Err() != nil {
+		return stopping()
 	}
-	e, err := c.add(r, true)
-	if err == nil {
+	wanted := map[string]bool{}
+	for _, r := range requests {
+		wanted[r.key()] = true
+	}
+	for key, e := range c.entries {
+		if e.pinned && !wanted[key] {
+			e.pinned, e.asked = false, c.now()
+		}
+	}
+	for _, r := range requests {
+		e, ok := c.entries[r.key()]
+		if !ok {
+			if err := c.makeRoom(); err != nil {
+				return err
+			}
+			var err error
+			if e, err = c.add(r, true); err != nil {
+				return err
+			}
+		}
+		e.pinned = true
 		c.keep(e)
 	}
-	return err
+	return nil
 }
 
 // add makes an entry; mu is held.

@@ -410,7 +410,7 @@ func start(t *testing.T, td *spiffetest.TrustDomain, b *broker, change func(*age
 	}
 	f := &fixture{T: t, td: td, broker: b, dir: tempDir(t), done: make(chan error, 1)}
 	f.grpc, f.http = filepath.Join(f.dir, "g.sock"), filepath.Join(f.dir, "h.sock")
-	identity := agent.NewIdentity(addr, nil)
+	identity := agent.NewIdentities(addr, nil).Identity(payments)
 	client, err := sdk.New(sdk.Config{Address: b.addr, Source: identity, BrokerID: brokerID})
 	if err != nil {
 		t.Fatal(err)

@@ -272,7 +272,7 @@ func (a *Agent) Metrics() Metrics {
 	}
 	m = append(m,
 		counter("dayfly_agent_clock_jumps_total", "Times that the machine had slept, or that its clock was set.", c.jumps.Load()),
-		gauge("dayfly_agent_files", "Files and folders of files to deliver.", float64(len(a.cfg.Files))),
+		gauge("dayfly_agent_files", "Files and folders of files to deliver.", float64(len(a.live.Load().Files))),
 		gauge("dayfly_agent_files_present", "Those that are on disk.", float64(a.present())),
 		gauge("dayfly_agent_files_failing", "Those that can't be written or removed, or whose program can't be told.", float64(a.failing())),
 		counter("dayfly_agent_file_writes_total", "Times that one was written.", files.Written.Load()),

@@ -66,6 +66,11 @@ func (w *Workload) requests() []agent.Request {
 	return out
 }
 
+// settings are what can change while it runs.
+func (w *Workload) settings(cfg *Config) agent.Settings {
+	return agent.Settings{Allow: w.Sockets.allow(), Prefetch: w.requests(), Files: w.targets(), MaxStaleness: cfg.Feed.MaxStaleness}
+}
+
 // placed is a workload and what its keys begin with in the file.
 type placed struct {
 	*Workload
@@ -82,6 +87,14 @@ func (c *Config) all() []placed {
 		out[i] = placed{&c.Workloads[i], fmt.Sprintf("workloads[%d].", i)}
 	}
 	return out
+}
+
+// relayOf is the relay if this workload's SVID is what it shows, else none.
+func (c *Config) relayOf(w *Workload) Relay {
+	if c.several() && c.Feed.Relay.Workload != w.name() {
+		return Relay{}
+	}
+	return c.Feed.Relay
 }
 
 // several says whether names are needed to tell workloads apart.
