@@ -186,6 +186,7 @@ type Agent struct {
 	remote   *grpc.Server // for verifiers on other hosts, nil for none
 	http     *http.Server
 	stopping chan struct{} // closed when Run begins to stop
+	started  time.Time
 }
 
 // New returns an agent. It starts nothing and calls nobody.
@@ -195,10 +196,10 @@ func New(cfg Config) (*Agent, error) {
 	if err := cfg.validate(); err != nil {
 		return nil, fmt.Errorf("configuring agent: %w", err)
 	}
-	a := &Agent{cfg: cfg, k: newKnowledge(cfg.Boot), health: health.NewServer(), stopping: make(chan struct{})}
+	a := &Agent{cfg: cfg, k: newKnowledge(cfg.Boot), health: health.NewServer(), stopping: make(chan struct{}), started: cfg.Now()}
 	a.cache = &cache{
 		tokens: dayflyv1.NewTokenServiceClient(cfg.Upstream), svids: cfg.Source, judge: a.judge(),
-		now: cfg.Now, jitter: cfg.Jitter, log: cfg.Log, counts: &a.counts,
+		now: cfg.Now, boot: cfg.Boot, jitter: cfg.Jitter, log: cfg.Log, counts: &a.counts,
 	}
 	if !cfg.BrokerID.IsZero() && cfg.Bundles != nil {
 		a.k.verify = cfg.verifyHead
@@ -227,7 +228,7 @@ func (a *Agent) serveGRPC() {
 		grpc.MaxRecvMsgSize(maxReceiveBytes),
 		grpc.MaxConcurrentStreams(uint32(a.cfg.MaxStreams)+maxEntries),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
-		grpc.ChainUnaryInterceptor(admitUnary),
+		grpc.ChainUnaryInterceptor(a.countUnary, admitUnary),
 		grpc.ChainStreamInterceptor(admitStream),
 		grpc.WaitForHandlers(true),
 	)
@@ -365,15 +366,17 @@ func (a *Agent) look(ctx context.Context) {
 	every := time.NewTicker(lookEvery)
 	defer every.Stop()
 	tidied := a.cfg.Now()
-	ready := false
+	var state State
+	clocks := a.beat()
 	rotated := a.cfg.Changed()
 	for {
 		status := a.Status()
 		a.report(status)
-		if status.Ready != ready {
-			ready = status.Ready
-			a.cfg.Log.InfoContext(ctx, "readiness changed", "ready", ready, "waiting_for", status.waiting())
+		if status.State != state {
+			a.tell(ctx, state, status)
+			state = status.State
 		}
+		clocks = a.jumped(ctx, clocks)
 		if now := a.cfg.Now(); now.Sub(tidied) > tidyEvery {
 			tidied = now
 			a.cache.tidy()
@@ -382,7 +385,7 @@ func (a *Agent) look(ctx context.Context) {
 		a.k.mu.Lock()
 		changed := a.k.changed
 		a.k.mu.Unlock()
-		if ready {
+		if state == Ready {
 			changed = nil // it can only become unready with time
 		}
 		select {

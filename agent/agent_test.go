@@ -137,15 +137,20 @@ func TestBrokerAway(t *testing.T) {
 	if _, err := c.Issue(t.Context(), sdk.Request{Audience: "ledger"}); reason(err) != "BROKER_UNREACHABLE" || status.Code(err) != codes.Unavailable {
 		t.Errorf("nothing in memory: got %v, want BROKER_UNREACHABLE", err)
 	}
-	eventually(t, "unreadiness", func() error { // its knowledge grows old
+	eventually(t, "its knowledge to grow old", func() error { // which takes nobody out of service
 		code, body, _ := f.get("/readyz")
-		if code != http.StatusServiceUnavailable || !strings.Contains(fmt.Sprint(body), "proof") {
+		if code != http.StatusOK || body["state"] != "serving" || !strings.Contains(fmt.Sprint(body), "proof") {
 			return fmt.Errorf("%d %v", code, body)
 		}
 		return nil
 	})
 	b.restart()
-	f.ready()
+	eventually(t, "readiness", func() error {
+		if _, body, _ := f.get("/readyz"); body["state"] != "ready" {
+			return fmt.Errorf("%v", body)
+		}
+		return nil
+	})
 	f.issue(c, sdk.Request{Audience: "ledger"})
 }
 

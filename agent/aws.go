@@ -119,7 +119,7 @@ func (s *awsServer) run(ctx context.Context) error {
 			return fmt.Errorf("serving aws_container: %w", err)
 		case <-every.C:
 			if err := s.rotate(); err != nil { // the old one goes on
-				s.log.WarnContext(ctx, "the authorization token file of aws_container can't be written", "error", err)
+				s.log.WarnContext(ctx, "the authorization token file of aws_container can't be written", "err", err)
 			}
 		}
 	}
@@ -218,15 +218,18 @@ func (s *awsServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		status, code, message = http.StatusMethodNotAllowed, "METHOD_NOT_ALLOWED", "GET only"
 	}
 	if status != 0 {
+		s.cache.counts.requests.add(ListenerAWS, code)
 		writeJSON(w, status, awsError{code, message})
 		return
 	}
 	session, err := s.get(r.Context())
 	if err != nil {
 		status, refusal := awsRefusal(err)
+		s.cache.counts.requests.add(ListenerAWS, refusal.Code)
 		writeJSON(w, status, refusal)
 		return
 	}
+	s.cache.counts.requests.add(ListenerAWS, okay)
 	writeJSON(w, http.StatusOK, awsCredentials{
 		AccessKeyID: session.AccessKeyID, SecretAccessKey: session.SecretAccessKey.Reveal(), Token: session.SessionToken.Reveal(),
 		Expiration: session.Expires.Format(time.RFC3339), RoleArn: s.cfg.Role.ARN,
@@ -337,7 +340,7 @@ func (s *awsServer) trade(ctx context.Context) (*sts.Session, error) {
 	now := s.now()
 	session, err := sts.Trade(ctx, s.cfg.Role, cred.Token, now)
 	if err != nil {
-		s.log.WarnContext(ctx, "trading a token for a session failed", "role", s.cfg.Role.ARN, "grant", cred.Grant, "error", sdk.FromRPC(err))
+		s.log.WarnContext(ctx, "trading a token for a session failed", "role", s.cfg.Role.ARN, "grant", cred.Grant, "err", sdk.FromRPC(err))
 		return nil, err
 	}
 	s.log.InfoContext(ctx, "traded a token for a session", "role", s.cfg.Role.ARN, "grant", cred.Grant, "expires", session.Expires)

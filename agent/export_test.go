@@ -4,6 +4,7 @@ import (
 	"context"
 	"time"
 
+	"github.com/dayflyhq/dayfly/proto/revocation"
 	"github.com/dayflyhq/dayfly/sdk"
 )
 
@@ -21,3 +22,12 @@ func NewAWSAuthorization(path string, now func() time.Time) (rotate func() error
 
 // ParseUnit reads the address of systemd's end.
 var ParseUnit = parseUnit
+
+// RenewFrom and RenewTo are the window of renewal.
+const RenewFrom, RenewTo = renewFrom, renewTo
+
+// JudgeBy sets what is judged by in place of the feed, before Run.
+func (a *Agent) JudgeBy(judge func(revocation.Subject) revocation.Verdict) { a.cache.judge = judge }
+
+// Sweep is what the feed does once it has applied records.
+func (a *Agent) Sweep(ctx context.Context) { a.cache.sweep(ctx) }

@@ -5,7 +5,9 @@ import (
 	"fmt"
 	"net"
 	"slices"
+	"strings"
 
+	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
@@ -74,6 +76,15 @@ func admitted(ctx context.Context) error {
 		return refuse(codes.PermissionDenied, "PEER_UNKNOWN", "no peer credentials", "")
 	}
 	return local.refusal
+}
+
+// countUnary counts what is asked of the TokenService.
+func (a *Agent) countUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
+	resp, err := handle(ctx, req)
+	if strings.HasPrefix(info.FullMethod, "/"+dayflyv1.TokenService_ServiceDesc.ServiceName+"/") {
+		a.CountRequest(ListenerGRPC, err)
+	}
+	return resp, err
 }
 
 func admitUnary(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {

@@ -128,7 +128,7 @@ func (s *systemdServer) run(ctx context.Context) error {
 			if errors.Is(err, net.ErrClosed) {
 				return fmt.Errorf("serving systemd: %w", err)
 			}
-			s.log.WarnContext(ctx, "systemd's socket can't take a connection now", "error", err)
+			s.log.WarnContext(ctx, "systemd's socket can't take a connection now", "err", err)
 			time.Sleep(100 * time.Millisecond) // out of file descriptors, perhaps
 			continue
 		}
@@ -150,8 +150,9 @@ func (s *systemdServer) serve(ctx context.Context, conn net.Conn) {
 	if err == nil {
 		_, err = io.WriteString(conn, secret)
 	}
+	s.cache.counts.requests.add(ListenerSystemd, outcome(err))
 	if err != nil {
-		s.log.WarnContext(ctx, "a unit got no credential", "unit", unit, "credential", name, "error", sdk.FromRPC(err))
+		s.log.WarnContext(ctx, "a unit got no credential", "unit", unit, "credential", name, "err", sdk.FromRPC(err))
 		return
 	}
 	s.log.InfoContext(ctx, "a unit got a credential", "unit", unit, "credential", name)

@@ -59,6 +59,7 @@ func Command() *cobra.Command {
 			"what is revoked at once and relays the feed to verifiers beside it.\n\n" +
 			"Exit codes: 0 it was told to stop, 1 it failed, 2 the command line or the configuration is wrong.",
 		Example: "  dayfly-agent --config /etc/dayfly/agent.yaml\n" +
+			"  dayfly-agent status\n" +
 			"  dayfly-agent --broker broker:8443 --broker-id spiffe://example.org/dayfly/broker \\\n" +
 			"    --grpc-socket /run/dayfly/agent.sock --prefetch orders=orders:read",
 		Args:          cobra.NoArgs,
@@ -73,6 +74,7 @@ func Command() *cobra.Command {
 		},
 	}
 	f.add(cmd)
+	cmd.AddCommand(statusCommand())
 	return cmd
 }
 
@@ -210,9 +212,9 @@ func upstream(cfg *Config, identity *agent.Identity) (*sdk.Client, error) {
 func newLog(cfg Log, w io.Writer) *slog.Logger {
 	options := &slog.HandlerOptions{Level: cfg.Level}
 	if cfg.Format == "text" {
-		return slog.New(slog.NewTextHandler(w, options))
+		return slog.New(agent.QuietLog(slog.NewTextHandler(w, options)))
 	}
-	return slog.New(slog.NewJSONHandler(w, options))
+	return slog.New(agent.QuietLog(slog.NewJSONHandler(w, options)))
 }
 
 // listeners are all that the process listens on; nil for what isn't configured.
