@@ -294,9 +294,9 @@ func (c *Client) credential(m *dayflyv1.Credential, asked moment) (*Credential, 
 	// A broker's answer is new, so its life begins no earlier than the call: our own
 	// clock may be off by any amount. An agent's answer may come from its memory, but
 	// its clock is ours.
-	out.left = out.Expires.Sub(out.IssuedAt)
+	out.left = wire.Life(m)
 	if c.cfg.unix() {
-		out.left = min(out.left, out.Expires.Sub(asked.time))
+		out.left = min(out.Expires.Sub(out.IssuedAt), out.Expires.Sub(asked.time))
 	}
 	return out, nil
 }
