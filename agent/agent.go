@@ -72,9 +72,8 @@ type Config struct {
 	// RelayAllow names who may follow there: identities, subtrees and trust domains.
 	Relay      net.Listener
 	RelayAllow []revocation.Selector
-	// AllowedUIDs are the users that may call, by the kernel's word (Linux). Empty:
-	// whom the sockets' mode lets connect.
-	AllowedUIDs []uint32
+	// Allow is who may call on them.
+	Allow Allow
 
 	// Prefetch are credentials that are fetched at start and kept fresh whether or not
 	// anyone asks.
@@ -138,7 +137,7 @@ func (c *Config) validate() error {
 	if len(c.Prefetch) > MaxPrefetch {
 		errs = append(errs, fmt.Errorf("prefetch: at most %d, those of files included", MaxPrefetch))
 	}
-	errs = append(errs, c.AWS.validate(), c.Systemd.validate())
+	errs = append(errs, c.Allow.Validate(), c.AWS.validate(), c.Systemd.validate())
 	for _, a := range c.Audiences {
 		if err := token.ValidateAudience(a); err != nil {
 			errs = append(errs, fmt.Errorf("audiences: %w", err))
@@ -180,6 +179,7 @@ type Agent struct {
 	cache    *cache
 	follower *follower
 	files    *deliver.Deliverer
+	door     *door // of GRPC and HTTP
 	counts   counters
 	health   *health.Server
 	grpc     *grpc.Server
@@ -196,7 +196,11 @@ func New(cfg Config) (*Agent, error) {
 	if err := cfg.validate(); err != nil {
 		return nil, fmt.Errorf("configuring agent: %w", err)
 	}
-	a := &Agent{cfg: cfg, k: newKnowledge(cfg.Boot), health: health.NewServer(), stopping: make(chan struct{}), started: cfg.Now()}
+	cfg.Upstream = proven{cfg.Upstream, cfg.Source, cfg.Changed}
+	if cfg.Feed != nil {
+		cfg.Feed = proven{cfg.Feed, cfg.Source, cfg.Changed}
+	}
+	a := &Agent{cfg: cfg, k: newKnowledge(cfg.Boot), door: newDoor(cfg.Allow), health: health.NewServer(), stopping: make(chan struct{}), started: cfg.Now()}
 	a.cache = &cache{
 		tokens: dayflyv1.NewTokenServiceClient(cfg.Upstream), svids: cfg.Source, judge: a.judge(),
 		now: cfg.Now, boot: cfg.Boot, jitter: cfg.Jitter, log: cfg.Log, counts: &a.counts,
@@ -224,7 +228,7 @@ func New(cfg Config) (*Agent, error) {
 
 func (a *Agent) serveGRPC() {
 	a.grpc = grpc.NewServer(
-		grpc.Creds(peerCredentials{door{a.cfg.AllowedUIDs}}),
+		grpc.Creds(peerCredentials{a.door}),
 		grpc.MaxRecvMsgSize(maxReceiveBytes),
 		grpc.MaxConcurrentStreams(uint32(a.cfg.MaxStreams)+maxEntries),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
@@ -246,13 +250,13 @@ func (a *Agent) Run(ctx context.Context) error {
 	defer a.cache.close()
 	for _, r := range a.cfg.Prefetch {
 		if err := a.cache.prefetch(r); err != nil {
-			return fmt.Errorf("prefetching: %w", err)
+			return errors.Join(fmt.Errorf("prefetching: %w", err), a.closeListeners())
 		}
 	}
 	aws := &awsServer{cfg: a.cfg.AWS, cache: a.cache, now: a.cfg.Now, log: a.cfg.Log}
 	if a.cfg.AWS != nil {
 		if err := aws.rotate(); err != nil {
-			return fmt.Errorf("writing the authorization token file of aws_container: %w", err)
+			return errors.Join(fmt.Errorf("writing the authorization token file of aws_container: %w", err), a.closeListeners())
 		}
 	}
 	// Before anything that takes time, and after all that may end the start: what it finds

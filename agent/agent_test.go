@@ -477,7 +477,7 @@ func TestLargeMessage(t *testing.T) {
 func TestPeerUIDRefused(t *testing.T) {
 	td := newDomain(t)
 	uid := uint32(os.Getuid())
-	f := start(t, td, newBroker(t, td), func(c *agent.Config) { c.AllowedUIDs = []uint32{uid + 1} })
+	f := start(t, td, newBroker(t, td), func(c *agent.Config) { c.Allow.UIDs = []uint32{uid + 1} })
 	_, err := f.client().Issue(t.Context(), sdk.Request{Audience: "orders"})
 	if reason(err) != "PEER_NOT_ALLOWED" || status.Code(err) != codes.PermissionDenied {
 		t.Errorf("issue: %v", err)
@@ -495,7 +495,7 @@ func TestPeerUIDRefused(t *testing.T) {
 	if code, body, _ := f.get("/v1/token?audience=orders"); code != http.StatusForbidden || body["reason"] != "PEER_NOT_ALLOWED" {
 		t.Errorf("http: %d %v", code, body)
 	}
-	allowed := start(t, td, f.broker, func(c *agent.Config) { c.AllowedUIDs = []uint32{uid} })
+	allowed := start(t, td, f.broker, func(c *agent.Config) { c.Allow.UIDs = []uint32{uid} })
 	allowed.issue(allowed.client(), sdk.Request{Audience: "orders"})
 }
 

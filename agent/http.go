@@ -24,7 +24,8 @@ import (
 // accessTokenType names what is given out (RFC 8693 section 3).
 const accessTokenType = "urn:ietf:params:oauth:token-type:access_token"
 
-type doorKey struct{}
+// connKey is of the connection of a request, in its context.
+type connKey struct{}
 
 func (a *Agent) serveHTTP() {
 	mux := http.NewServeMux()
@@ -38,7 +39,6 @@ func (a *Agent) serveHTTP() {
 	mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
 		writeError(w, refuse(codes.NotFound, "NO_SUCH_ENDPOINT", "there is nothing here for this method", "GET /v1/token?audience=..., POST /v1/exchange, GET /v1/status, GET /healthz, GET /readyz"))
 	})
-	door := door{a.cfg.AllowedUIDs}
 	a.http = &http.Server{
 		Handler:           a.guard(mux),
 		ReadHeaderTimeout: 5 * time.Second,
@@ -47,7 +47,7 @@ func (a *Agent) serveHTTP() {
 		IdleTimeout:       2 * time.Minute,
 		MaxHeaderBytes:    16 << 10,
 		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
-			return context.WithValue(ctx, doorKey{}, door.admit(conn))
+			return context.WithValue(ctx, connKey{}, conn)
 		},
 	}
 }
@@ -59,7 +59,7 @@ func (a *Agent) guard(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Cache-Control", "no-store")
 		w.Header().Set("X-Content-Type-Options", "nosniff")
-		err, _ := r.Context().Value(doorKey{}).(error)
+		err := a.door.admit(r.Context().Value(connKey{}).(net.Conn))
 		if err == nil && foreign(r) {
 			err = refuse(codes.PermissionDenied, "BROWSER_OR_PROXY", "this request comes through a browser or a proxy", "call the unix socket itself: curl --unix-socket PATH http://localhost/v1/token?audience=...")
 		}

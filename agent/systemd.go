@@ -94,7 +94,7 @@ func parseUnit(address string) (unit, name string, ok bool) {
 // systemdServer serves one Systemd.
 type systemdServer struct {
 	cfg   *Systemd
-	door  door
+	door  *door
 	cache *cache
 	log   *slog.Logger
 }
@@ -104,7 +104,7 @@ func newSystemd(cfg *Systemd, c *cache, log *slog.Logger) *systemdServer {
 	if len(uids) == 0 {
 		uids = []uint32{0}
 	}
-	return &systemdServer{cfg: cfg, door: door{uids}, cache: c, log: log}
+	return &systemdServer{cfg: cfg, door: newDoor(Allow{UIDs: uids}), cache: c, log: log}
 }
 
 // run serves until ctx ends.
