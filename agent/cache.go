@@ -554,9 +554,8 @@ func read(m *dayflyv1.Credential, asked time.Time) (*sdk.Credential, *token.Clai
 	if err != nil {
 		return nil, nil, fmt.Errorf("reading the broker's credential: %w", err)
 	}
-	life := m.GetExpiresAt().AsTime().Sub(m.GetIssuedAt().AsTime())
 	return &sdk.Credential{
 		Token: token.NewSecret(m.GetToken()), Grant: m.GetGrant(), Audience: m.GetAudience(), Scopes: m.GetScopes(),
-		Binding: binding, IssuedAt: asked, Expires: asked.Add(life),
+		Binding: binding, IssuedAt: asked, Expires: asked.Add(wire.Life(m)),
 	}, &t.Claims, nil
 }
