@@ -31,8 +31,10 @@ const (
 	// MaxPrefetch bounds Config.Prefetch: it leaves room for what is asked for.
 	MaxPrefetch = maxEntries / 2
 	// renewFrom and renewTo are between which fractions of a credential's life the agent
-	// renews it, at random.
-	renewFrom, renewTo = sdk.RenewFrom, sdk.RenewTo
+	// renews it, at random: earlier than an SDK does. A workload counts on its agent to have
+	// used every moment in the second half of a credential's life in which the broker could
+	// be reached; whoever first tries later than at its half has missed some.
+	renewFrom, renewTo = 0.35, 0.50
 	// idleAfter is how long a credential that nobody asks for is kept fresh: twice
 	// the default life.
 	idleAfter = 10 * time.Minute
