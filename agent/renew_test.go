@@ -216,7 +216,8 @@ func TestRepeatedCallIsOfItsFirstAge(t *testing.T) {
 		began := time.Now()
 		a := runAgent(t, agent.Config{
 			Upstream: l, Source: l.b.td.Source(payments), NoFeed: true, Prefetch: []agent.Request{{Audience: "orders"}},
-			Boot: func() feed.Instant { return feed.Instant(time.Since(began)) },
+			Jitter: func() float64 { return 0 },
+			Boot:   func() feed.Instant { return feed.Instant(time.Since(began)) },
 		})
 		time.Sleep(3 * time.Second)
 		l.set(false)

@@ -18,6 +18,7 @@ import (
 // recipes are what each page's recipe must print, beside ending well.
 var recipes = map[string][]string{
 	"agent/files.md":        {"spiffe://dayfly.test/ns/shop/payments", `"service":"web"`},
+	"agent/health.md":       {`dayfly_agent_state{state="ready"} 1`, `"state":"ready"`, "exit code 4"},
 	"helpers/aws.md":        {`"AccessKeyId":"ASIADEV"`, "the SDK has ASIADEV", `"Version":1`},
 	"helpers/docker.md":     {`"Username":"dayfly"`, "credentials not found"},
 	"helpers/gcp.md":        {`"success":true`, `"success":false`},
