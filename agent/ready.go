@@ -14,7 +14,7 @@ import (
 
 // A Check is one thing that the agent needs to be ready.
 type Check struct {
-	Name    string `json:"name"` // "identity", "prefetch", "files" or "feed"
+	Name    string `json:"name"` // "identity", "prefetch", "files", "feed" or "incoming"
 	OK      bool   `json:"ok"`
 	Message string `json:"message,omitempty"`
 }
@@ -52,6 +52,9 @@ func (a *Agent) Status() Status {
 	}
 	if !a.cfg.NoFeed {
 		s.Checks = append(s.Checks, a.checkFeed())
+	}
+	if len(a.cfg.Incoming)+len(a.cfg.Envoy) > 0 {
+		s.Checks = append(s.Checks, a.guards.check())
 	}
 	for _, c := range s.Checks {
 		s.Ready = s.Ready && c.OK

@@ -171,6 +171,10 @@ func serve(ctx context.Context, cfg *Config, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
+	in, envoys, err := openGuards(cfg.Incoming, cfg.Envoy, identity)
+	if err != nil {
+		return errors.Join(err, listeners.close())
+	}
 	agentCfg := agent.Config{
 		Upstream: client.Conn(), Source: identity, Changed: identity.Changed,
 		GRPC: listeners.grpc, HTTP: listeners.http, AllowedUIDs: cfg.Sockets.AllowedUIDs,
@@ -178,6 +182,7 @@ func serve(ctx context.Context, cfg *Config, stderr io.Writer) error {
 		Audiences: cfg.Feed.Audiences, MaxStreams: cfg.Feed.MaxStreams, Log: log,
 		BrokerID: cfg.Broker.ID, Bundles: identity, Relay: listeners.relay, RelayAllow: allow,
 		AWS: cfg.AWS.agent(listeners.aws), Systemd: cfg.Systemd.agent(listeners.systemd),
+		Incoming: in, Envoy: envoys,
 	}
 	if above != nil {
 		agentCfg.Feed = above.Conn()

@@ -33,6 +33,8 @@ type Config struct {
 	Feed        Feed           `yaml:"feed"`
 	AWS         AWSContainer   `yaml:"aws_container"`
 	Systemd     Systemd        `yaml:"systemd"`
+	Incoming    []Incoming     `yaml:"incoming"`
+	Envoy       []Envoy        `yaml:"envoy"`
 	Metrics     netip.AddrPort `yaml:"metrics"`
 	Log         Log            `yaml:"log"`
 }
