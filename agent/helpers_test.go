@@ -519,7 +519,7 @@ func noLeaks(t *testing.T) {
 	t.Cleanup(func() {
 		eventually(t, "all goroutines to end", func() error {
 			for g := range strings.SplitSeq(stacks(), "\n\n") {
-				if strings.Contains(g, "dayflyhq/dayfly/agent.") || strings.Contains(g, "dayflyhq/dayfly/sdk.") {
+				if strings.Contains(g, "dayflyhq/dayfly/agent.") || strings.Contains(g, "dayflyhq/dayfly/agent/incoming.") || strings.Contains(g, "dayflyhq/dayfly/sdk.") {
 					return errors.New(g)
 				}
 			}

@@ -92,7 +92,8 @@ func NewProxy(cfg ProxyConfig, env Env) (*Proxy, error) {
 	}
 	p.server = &http.Server{
 		Handler: p, ReadHeaderTimeout: headersWithin, IdleTimeout: idleFor, MaxHeaderBytes: maxHeader,
-		Protocols: new(http.Protocols), ConnContext: connContext,
+		DisableGeneralOptionsHandler: true, // OPTIONS * is no path of any route
+		Protocols:                    new(http.Protocols), ConnContext: connContext,
 		ErrorLog: slog.NewLogLogger(env.Log.Handler(), slog.LevelDebug),
 	}
 	p.server.Protocols.SetHTTP1(true)

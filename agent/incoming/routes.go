@@ -41,10 +41,16 @@ type rule struct {
 }
 
 func (r *rule) equal(other *rule) bool {
-	if r == nil || other == nil {
-		return r == other
-	}
 	return r.public == other.public && slices.Equal(r.scopes, other.scopes)
+}
+
+// covers reports whether whoever may pass by r may pass by other too, which is nil where
+// nobody may.
+func (r *rule) covers(other *rule) bool {
+	if other == nil || r.public && !other.public {
+		return false
+	}
+	return !slices.ContainsFunc(other.scopes, func(s string) bool { return !slices.Contains(r.scopes, s) })
 }
 
 // place is all routes of one pattern. Path first, method second: a method that no route of
@@ -262,7 +268,7 @@ func (r *routes) reachable(route Route) *RouteError {
 	if len(route.Methods) > 0 {
 		method = route.Methods[0]
 	}
-	got, refused := r.find(method, route.Host, strings.Join(sample, "/"))
+	got, refused := r.find(method, cmp.Or(route.Host, "zqx.invalid"), strings.Join(sample, "/"))
 	switch want, _ := route.demand(); {
 	case refused != nil:
 		return wrong("path", "every request for it would be refused: %s", refused.message)
@@ -307,11 +313,11 @@ func (r *routes) find(method, host, raw string) (*rule, *refusal) {
 			mux  *http.ServeMux
 			path string
 		}{{r.exact, p}, {r.folded, fold(p)}} {
-			if other, _ := look(as.mux, host, as.path); other == nil || !other.rule(method).equal(found) {
-				return nil, ambiguous("programs read it in several ways, and some of them as another route's")
+			if other, _ := look(as.mux, host, as.path); other == nil || !found.covers(other.rule(method)) {
+				return nil, ambiguous("programs read it in several ways, and some of them as that of a route that demands more")
 			}
 			if !sameWithSlash(as.mux, host, as.path, method, pattern, found) {
-				return nil, ambiguous("with or without the slash at its end it is another route's")
+				return nil, ambiguous("with or without the slash at its end it is that of a route that demands more")
 			}
 		}
 	}
@@ -319,8 +325,8 @@ func (r *routes) find(method, host, raw string) (*rule, *refusal) {
 }
 
 // sameWithSlash compares a path with itself with, or without, a slash at its end: to many
-// programs that is the same. Where no route is meant by the other one, or the routes name
-// both, there is nothing to confuse.
+// programs that is the same. What matters is a route of just that other path; where the
+// routes name both, there is nothing to confuse.
 func sameWithSlash(mux *http.ServeMux, host, p, method, pattern string, found *rule) bool {
 	toggled := p + "/"
 	if strings.HasSuffix(p, "/") {
@@ -333,7 +339,10 @@ func sameWithSlash(mux *http.ServeMux, host, p, method, pattern string, found *r
 	if other == nil || trimSlash(fold(at)) == trimSlash(fold(pattern)) {
 		return true
 	}
-	return other.rule(method).equal(found)
+	if strings.HasSuffix(at, "...}") || strings.Count(trimSlash(at), "/") != strings.Count(trimSlash(toggled), "/") {
+		return true // of all below some path
+	}
+	return found.covers(other.rule(method))
 }
 
 func trimSlash(pattern string) string {
