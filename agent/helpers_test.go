@@ -374,6 +374,7 @@ type fixture struct {
 	*testing.T
 	td         *spiffetest.TrustDomain
 	broker     *broker
+	agent      *agent.Agent
 	dir        string
 	grpc, http string
 	cancel     context.CancelFunc
@@ -419,6 +420,7 @@ func start(t *testing.T, td *spiffetest.TrustDomain, b *broker, change func(*age
 	if err != nil {
 		t.Fatal(err)
 	}
+	f.agent = a
 	ctx, cancel := context.WithCancel(context.Background())
 	f.cancel = cancel
 	var wg sync.WaitGroup

@@ -189,7 +189,7 @@ func serve(ctx context.Context, cfg *Config, stderr io.Writer) error {
 	}
 	a, err := agent.New(agentCfg)
 	if err != nil {
-		return errors.Join(err, listeners.close())
+		return errors.Join(err, listeners.close(), closeGuards(in, envoys))
 	}
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return identity.Run(ctx) })

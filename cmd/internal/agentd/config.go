@@ -222,7 +222,7 @@ func (c *Config) Validate() error {
 	if len(c.Prefetch) > agent.MaxPrefetch {
 		errs = append(errs, config.Wrong("prefetch", "are at most %d", agent.MaxPrefetch))
 	}
-	errs = append(errs, c.checkTargets())
+	errs = append(errs, c.checkTargets(), c.checkGuards())
 	if c.Log.Format != "json" && c.Log.Format != "text" {
 		errs = append(errs, config.Wrong("log.format", "is json or text"))
 	}

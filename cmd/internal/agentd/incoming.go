@@ -77,8 +77,8 @@ func (c *Incoming) Validate() error {
 	if err := incoming.CheckUpstream(c.Upstream); err != nil && c.Upstream != "" {
 		errs = append(errs, config.Wrong("upstream", "%v", err))
 	}
-	if _, err := c.roots(); err != nil {
-		errs = append(errs, config.Wrong("upstream_ca", "%v", err))
+	if c.UpstreamCA != "" && !filepath.IsAbs(c.UpstreamCA) {
+		errs = append(errs, config.Wrong("upstream_ca", "must be an absolute path"))
 	}
 	return errors.Join(errs...)
 }
@@ -97,7 +97,7 @@ func (c *Incoming) roots() (*x509.CertPool, error) {
 	}
 	pool := x509.NewCertPool()
 	if !pool.AppendCertsFromPEM(content) {
-		return nil, errors.New("has no certificate in PEM")
+		return nil, fmt.Errorf("%s has no certificate in PEM", c.UpstreamCA)
 	}
 	return pool, nil
 }
@@ -119,6 +119,14 @@ var witnesses = map[string]incoming.Witness{"": incoming.Certificate, "certifica
 
 func (c *Envoy) policy() incoming.Policy {
 	return policy(c.Audiences, c.MaxStaleness, c.OnStale, c.PassToken, c.Routes)
+}
+
+// checkGuards checks what is to each other.
+func (c *Config) checkGuards() error {
+	if len(c.Incoming)+len(c.Envoy) > 0 && !c.Feed.Follow {
+		return config.Wrong("incoming", "and envoy need feed.follow: the feed tells them what is revoked")
+	}
+	return nil
 }
 
 func onStale(s string) error {
@@ -236,51 +244,52 @@ func (d *doorway) open() (net.Listener, error) {
 	return agent.Listen(socket)
 }
 
+// closeGuards closes what openGuards opened.
+func closeGuards(in []agent.Incoming, en []agent.Envoy) error {
+	var errs []error
+	for _, c := range in {
+		errs = append(errs, c.Listener.Close())
+	}
+	for _, c := range en {
+		errs = append(errs, c.Listener.Close())
+	}
+	return errors.Join(errs...)
+}
+
 // openGuards opens the listeners of incoming and envoy, and describes them to package
 // agent. What it opened before an error it closes.
 func openGuards(proxies []Incoming, envoys []Envoy, source agent.Source) (in []agent.Incoming, en []agent.Envoy, err error) {
-	var opened []net.Listener
 	defer func() {
 		if err != nil {
-			for _, l := range opened {
-				err = errors.Join(err, l.Close())
-			}
+			err = errors.Join(err, closeGuards(in, en))
+			in, en = nil, nil
 		}
 	}()
-	open := func(d doorway) (net.Listener, error) {
-		l, err := d.open()
-		if err == nil {
-			opened = append(opened, l)
-		}
-		return l, err
-	}
 	for i := range proxies {
 		c := &proxies[i]
-		l, err := open(doorway{c.Listen, c.Mode, c.Group, c.AllowedUIDs})
-		if err != nil {
-			return nil, nil, err
-		}
-		roots, err := c.roots()
-		if err != nil {
-			return nil, nil, fmt.Errorf("upstream_ca: %w", err)
-		}
 		out := agent.Incoming{AllowedUIDs: c.AllowedUIDs, ProxyConfig: incoming.ProxyConfig{
-			Policy: c.policy(), Listener: l, Anonymous: c.Anonymous, Upstream: c.Upstream, UpstreamCA: roots,
+			Policy: c.policy(), Anonymous: c.Anonymous, Upstream: c.Upstream,
 		}}
-		if !c.Plain && !filepath.IsAbs(c.Listen) {
+		if out.UpstreamCA, err = c.roots(); err != nil {
+			return in, en, fmt.Errorf("incoming[%d].upstream_ca: %w", i, err)
+		}
+		at := doorway{c.Listen, c.Mode, c.Group, c.AllowedUIDs}
+		if out.Listener, err = at.open(); err != nil {
+			return in, en, err
+		}
+		if !c.Plain && !at.unix() {
 			out.Source = source
 		}
 		in = append(in, out)
 	}
 	for i := range envoys {
 		c := &envoys[i]
-		l, err := open(doorway{c.Listen, c.Mode, c.Group, c.AllowedUIDs})
-		if err != nil {
-			return nil, nil, err
+		out := agent.Envoy{AllowedUIDs: c.AllowedUIDs, EnvoyConfig: incoming.EnvoyConfig{Policy: c.policy(), Peer: witnesses[c.Peer]}}
+		at := doorway{c.Listen, c.Mode, c.Group, c.AllowedUIDs}
+		if out.Listener, err = at.open(); err != nil {
+			return in, en, err
 		}
-		en = append(en, agent.Envoy{AllowedUIDs: c.AllowedUIDs, EnvoyConfig: incoming.EnvoyConfig{
-			Policy: c.policy(), Listener: l, Peer: witnesses[c.Peer],
-		}})
+		en = append(en, out)
 	}
 	return in, en, nil
 }
