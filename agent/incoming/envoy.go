@@ -125,6 +125,7 @@ func (e *Envoy) Run(ctx context.Context) error {
 	wg.Go(func() { _ = e.guard.v.Run(follow) }) // it is run once: no error
 	stopped := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() { defer close(stopped); e.stop() })
+	e.env.Log.InfoContext(ctx, "serving envoy", "address", e.cfg.Listener.Addr().String(), "audiences", e.cfg.Audiences)
 	err := e.server.Serve(e.cfg.Listener)
 	if stop() {
 		e.server.Stop()

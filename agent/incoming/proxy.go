@@ -136,6 +136,7 @@ func (p *Proxy) Run(ctx context.Context) error {
 			_ = p.server.Close()
 		}
 	})
+	p.env.Log.InfoContext(ctx, "serving incoming requests", "address", p.cfg.Listener.Addr().String(), "tls", p.cfg.Source != nil, "audiences", p.cfg.Audiences)
 	var err error
 	if p.cfg.Source != nil {
 		err = p.server.ServeTLS(p.cfg.Listener, "", "")
