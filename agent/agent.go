@@ -89,6 +89,11 @@ type Config struct {
 	AWS     *AWSContainer
 	Systemd *Systemd
 
+	// Incoming are proxies before services on this host that have no SDK, and Envoy what
+	// Envoys before such services ask. The agent closes their listeners.
+	Incoming []Incoming
+	Envoy    []Envoy
+
 	// NoFeed leaves the feed alone: nothing is relayed, and a revoked credential is
 	// given out until it expires, to be refused by every verifier.
 	NoFeed bool
@@ -142,7 +147,7 @@ func (c *Config) validate() error {
 	if len(c.Prefetch) > MaxPrefetch {
 		errs = append(errs, fmt.Errorf("prefetch: at most %d, those of files included", MaxPrefetch))
 	}
-	errs = append(errs, c.Allow.Validate(), c.AWS.validate(), c.Systemd.validate())
+	errs = append(errs, c.Allow.Validate(), c.AWS.validate(), c.Systemd.validate(), c.validateGuards())
 	for _, a := range c.Audiences {
 		if err := token.ValidateAudience(a); err != nil {
 			errs = append(errs, fmt.Errorf("audiences: %w", err))
@@ -185,6 +190,7 @@ type Agent struct {
 	follower *follower
 	files    *deliver.Deliverer
 	door     *door // of GRPC and HTTP
+	guards   *guards
 	counts   counters
 	health   *health.Server
 	grpc     *grpc.Server
@@ -230,6 +236,9 @@ func New(cfg Config) (*Agent, error) {
 	var err error
 	if a.files, err = a.deliverer(); err != nil {
 		return nil, fmt.Errorf("configuring agent: files: %w", err)
+	}
+	if a.guards, err = a.newGuards(); err != nil {
+		return nil, fmt.Errorf("configuring agent: %w", err)
 	}
 	a.serveGRPC()
 	a.serveRemote()
@@ -309,6 +318,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		s := newSystemd(a.cfg.Systemd, a.cache, a.cfg.Log)
 		group.Go(func() error { return s.run(ctx) })
 	}
+	group.Go(func() error { return a.guards.run(ctx) })
 	group.Go(func() error { a.files.Run(ctx); return nil })
 	group.Go(func() error { a.look(ctx); return nil })
 	group.Go(func() error { <-ctx.Done(); a.stop(); return nil })
@@ -324,6 +334,12 @@ func (a *Agent) closeListeners() error {
 	}
 	if a.cfg.Systemd != nil {
 		all = append(all, a.cfg.Systemd.Listener)
+	}
+	for _, c := range a.cfg.Incoming {
+		all = append(all, c.Listener)
+	}
+	for _, c := range a.cfg.Envoy {
+		all = append(all, c.Listener)
 	}
 	var errs []error
 	for _, l := range all {
