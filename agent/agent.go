@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/dayflyhq/dayfly/agent/deliver"
+	"github.com/dayflyhq/dayfly/agent/outgoing"
 	"github.com/dayflyhq/dayfly/proto/boottime"
 	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
 	"github.com/dayflyhq/dayfly/proto/feed"
@@ -87,6 +88,10 @@ type Config struct {
 	// LoadCredential= of systemd; nil: there is none.
 	AWS     *AWSContainer
 	Systemd *Systemd
+
+	// Outgoing are proxies that add tokens to requests for upstreams. Bundles must be set
+	// for those upstreams that prove a SPIFFE ID.
+	Outgoing []outgoing.Listener
 
 	// NoFeed leaves the feed alone: nothing is relayed, and a revoked credential is
 	// given out until it expires, to be refused by every verifier.
@@ -180,6 +185,7 @@ type Agent struct {
 	cache    *cache
 	follower *follower
 	files    *deliver.Deliverer
+	outgoing *outgoing.Proxy
 	counts   counters
 	health   *health.Server
 	grpc     *grpc.Server
@@ -214,6 +220,9 @@ func New(cfg Config) (*Agent, error) {
 	var err error
 	if a.files, err = a.deliverer(); err != nil {
 		return nil, fmt.Errorf("configuring agent: files: %w", err)
+	}
+	if a.outgoing, err = a.outgoingProxy(); err != nil {
+		return nil, fmt.Errorf("configuring agent: %w", err)
 	}
 	a.serveGRPC()
 	a.serveRemote()
@@ -294,6 +303,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		s := newSystemd(a.cfg.Systemd, a.cache, a.cfg.Log)
 		group.Go(func() error { return s.run(ctx) })
 	}
+	group.Go(func() error { return a.outgoing.Run(ctx) })
 	group.Go(func() error { a.files.Run(ctx); return nil })
 	group.Go(func() error { a.look(ctx); return nil })
 	group.Go(func() error { <-ctx.Done(); a.stop(); return nil })
@@ -308,6 +318,9 @@ func (a *Agent) closeListeners() error {
 	}
 	if a.cfg.Systemd != nil {
 		all = append(all, a.cfg.Systemd.Listener)
+	}
+	for _, l := range a.cfg.Outgoing {
+		all = append(all, l.Listener)
 	}
 	var errs []error
 	for _, l := range all {

@@ -333,10 +333,10 @@ func (s *TokenSource) Invalidate(grant string) {
 	}
 }
 
-// refused drops a credential that a service called invalid, and reports whether another
+// Refused drops a credential that a service called invalid, and reports whether another
 // one can be had. A service that calls each one invalid causes fetches with growing
 // pauses between them.
-func (s *TokenSource) refused(cred *Credential) bool {
+func (s *TokenSource) Refused(cred *Credential) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.current != cred {

@@ -171,20 +171,24 @@ func serve(ctx context.Context, cfg *Config, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
+	proxies, err := listenOutgoing(cfg.Outgoing, &cfg.Sockets)
+	if err != nil {
+		return errors.Join(err, listeners.close())
+	}
 	agentCfg := agent.Config{
 		Upstream: client.Conn(), Source: identity, Changed: identity.Changed,
 		GRPC: listeners.grpc, HTTP: listeners.http, AllowedUIDs: cfg.Sockets.AllowedUIDs,
 		Prefetch: cfg.requests(), Files: cfg.targets(), NoFeed: !cfg.Feed.Follow, MaxStaleness: cfg.Feed.MaxStaleness,
 		Audiences: cfg.Feed.Audiences, MaxStreams: cfg.Feed.MaxStreams, Log: log,
 		BrokerID: cfg.Broker.ID, Bundles: identity, Relay: listeners.relay, RelayAllow: allow,
-		AWS: cfg.AWS.agent(listeners.aws), Systemd: cfg.Systemd.agent(listeners.systemd),
+		AWS: cfg.AWS.agent(listeners.aws), Systemd: cfg.Systemd.agent(listeners.systemd), Outgoing: proxies,
 	}
 	if above != nil {
 		agentCfg.Feed = above.Conn()
 	}
 	a, err := agent.New(agentCfg)
 	if err != nil {
-		return errors.Join(err, listeners.close())
+		return errors.Join(err, closeOutgoing(proxies), listeners.close())
 	}
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return identity.Run(ctx) })

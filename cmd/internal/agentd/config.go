@@ -33,6 +33,7 @@ type Config struct {
 	Feed        Feed           `yaml:"feed"`
 	AWS         AWSContainer   `yaml:"aws_container"`
 	Systemd     Systemd        `yaml:"systemd"`
+	Outgoing    []Outgoing     `yaml:"outgoing"`
 	Metrics     netip.AddrPort `yaml:"metrics"`
 	Log         Log            `yaml:"log"`
 }
