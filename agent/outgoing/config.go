@@ -31,7 +31,7 @@ const (
 // Tokens is who keeps credentials fresh. Its methods may be called from any goroutine.
 type Tokens interface {
 	// Token returns a credential that is alive as far as is known at this moment. Its errors
-	// are what sdk.FromRPC reads.
+	// are an *sdk.Error somewhere, or what sdk.FromRPC reads.
 	Token(ctx context.Context, r sdk.Request) (*sdk.Credential, error)
 	// Refused takes back a credential that an upstream has called invalid, and reports
 	// whether another one can be had: not more often than with growing pauses.

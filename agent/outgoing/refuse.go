@@ -64,7 +64,7 @@ func tokenRefusal(err error) *refusal {
 		return own
 	}
 	var e *sdk.Error
-	if !errors.As(sdk.FromRPC(err), &e) || e.Reason == "" {
+	if !errors.As(err, &e) && !errors.As(sdk.FromRPC(err), &e) || e.Reason == "" {
 		return &refusal{
 			status: http.StatusServiceUnavailable, code: codes.Unavailable, reason: "CREDENTIAL_UNAVAILABLE", message: "no credential can be had now",
 			hint: "the agent's log says more", retryAfter: time.Second, outcome: TokenUnavailable,
