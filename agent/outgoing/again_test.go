@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -65,8 +66,9 @@ func TestUnauthorizedOnce(t *testing.T) {
 		start := now
 		before := w.tokens.fetched.Load()
 		for range rapid.IntRange(1, 12).Draw(t, "requests") {
+			says := rapid.SliceOfN(rapid.SampledFrom([]int{200, 401, 401, -401, 403, 503}), 2, 2).Draw(t, "script")
 			mu.Lock()
-			all, script = nil, rapid.SliceOfN(rapid.SampledFrom([]int{200, 401, 401, -401, 403, 503}), 2, 2).Draw(t, "script")
+			all, script = nil, says
 			mu.Unlock()
 			size := rapid.SampledFrom([]int{0, 1, 1000, 64 << 10, 64<<10 + 1, 1 << 20}).Draw(t, "size")
 			body := bytes.Repeat([]byte("x"), size)
@@ -78,7 +80,11 @@ func TestUnauthorizedOnce(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			resp, err := rapid.SampledFrom(clients).Draw(t, "client").Do(req)
+			client := rapid.SampledFrom(clients).Draw(t, "client")
+			if size > 1000 && slices.Contains(says, -401) {
+				client = clients[1] // over HTTP/1.1 such an answer ends the connection, and may not be read
+			}
+			resp, err := client.Do(req)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -97,14 +103,16 @@ func TestUnauthorizedOnce(t *testing.T) {
 			if last.was != resp.StatusCode {
 				t.Errorf("the upstream said %d, the proxy %d", last.was, resp.StatusCode)
 			}
+			t.Logf("%d bytes, %v, %d tries, %d fetches", size, says, len(tries), w.tokens.fetched.Load()-before)
 			if len(tries) == 2 && (tries[0].was != 401 || tries[0].token == tries[1].token) {
 				t.Errorf("repeated after %d, with another token: %v", tries[0].was, tries[0].token != tries[1].token)
 			}
 			if last.body != nil && !bytes.Equal(last.body, body) {
 				t.Errorf("a body of %d bytes arrived with %d", size, len(last.body))
 			}
+			later := time.Duration(rapid.IntRange(0, 3000).Draw(t, "ms")) * time.Millisecond
 			clock.Lock()
-			now = now.Add(time.Duration(rapid.IntRange(0, 3000).Draw(t, "ms")) * time.Millisecond)
+			now = now.Add(later)
 			clock.Unlock()
 		}
 		// The first, one at once, and then with pauses of 0.5, 1, 2, 4, 8 and 15 s between.
@@ -153,10 +161,10 @@ func TestNextAfterUnauthorized(t *testing.T) {
 	if n := w.tokens.fetched.Load(); n != 2 {
 		t.Errorf("%d fetches", n)
 	}
-	counts := p.Counts()[1]
-	if counts.Requests[outgoing.Unauthorized] != 1 || counts.Requests[outgoing.Passed] != 1 || counts.Fetched != 1 {
-		t.Errorf("%+v", counts)
-	}
+	eventually(t, "the counts", func() bool {
+		c := p.Counts()[1]
+		return c.Requests[outgoing.Unauthorized] == 1 && c.Requests[outgoing.Passed] == 1 && c.Fetched == 1 && c.Open == 0
+	})
 }
 
 // TestRefusedAfterUnauthorized: where the broker refuses another token, that is the answer.

@@ -65,7 +65,13 @@ func newTokens(t testing.TB, td *spiffetest.TrustDomain) *tokens {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &tokens{t: t, td: td, key: key, sources: map[string]*sdk.TokenSource{}, now: time.Now, binding: token.BindingSPIFFE, revoked: map[string]bool{}, changed: make(chan struct{})}
+	s := &tokens{t: t, td: td, key: key, sources: map[string]*sdk.TokenSource{}, now: time.Now, binding: token.BindingSPIFFE, revoked: map[string]bool{}, changed: make(chan struct{})}
+	t.Cleanup(func() {
+		for _, source := range s.sources {
+			source.Close()
+		}
+	})
+	return s
 }
 
 func (s *tokens) set(f func()) {
@@ -83,7 +89,6 @@ func (s *tokens) source(r sdk.Request) *sdk.TokenSource {
 		if err != nil {
 			s.t.Fatal(err)
 		}
-		s.t.Cleanup(source.Close)
 		s.sources[key] = source
 	}
 	return s.sources[key]

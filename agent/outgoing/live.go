@@ -12,8 +12,10 @@ import (
 type exchange struct {
 	ctx     context.Context // of the request; its cause is a *refusal if it was cut
 	cancel  context.CancelCauseFunc
+	http1   bool
 	grpc    bool
 	secret  token.Secret
+	body    *replay // nil: there is none
 	outcome Outcome
 	// answered says that the upstream's answer has begun.
 	answered bool
@@ -31,12 +33,16 @@ func exchangeOf(ctx context.Context) *exchange {
 
 // begin makes the exchange of a request.
 func begin(r *http.Request) (*http.Request, *exchange) {
-	x := &exchange{grpc: isGRPC(r)}
+	x := &exchange{http1: r.ProtoMajor == 1, grpc: isGRPC(r)}
 	ctx, cancel := context.WithCancelCause(r.Context())
 	x.cancel = cancel
 	x.ctx = context.WithValue(ctx, exchangeKey{}, x)
 	return r.WithContext(x.ctx), x
 }
+
+// early reports whether an answer begins before its request has ended, on a connection of
+// HTTP/1: what is left of the body must not be taken for the next request, so there is none.
+func (x *exchange) early() bool { return x.http1 && x.body != nil && !x.body.done() }
 
 // live is all requests under way, to be ended when their tokens are revoked.
 type live struct {

@@ -87,10 +87,10 @@ func TestReverse(t *testing.T) {
 	if n := w.tokens.fetched.Load(); n != 1 {
 		t.Errorf("%d tokens were fetched", n)
 	}
-	c := p.Counts()[1]
-	if c.Upstream != at || c.Requests[outgoing.Passed] != 2 || c.Open != 0 {
-		t.Errorf("counts: %+v", c)
-	}
+	eventually(t, "the counts", func() bool {
+		c := p.Counts()[1]
+		return c.Upstream == at && c.Requests[outgoing.Passed] == 2 && c.Open == 0
+	})
 }
 
 // TestInjection: what a caller writes on the wire in a credential's place reaches no upstream.

@@ -139,7 +139,6 @@ var codeNames = map[codes.Code]string{
 
 func (r *refusal) write(w http.ResponseWriter, req *http.Request) {
 	h := w.Header()
-	clear(h)
 	h.Set("Cache-Control", "no-store")
 	if isGRPC(req) {
 		h.Set("Content-Type", "application/grpc")

@@ -57,6 +57,7 @@ type upstream struct {
 	bundles x509bundle.Source
 	log     *slog.Logger
 	live    *live
+	buffers *pool
 	proxy   *httputil.ReverseProxy
 	counts  counters
 
@@ -80,14 +81,14 @@ type dialer struct {
 	plainHTTP2  *http.Transport // for gRPC over http
 }
 
-func newUpstream(cfg *Config, u *Upstream, l *live, buffers httputil.BufferPool) *upstream {
+func newUpstream(cfg *Config, u *Upstream, l *live, buffers *pool) *upstream {
 	target, err := url.Parse(u.URL)
 	if err != nil {
 		panic("internal error: a url that was validated: " + err.Error())
 	}
 	up := &upstream{
 		cfg: *u, request: u.Request, target: &url.URL{Scheme: target.Scheme, Host: target.Host}, tokens: cfg.Tokens,
-		svids: cfg.SVIDs, bundles: cfg.Bundles, log: cfg.Log, live: l,
+		svids: cfg.SVIDs, bundles: cfg.Bundles, log: cfg.Log, live: l, buffers: buffers,
 	}
 	up.name = up.target.String()
 	if u.Path != "" && u.Path != "/" {
@@ -254,7 +255,9 @@ func (u *upstream) RoundTrip(req *http.Request) (*http.Response, error) {
 	x := exchangeOf(req.Context())
 	var body *replay
 	if req.Body != nil {
-		body = newReplay(req.Body)
+		body = newReplay(req.Body, u.buffers)
+		x.body = body
+		context.AfterFunc(x.ctx, body.end) // the transport doesn't look while it waits for a body
 	}
 	h, d, err := u.credential(req.Context())
 	if err != nil {
@@ -317,6 +320,9 @@ func (u *upstream) answered(resp *http.Response) error {
 	x := exchangeOf(resp.Request.Context())
 	hide(resp.Header, x.secret.Reveal())
 	x.answered = true
+	if x.early() {
+		resp.Header.Set("Connection", "close")
+	}
 	if unauthorized(resp) {
 		x.outcome = Unauthorized
 		u.note(resp.Request.Context(), "UPSTREAM_UNAUTHORIZED")
@@ -369,6 +375,10 @@ func (u *upstream) fail(w http.ResponseWriter, req *http.Request, err error) {
 	x.outcome = r.outcome
 	if r.outcome != Cut {
 		u.note(req.Context(), r.reason)
+	}
+	clear(w.Header())
+	if x.early() {
+		w.Header().Set("Connection", "close")
 	}
 	r.write(w, req)
 }
