@@ -73,9 +73,8 @@ type Config struct {
 	// RelayAllow names who may follow there: identities, subtrees and trust domains.
 	Relay      net.Listener
 	RelayAllow []revocation.Selector
-	// AllowedUIDs are the users that may call, by the kernel's word (Linux). Empty:
-	// whom the sockets' mode lets connect.
-	AllowedUIDs []uint32
+	// Allow is who may call on them.
+	Allow Allow
 
 	// Prefetch are credentials that are fetched at start and kept fresh whether or not
 	// anyone asks.
@@ -143,7 +142,7 @@ func (c *Config) validate() error {
 	if len(c.Prefetch) > MaxPrefetch {
 		errs = append(errs, fmt.Errorf("prefetch: at most %d, those of files included", MaxPrefetch))
 	}
-	errs = append(errs, c.AWS.validate(), c.Systemd.validate())
+	errs = append(errs, c.Allow.Validate(), c.AWS.validate(), c.Systemd.validate())
 	for _, a := range c.Audiences {
 		if err := token.ValidateAudience(a); err != nil {
 			errs = append(errs, fmt.Errorf("audiences: %w", err))
@@ -186,12 +185,14 @@ type Agent struct {
 	follower *follower
 	files    *deliver.Deliverer
 	outgoing *outgoing.Proxy
+	door     *door // of GRPC and HTTP
 	counts   counters
 	health   *health.Server
 	grpc     *grpc.Server
 	remote   *grpc.Server // for verifiers on other hosts, nil for none
 	http     *http.Server
 	stopping chan struct{} // closed when Run begins to stop
+	started  time.Time
 }
 
 // New returns an agent. It starts nothing and calls nobody.
@@ -201,10 +202,14 @@ func New(cfg Config) (*Agent, error) {
 	if err := cfg.validate(); err != nil {
 		return nil, fmt.Errorf("configuring agent: %w", err)
 	}
-	a := &Agent{cfg: cfg, k: newKnowledge(cfg.Boot), health: health.NewServer(), stopping: make(chan struct{})}
+	cfg.Upstream = proven{cfg.Upstream, cfg.Source, cfg.Changed}
+	if cfg.Feed != nil {
+		cfg.Feed = proven{cfg.Feed, cfg.Source, cfg.Changed}
+	}
+	a := &Agent{cfg: cfg, k: newKnowledge(cfg.Boot), door: newDoor(cfg.Allow), health: health.NewServer(), stopping: make(chan struct{}), started: cfg.Now()}
 	a.cache = &cache{
 		tokens: dayflyv1.NewTokenServiceClient(cfg.Upstream), svids: cfg.Source, judge: a.judge(),
-		now: cfg.Now, jitter: cfg.Jitter, log: cfg.Log, counts: &a.counts,
+		now: cfg.Now, boot: cfg.Boot, jitter: cfg.Jitter, log: cfg.Log, counts: &a.counts,
 	}
 	if !cfg.BrokerID.IsZero() && cfg.Bundles != nil {
 		a.k.verify = cfg.verifyHead
@@ -232,11 +237,11 @@ func New(cfg Config) (*Agent, error) {
 
 func (a *Agent) serveGRPC() {
 	a.grpc = grpc.NewServer(
-		grpc.Creds(peerCredentials{door{a.cfg.AllowedUIDs}}),
+		grpc.Creds(peerCredentials{a.door}),
 		grpc.MaxRecvMsgSize(maxReceiveBytes),
 		grpc.MaxConcurrentStreams(uint32(a.cfg.MaxStreams)+maxEntries),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
-		grpc.ChainUnaryInterceptor(admitUnary),
+		grpc.ChainUnaryInterceptor(a.countUnary, admitUnary),
 		grpc.ChainStreamInterceptor(admitStream),
 		grpc.WaitForHandlers(true),
 	)
@@ -254,13 +259,13 @@ func (a *Agent) Run(ctx context.Context) error {
 	defer a.cache.close()
 	for _, r := range a.cfg.Prefetch {
 		if err := a.cache.prefetch(r); err != nil {
-			return fmt.Errorf("prefetching: %w", err)
+			return errors.Join(fmt.Errorf("prefetching: %w", err), a.closeListeners())
 		}
 	}
 	aws := &awsServer{cfg: a.cfg.AWS, cache: a.cache, now: a.cfg.Now, log: a.cfg.Log}
 	if a.cfg.AWS != nil {
 		if err := aws.rotate(); err != nil {
-			return fmt.Errorf("writing the authorization token file of aws_container: %w", err)
+			return errors.Join(fmt.Errorf("writing the authorization token file of aws_container: %w", err), a.closeListeners())
 		}
 	}
 	// Before anything that takes time, and after all that may end the start: what it finds
@@ -378,15 +383,17 @@ func (a *Agent) look(ctx context.Context) {
 	every := time.NewTicker(lookEvery)
 	defer every.Stop()
 	tidied := a.cfg.Now()
-	ready := false
+	var state State
+	clocks := a.beat()
 	rotated := a.cfg.Changed()
 	for {
 		status := a.Status()
 		a.report(status)
-		if status.Ready != ready {
-			ready = status.Ready
-			a.cfg.Log.InfoContext(ctx, "readiness changed", "ready", ready, "waiting_for", status.waiting())
+		if status.State != state {
+			a.tell(ctx, state, status)
+			state = status.State
 		}
+		clocks = a.jumped(ctx, clocks)
 		if now := a.cfg.Now(); now.Sub(tidied) > tidyEvery {
 			tidied = now
 			a.cache.tidy()
@@ -395,7 +402,7 @@ func (a *Agent) look(ctx context.Context) {
 		a.k.mu.Lock()
 		changed := a.k.changed
 		a.k.mu.Unlock()
-		if ready {
+		if state == Ready {
 			changed = nil // it can only become unready with time
 		}
 		select {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"time"
 
+	"github.com/dayflyhq/dayfly/agent/deliver"
 	"github.com/dayflyhq/dayfly/sdk"
 )
 
@@ -15,7 +16,7 @@ func (a *Agent) Token(ctx context.Context, r Request) (*sdk.Credential, error) {
 
 // NewAWSAuthorization is the authorization token file of a container endpoint.
 func NewAWSAuthorization(path string, now func() time.Time) (rotate func() error, authorized func(string) bool) {
-	s := &awsServer{cfg: &AWSContainer{TokenFile: path}, now: now}
+	s := &awsServer{cfg: &AWSContainer{TokenFile: deliver.Secret{Path: path}}, now: now}
 	return s.rotate, s.authorized
 }
 

@@ -96,7 +96,7 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 		}
 		resp, err = t.over(cred).RoundTrip(authorized(req, cred))
 	}
-	if err != nil || !invalidToken(resp) || !t.Source.Refused(cred) {
+	if err != nil || !invalidToken(resp) || !t.Source.Refused(cred.Grant) {
 		return resp, err
 	}
 	again, ok := replay(req)
@@ -253,5 +253,5 @@ func (o oauth) Token() (*oauth2.Token, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &oauth2.Token{AccessToken: cred.Token.Reveal(), TokenType: "Bearer", Expiry: cred.asked.Add(cred.left)}, nil
+	return &oauth2.Token{AccessToken: cred.Token.Reveal(), TokenType: "Bearer", Expiry: cred.asked.time.Add(cred.left)}, nil
 }

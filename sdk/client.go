@@ -14,7 +14,9 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/dayflyhq/dayfly/proto/boottime"
 	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
+	"github.com/dayflyhq/dayfly/proto/feed"
 	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/dayflyhq/dayfly/proto/wire"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
@@ -47,6 +49,9 @@ const (
 	keepaliveTimeout = 10 * time.Second
 	// maxRedial keeps a client from sleeping on after its broker is back.
 	maxRedial = 2 * time.Second
+	// maxSleep is how long the machine may sleep under a connection: others have given it up
+	// by then, perhaps, and it would take long to find that out.
+	maxSleep = 5 * time.Second
 )
 
 // unixScheme begins the address of an agent's socket.
@@ -84,8 +89,10 @@ type Config struct {
 	// DefaultTimeout.
 	Timeout time.Duration
 
-	// Now is the clock that credentials are aged with. Nil means time.Now.
-	Now func() time.Time
+	// Now and Boot are the clocks that credentials are aged with: the usual one, and one
+	// that runs while the machine sleeps. Nil means time.Now and CLOCK_BOOTTIME.
+	Now  func() time.Time
+	Boot func() feed.Instant
 }
 
 func (c *Config) unix() bool { return strings.HasPrefix(c.Address, unixScheme) }
@@ -138,6 +145,9 @@ func New(cfg Config) (*Client, error) {
 	}
 	if cfg.Now == nil {
 		cfg.Now = time.Now
+	}
+	if cfg.Boot == nil {
+		cfg.Boot = boottime.Now
 	}
 	c := &Client{cfg: cfg, retired: map[*connection]bool{}}
 	conn, err := c.dial()
@@ -216,7 +226,7 @@ type Credential struct {
 
 	// By the local clock: when the call that fetched it began, and what was left of
 	// its life then at the least.
-	asked time.Time
+	asked moment
 	left  time.Duration
 }
 
@@ -224,7 +234,7 @@ type Credential struct {
 func (c *Client) Issue(ctx context.Context, r Request) (*Credential, error) {
 	ctx, cancel := c.deadline(ctx)
 	defer cancel()
-	asked := c.cfg.Now()
+	asked := c.now()
 	resp, err := c.tokens.Issue(ctx, &dayflyv1.IssueRequest{
 		Audience: r.Audience, Scopes: r.Scopes, Ttl: r.ttl(), Binding: wire.Binding(r.Binding), IdempotencyKey: r.key(),
 	})
@@ -239,7 +249,7 @@ func (c *Client) Issue(ctx context.Context, r Request) (*Credential, error) {
 func (c *Client) Exchange(ctx context.Context, subject token.Secret, r Request) (*Credential, error) {
 	ctx, cancel := c.deadline(ctx)
 	defer cancel()
-	asked := c.cfg.Now()
+	asked := c.now()
 	resp, err := c.tokens.Exchange(ctx, &dayflyv1.ExchangeRequest{
 		SubjectToken: subject.Reveal(), Audience: r.Audience, Scopes: r.Scopes, Ttl: r.ttl(), Binding: wire.Binding(r.Binding), IdempotencyKey: r.key(),
 	})
@@ -256,7 +266,7 @@ func (c *Client) deadline(ctx context.Context) (context.Context, context.CancelF
 	return context.WithTimeout(ctx, c.cfg.Timeout)
 }
 
-func (c *Client) credential(m *dayflyv1.Credential, asked time.Time) (*Credential, error) {
+func (c *Client) credential(m *dayflyv1.Credential, asked moment) (*Credential, error) {
 	binding, err := wire.ToBinding(m.GetBinding())
 	if err != nil {
 		return nil, fmt.Errorf("reading credential: %w", err)
@@ -286,7 +296,7 @@ func (c *Client) credential(m *dayflyv1.Credential, asked time.Time) (*Credentia
 	// its clock is ours.
 	out.left = out.Expires.Sub(out.IssuedAt)
 	if c.cfg.unix() {
-		out.left = min(out.left, out.Expires.Sub(asked))
+		out.left = min(out.left, out.Expires.Sub(asked.time))
 	}
 	return out, nil
 }
@@ -302,10 +312,11 @@ type connection struct {
 	// presented is the leaf of the last handshake, nil before the first.
 	presented atomic.Pointer[[]byte]
 	calls     int // guarded by Client.mu
+	made      moment
 }
 
 func (c *Client) dial() (*connection, error) {
-	conn := &connection{}
+	conn := &connection{made: c.now()}
 	target, creds := c.cfg.Address, insecure.NewCredentials()
 	if !c.cfg.unix() {
 		target, creds = "dns:///"+c.cfg.Address, credentials.NewTLS(c.tls(conn))
@@ -388,9 +399,18 @@ func (c *Client) keeps(cred *Credential) bool {
 	return cred.Binding != token.BindingX5T || c.cfg.Source != nil
 }
 
+func (c *Client) now() moment { return moment{c.cfg.Now(), c.cfg.Boot()} }
+
 // outdated reports whether the connection was made with an SVID that is no longer the
-// current one. Where there is no telling, it was not.
+// current one, or slept. Where there is no telling, it was not.
 func (c *Client) outdated(conn *connection) bool {
+	if c.cfg.unix() {
+		return false
+	}
+	now := c.now()
+	if now.boot.Sub(conn.made.boot)-now.time.Sub(conn.made.time) > maxSleep {
+		return true
+	}
 	leaf := conn.presented.Load()
 	if leaf == nil {
 		return false

@@ -186,8 +186,8 @@ func TestHammer(t *testing.T) {
 	w := newWorld(t)
 	at := w.upstream(orders, func(rw http.ResponseWriter, r *http.Request) { rw.WriteHeader(401) })
 	p := w.start(false, outgoing.Listener{Upstreams: []outgoing.Upstream{to(at)}})
-	start := time.Now()
-	w.tokens.now = func() time.Time { return start } // no pause is ever over
+	frozen := time.Now()
+	w.tokens.now = func() time.Time { return frozen } // no pause is ever over
 	c := p.client(true)
 	var all sync.WaitGroup
 	for range 20 {

@@ -92,9 +92,12 @@ type Config struct {
 	Tokens  Tokens
 	SVIDs   x509svid.Source
 	Bundles x509bundle.Source
-	// Admit decides about a connection to a unix socket: nil, or a refusal that
+	// Admit decides, with each request, about its connection to a unix socket: nil, or a refusal that
 	// sdk.FromRPC reads. Nil: whom the socket's mode lets connect.
 	Admit func(net.Conn) error
+	// Count is told how each request ended: with the upstream's answer ("") or a reason. Nil:
+	// nobody is.
+	Count func(reason string)
 	// Log receives what happens; nil: nothing does.
 	Log *slog.Logger
 }

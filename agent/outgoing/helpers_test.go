@@ -25,12 +25,16 @@ import (
 	"time"
 
 	"github.com/dayflyhq/dayfly/agent/outgoing"
+	"github.com/dayflyhq/dayfly/proto/feed"
 	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/dayflyhq/dayfly/sdk"
 	"github.com/dayflyhq/dayfly/sdk/spiffetest"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 )
+
+// start is where the tests' clocks begin that run through suspend.
+var start = time.Now().Add(-time.Hour)
 
 // patience is how long a test waits for what must happen.
 const patience = 30 * time.Second
@@ -85,7 +89,7 @@ func (s *tokens) source(r sdk.Request) *sdk.TokenSource {
 	defer s.mu.Unlock()
 	key := r.Audience + string(r.Binding)
 	if s.sources[key] == nil {
-		source, err := sdk.NewTokenSource(sdk.SourceConfig{Now: func() time.Time { return s.now() }, Fetch: func(context.Context) (*sdk.Credential, error) { return s.fetch(r) }})
+		source, err := sdk.NewTokenSource(sdk.SourceConfig{Now: func() time.Time { return s.now() }, Boot: func() feed.Instant { return feed.Instant(s.now().Sub(start)) }, Fetch: func(context.Context) (*sdk.Credential, error) { return s.fetch(r) }})
 		if err != nil {
 			s.t.Fatal(err)
 		}
@@ -164,7 +168,7 @@ func (s *tokens) Token(ctx context.Context, r sdk.Request) (*sdk.Credential, err
 	}
 }
 
-func (s *tokens) Refused(r sdk.Request, cred *sdk.Credential) bool { return s.source(r).Refused(cred) }
+func (s *tokens) Refused(r sdk.Request, cred *sdk.Credential) bool { return s.source(r).Refused(cred.Grant) }
 
 func (s *tokens) Revoked(c *token.Claims) bool {
 	s.mu.Lock()

@@ -17,6 +17,7 @@ type exchange struct {
 	secret  token.Secret
 	body    *replay // nil: there is none
 	outcome Outcome
+	reason  string // "" if the upstream answered
 	// answered says that the upstream's answer has begun.
 	answered bool
 }

@@ -42,11 +42,15 @@ type server struct {
 	upstreams []*upstream // of the same index
 	live      *live
 	denied    counters
+	count     func(reason string)
 	http      *http.Server
 }
 
 // New returns a proxy. It starts nothing and calls nobody.
 func New(cfg Config) (*Proxy, error) {
+	if cfg.Count == nil {
+		cfg.Count = func(string) {}
+	}
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
@@ -57,7 +61,7 @@ func New(cfg Config) (*Proxy, error) {
 	buffers := &pool{}
 	for _, l := range cfg.Listeners {
 		_, unix := l.Listener.Addr().(*net.UnixAddr)
-		s := &server{cfg: l, tcp: !unix, live: p.live}
+		s := &server{cfg: l, tcp: !unix, live: p.live, count: cfg.Count}
 		if unix {
 			s.admit = cfg.Admit
 		}
@@ -71,7 +75,7 @@ func New(cfg Config) (*Proxy, error) {
 	return p, nil
 }
 
-type doorKey struct{}
+type connKey struct{}
 
 func (s *server) serve(log *slog.Logger) {
 	protocols := new(http.Protocols)
@@ -84,7 +88,7 @@ func (s *server) serve(log *slog.Logger) {
 			if s.admit == nil {
 				return ctx
 			}
-			return context.WithValue(ctx, doorKey{}, s.admit(conn))
+			return context.WithValue(ctx, connKey{}, conn)
 		},
 	}
 }
@@ -167,6 +171,7 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	u, refused := s.admitted(r)
 	if refused != nil {
 		s.denied.requests[refused.outcome].Add(1)
+		s.count(refused.reason)
 		refused.write(w, r)
 		return
 	}
@@ -183,11 +188,12 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		var cut *refusal
 		switch {
 		case errors.As(context.Cause(x.ctx), &cut):
-			x.outcome = Cut
+			x.outcome, x.reason = Cut, cut.reason
 		case x.ctx.Err() != nil && !x.answered:
-			x.outcome = Canceled
+			x.outcome, x.reason = Canceled, "CANCELED"
 		}
 		u.counts.requests[x.outcome].Add(1)
+		s.count(x.reason)
 		x.cancel(nil)
 	}()
 	u.proxy.ServeHTTP(w, r)
@@ -199,8 +205,10 @@ var browsers = []string{"Origin", "Sec-Fetch-Site", "Sec-Fetch-Mode", "Forwarded
 
 // admitted returns the upstream of a request, or why there is none.
 func (s *server) admitted(r *http.Request) (*upstream, *refusal) {
-	if err, _ := r.Context().Value(doorKey{}).(error); err != nil {
-		return nil, doorRefusal(err)
+	if conn, ok := r.Context().Value(connKey{}).(net.Conn); ok {
+		if err := s.admit(conn); err != nil {
+			return nil, doorRefusal(err)
+		}
 	}
 	if s.tcp {
 		if refused := s.guard(r); refused != nil {

@@ -238,7 +238,7 @@ func (u *upstream) credential(ctx context.Context) (*held, *dialer, error) {
 
 // inspect reads a credential, once while it lasts.
 func (u *upstream) inspect(cred *sdk.Credential) (*held, error) {
-	if h := u.seen.Load(); h != nil && h.cred == cred {
+	if h := u.seen.Load(); h != nil && h.cred.Grant == cred.Grant {
 		return h, nil
 	}
 	t, err := token.Inspect(cred.Token.Reveal())
@@ -324,11 +324,9 @@ func (u *upstream) answered(resp *http.Response) error {
 		resp.Header.Set("Connection", "close")
 	}
 	if unauthorized(resp) {
-		x.outcome = Unauthorized
-		u.note(resp.Request.Context(), "UPSTREAM_UNAUTHORIZED")
-	} else {
-		u.note(resp.Request.Context(), "")
+		x.outcome, x.reason = Unauthorized, "UPSTREAM_UNAUTHORIZED"
 	}
+	u.note(resp.Request.Context(), x.reason)
 	if resp.StatusCode != http.StatusSwitchingProtocols {
 		resp.Body = &ending{resp.Body, resp, x}
 	}
@@ -369,10 +367,9 @@ func (u *upstream) fail(w http.ResponseWriter, req *http.Request, err error) {
 	case errors.As(context.Cause(x.ctx), &cut):
 		r = cut
 	case x.ctx.Err() != nil:
-		x.outcome = Canceled // nobody reads an answer
-		return
+		return // nobody reads an answer
 	}
-	x.outcome = r.outcome
+	x.outcome, x.reason = r.outcome, r.reason
 	if r.outcome != Cut {
 		u.note(req.Context(), r.reason)
 	}

@@ -17,7 +17,6 @@ import (
 
 	"github.com/dayflyhq/dayfly/agent"
 	"github.com/dayflyhq/dayfly/cmd/internal/config"
-	"github.com/dayflyhq/dayfly/sdk"
 	"github.com/spf13/cobra"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/sync/errgroup"
@@ -59,6 +58,7 @@ func Command() *cobra.Command {
 			"what is revoked at once and relays the feed to verifiers beside it.\n\n" +
 			"Exit codes: 0 it was told to stop, 1 it failed, 2 the command line or the configuration is wrong.",
 		Example: "  dayfly-agent --config /etc/dayfly/agent.yaml\n" +
+			"  dayfly-agent status\n" +
 			"  dayfly-agent --broker broker:8443 --broker-id spiffe://example.org/dayfly/broker \\\n" +
 			"    --grpc-socket /run/dayfly/agent.sock --prefetch orders=orders:read",
 		Args:          cobra.NoArgs,
@@ -73,6 +73,7 @@ func Command() *cobra.Command {
 		},
 	}
 	f.add(cmd)
+	cmd.AddCommand(statusCommand())
 	return cmd
 }
 
@@ -148,143 +149,57 @@ func (f *flags) apply(cmd *cobra.Command, cfg *Config) error {
 }
 
 // serve runs everything until ctx ends or a part of it fails.
-func serve(ctx context.Context, cfg *Config, stderr io.Writer) error {
+func serve(ctx context.Context, cfg *Config, stderr io.Writer) (err error) {
 	log := newLog(cfg.Log, stderr)
-	identity := agent.NewIdentity(cfg.WorkloadAPI, log)
-	client, err := sdk.New(sdk.Config{Address: cfg.Broker.Address, Source: identity, BrokerID: cfg.Broker.ID})
-	if err != nil {
-		return err
+	identities := agent.NewIdentities(cfg.WorkloadAPI, log)
+	var running []*workload
+	defer func() {
+		for _, w := range running {
+			err = errors.Join(err, w.close())
+		}
+	}()
+	for _, w := range cfg.all() {
+		log := log
+		if cfg.several() {
+			log = log.With("workload", w.name())
+		}
+		one, err := newWorkload(cfg, w.Workload, identities.Identity(w.ID), log)
+		if err != nil {
+			return ofWorkload(cfg, w.name(), err)
+		}
+		running = append(running, one)
 	}
-	defer client.Close()
-	above, err := upstream(cfg, identity)
-	if err != nil {
-		return err
-	}
-	if above != nil {
-		defer above.Close()
-	}
-	allow, err := cfg.Feed.Relay.selectors()
-	if err != nil {
-		return err
-	}
-	listeners, err := listen(cfg)
-	if err != nil {
-		return err
-	}
-	proxies, err := listenOutgoing(cfg.Outgoing, &cfg.Sockets)
-	if err != nil {
-		return errors.Join(err, listeners.close())
-	}
-	agentCfg := agent.Config{
-		Upstream: client.Conn(), Source: identity, Changed: identity.Changed,
-		GRPC: listeners.grpc, HTTP: listeners.http, AllowedUIDs: cfg.Sockets.AllowedUIDs,
-		Prefetch: cfg.requests(), Files: cfg.targets(), NoFeed: !cfg.Feed.Follow, MaxStaleness: cfg.Feed.MaxStaleness,
-		Audiences: cfg.Feed.Audiences, MaxStreams: cfg.Feed.MaxStreams, Log: log,
-		BrokerID: cfg.Broker.ID, Bundles: identity, Relay: listeners.relay, RelayAllow: allow,
-		AWS: cfg.AWS.agent(listeners.aws), Systemd: cfg.Systemd.agent(listeners.systemd), Outgoing: proxies,
-	}
-	if above != nil {
-		agentCfg.Feed = above.Conn()
-	}
-	a, err := agent.New(agentCfg)
-	if err != nil {
-		return errors.Join(err, closeOutgoing(proxies), listeners.close())
+	var metrics net.Listener
+	if cfg.Metrics.IsValid() {
+		if metrics, err = net.Listen("tcp", cfg.Metrics.String()); err != nil {
+			return fmt.Errorf("listening for metrics: %w", err)
+		}
 	}
 	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error { return identity.Run(ctx) })
-	group.Go(func() error { return a.Run(ctx) })
-	if listeners.metrics != nil {
-		group.Go(func() error { return serveMetrics(ctx, a, listeners.metrics) })
+	group.Go(func() error { return identities.Run(ctx) })
+	for _, w := range running {
+		group.Go(func() error { return ofWorkload(cfg, w.name, w.agent.Run(ctx)) })
+	}
+	if metrics != nil {
+		group.Go(func() error { return serveMetrics(ctx, running, cfg.several(), metrics) })
 	}
 	return group.Wait()
-}
-
-// upstream is the client of a relay on another host, nil where the broker is followed.
-func upstream(cfg *Config, identity *agent.Identity) (*sdk.Client, error) {
-	if cfg.Feed.Upstream.Address == "" {
-		return nil, nil
-	}
-	client, err := sdk.New(sdk.Config{Address: cfg.Feed.Upstream.Address, Source: identity, BrokerID: cfg.Feed.Upstream.ID})
-	if err != nil {
-		return nil, fmt.Errorf("feed.upstream: %w", err)
-	}
-	return client, nil
 }
 
 func newLog(cfg Log, w io.Writer) *slog.Logger {
 	options := &slog.HandlerOptions{Level: cfg.Level}
 	if cfg.Format == "text" {
-		return slog.New(slog.NewTextHandler(w, options))
+		return slog.New(agent.QuietLog(slog.NewTextHandler(w, options)))
 	}
-	return slog.New(slog.NewJSONHandler(w, options))
-}
-
-// listeners are all that the process listens on; nil for what isn't configured.
-type listeners struct{ grpc, http, relay, metrics, aws, systemd net.Listener }
-
-func listen(cfg *Config) (_ listeners, err error) {
-	var l listeners
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, l.close())
-		}
-	}()
-	if l.grpc, err = listenUnix(cfg, cfg.Sockets.GRPC); err != nil {
-		return listeners{}, err
-	}
-	if l.http, err = listenUnix(cfg, cfg.Sockets.HTTP); err != nil {
-		return listeners{}, err
-	}
-	if cfg.Feed.Relay.Listen != "" {
-		if l.relay, err = net.Listen("tcp", cfg.Feed.Relay.Listen); err != nil {
-			return listeners{}, fmt.Errorf("listening for verifiers on other hosts: %w", err)
-		}
-	}
-	if cfg.AWS.Listen.IsValid() {
-		if l.aws, err = net.Listen("tcp", cfg.AWS.Listen.String()); err != nil {
-			return listeners{}, fmt.Errorf("listening for AWS's SDKs: %w", err)
-		}
-	}
-	if cfg.Systemd.Socket != "" {
-		if l.systemd, err = agent.Listen(agent.SocketConfig{Path: cfg.Systemd.Socket}); err != nil {
-			return listeners{}, err
-		}
-	}
-	if cfg.Metrics.IsValid() {
-		if l.metrics, err = net.Listen("tcp", cfg.Metrics.String()); err != nil {
-			return listeners{}, fmt.Errorf("listening for metrics: %w", err)
-		}
-	}
-	return l, nil
-}
-
-func listenUnix(cfg *Config, path string) (net.Listener, error) {
-	if path == "" {
-		return nil, nil
-	}
-	socket, err := cfg.Sockets.socket(path)
-	if err != nil {
-		return nil, err
-	}
-	return agent.Listen(socket)
-}
-
-func (l *listeners) close() error {
-	var errs []error
-	for _, one := range []net.Listener{l.grpc, l.http, l.relay, l.metrics, l.aws, l.systemd} {
-		if one != nil {
-			errs = append(errs, one.Close())
-		}
-	}
-	return errors.Join(errs...)
+	return slog.New(agent.QuietLog(slog.NewJSONHandler(w, options)))
 }
 
 // serveMetrics answers GET /metrics until ctx ends.
-func serveMetrics(ctx context.Context, a *agent.Agent, l net.Listener) error {
+func serveMetrics(ctx context.Context, all []*workload, several bool, l net.Listener) error {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-		_ = a.WriteMetrics(w) // to one who has gone, perhaps
+		_ = agent.WriteMetrics(w, metricsOf(all, several)...) // to one who has gone, perhaps
 	})
 	server := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 10 * time.Second, MaxHeaderBytes: 16 << 10}
 	stop := context.AfterFunc(ctx, func() { _ = server.Close() })
@@ -293,4 +208,18 @@ func serveMetrics(ctx context.Context, a *agent.Agent, l net.Listener) error {
 		return fmt.Errorf("serving metrics: %w", err)
 	}
 	return nil
+}
+
+// metricsOf is the one place where the metrics of several workloads meet: with a label that
+// says whose a sample is, where there are several.
+func metricsOf(all []*workload, several bool) []agent.Metrics {
+	var out []agent.Metrics
+	for _, w := range all {
+		m := w.agent.Metrics()
+		if several {
+			m = m.With("workload", w.name)
+		}
+		out = append(out, m)
+	}
+	return out
 }

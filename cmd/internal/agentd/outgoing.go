@@ -91,37 +91,29 @@ func (o *Outgoing) Validate() error {
 	return errors.Join(errs...)
 }
 
-// listenOutgoing opens what is configured. After an error nothing is open.
-func listenOutgoing(all []Outgoing, s *Sockets) (_ []outgoing.Listener, err error) {
-	var out []outgoing.Listener
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, closeOutgoing(out))
-		}
-	}()
-	for i := range all {
-		o := &all[i]
-		l := o.listener()
-		for j := range o.Upstreams {
-			if err := addRoots(l.Upstreams[j].Roots, o.Upstreams[j].CAFile); err != nil {
-				return out, fmt.Errorf("outgoing[%d].upstreams[%d].ca_file: %w", i, j, err)
-			}
-		}
-		if o.Socket != "" {
-			socket, err := s.socket(o.Socket)
-			if err != nil {
-				return out, err
-			}
-			l.Listener, err = agent.Listen(socket)
-			if err != nil {
-				return out, err
-			}
-		} else if l.Listener, err = net.Listen("tcp", o.Listen.String()); err != nil {
-			return out, fmt.Errorf("listening for requests to pass on: %w", err)
-		}
-		out = append(out, l)
+// places lists what it alone may have, by the keys of the file.
+func (o *Outgoing) places(prefix string, out map[string]string) {
+	out[prefix+"socket"], out[prefix+"secret_file"] = o.Socket, o.SecretFile
+	if o.Listen.IsValid() && o.Listen.Port() != 0 {
+		out[prefix+"listen"] = o.Listen.String()
 	}
-	return out, nil
+}
+
+// open listens, and reads the certificates.
+func (o *Outgoing) open(s *Sockets) (outgoing.Listener, error) {
+	l := o.listener()
+	for i, u := range o.Upstreams {
+		if err := addRoots(l.Upstreams[i].Roots, u.CAFile); err != nil {
+			return l, fmt.Errorf("upstreams[%d].ca_file: %w", i, err)
+		}
+	}
+	var err error
+	if o.Socket != "" {
+		l.Listener, err = s.listen(o.Socket)
+	} else {
+		l.Listener, err = net.Listen("tcp", o.Listen.String())
+	}
+	return l, err
 }
 
 func addRoots(to *x509.CertPool, file string) error {
@@ -136,12 +128,4 @@ func addRoots(to *x509.CertPool, file string) error {
 		return fmt.Errorf("%s holds no certificate in PEM", file)
 	}
 	return nil
-}
-
-func closeOutgoing(all []outgoing.Listener) error {
-	var errs []error
-	for _, l := range all {
-		errs = append(errs, l.Listener.Close())
-	}
-	return errors.Join(errs...)
 }
