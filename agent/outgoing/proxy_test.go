@@ -196,6 +196,9 @@ func TestForward(t *testing.T) {
 	}
 	resp, body := p.raw("CONNECT orders.example.org:443 HTTP/1.1\r\nHost: orders.example.org:443\r\n\r\n")
 	wantRefusal(t, resp, body, 405, "CONNECT_NOT_SUPPORTED")
+	if got := resp.Header.Get("Proxy-Status"); got != `dayfly-agent; details="CONNECT_NOT_SUPPORTED"` {
+		t.Errorf("Proxy-Status: %s", got)
+	}
 	if !strings.Contains(string(body), "http://orders.example.org/") {
 		t.Errorf("what to do is not said: %s", body)
 	}

@@ -149,6 +149,7 @@ func (r *refusal) write(w http.ResponseWriter, req *http.Request) {
 		return
 	}
 	h.Set("Content-Type", "application/json")
+	h.Set("Proxy-Status", `dayfly-agent; details="`+r.reason+`"`) // RFC 9209; all that many clients show of an answer to CONNECT
 	h.Set("X-Content-Type-Options", "nosniff")
 	if r.retryAfter > 0 {
 		h.Set("Retry-After", strconv.Itoa(int(math.Ceil(r.retryAfter.Seconds()))))
