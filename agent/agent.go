@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/dayflyhq/dayfly/agent/deliver"
+	"github.com/dayflyhq/dayfly/agent/outgoing"
 	"github.com/dayflyhq/dayfly/proto/boottime"
 	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
 	"github.com/dayflyhq/dayfly/proto/feed"
@@ -93,6 +94,9 @@ type Config struct {
 	// Envoys before such services ask. The agent closes their listeners.
 	Incoming []Incoming
 	Envoy    []Envoy
+	// Outgoing are proxies that add tokens to requests for upstreams. Bundles must be set
+	// for those upstreams that prove a SPIFFE ID.
+	Outgoing []outgoing.Listener
 
 	// NoFeed leaves the feed alone: nothing is relayed, and a revoked credential is
 	// given out until it expires, to be refused by every verifier.
@@ -189,6 +193,7 @@ type Agent struct {
 	cache    *cache
 	follower *follower
 	files    *deliver.Deliverer
+	outgoing *outgoing.Proxy
 	door     *door // of GRPC and HTTP
 	guards   *guards
 	counts   counters
@@ -238,6 +243,9 @@ func New(cfg Config) (*Agent, error) {
 		return nil, fmt.Errorf("configuring agent: files: %w", err)
 	}
 	if a.guards, err = a.newGuards(); err != nil {
+		return nil, fmt.Errorf("configuring agent: %w", err)
+	}
+	if a.outgoing, err = a.outgoingProxy(); err != nil {
 		return nil, fmt.Errorf("configuring agent: %w", err)
 	}
 	a.serveGRPC()
@@ -319,6 +327,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		group.Go(func() error { return s.run(ctx) })
 	}
 	group.Go(func() error { return a.guards.run(ctx) })
+	group.Go(func() error { return a.outgoing.Run(ctx) })
 	group.Go(func() error { a.files.Run(ctx); return nil })
 	group.Go(func() error { a.look(ctx); return nil })
 	group.Go(func() error { <-ctx.Done(); a.stop(); return nil })
@@ -340,6 +349,9 @@ func (a *Agent) closeListeners() error {
 	}
 	for _, c := range a.cfg.Envoy {
 		all = append(all, c.Listener)
+	}
+	for _, l := range a.cfg.Outgoing {
+		all = append(all, l.Listener)
 	}
 	var errs []error
 	for _, l := range all {

@@ -278,6 +278,9 @@ func (a *Agent) listenerInfos() []ListenerInfo {
 			out = append(out, ListenerInfo{Name: l.name, Address: l.at.Addr().String()})
 		}
 	}
+	for _, l := range a.cfg.Outgoing {
+		out = append(out, ListenerInfo{Name: ListenerOutgoing, Address: l.Listener.Addr().String()})
+	}
 	a.counts.requests.each(func(listener, outcome string, n uint64) {
 		i := slices.IndexFunc(out, func(l ListenerInfo) bool { return l.Name == listener })
 		if i < 0 {

@@ -106,7 +106,7 @@ func (w *workload) listen(s *shelf, relay Relay, cfg *agent.Config) (err error) 
 		}
 		cfg.Systemd = w.w.Systemd.agent(l)
 	}
-	return w.listenIncoming(s, cfg)
+	return errors.Join(w.listenOutgoing(s, cfg), w.listenIncoming(s, cfg))
 }
 
 // unix opens a socket with the mode and group of the workload's; nil for no path.

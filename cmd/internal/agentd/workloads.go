@@ -30,6 +30,7 @@ type Workload struct {
 	Systemd     Systemd      `yaml:"systemd"`
 	Incoming    []Incoming   `yaml:"incoming"`
 	Envoy       []Envoy      `yaml:"envoy"`
+	Outgoing    []Outgoing   `yaml:"outgoing"`
 }
 
 // SetDefaults is what the file and the flags change.
@@ -62,6 +63,9 @@ func (w *Workload) places() map[string]string {
 	}
 	for i := range w.Envoy {
 		out[fmt.Sprintf("envoy[%d].listen", i)] = w.Envoy[i].Listen
+	}
+	for i := range w.Outgoing {
+		w.Outgoing[i].places(fmt.Sprintf("outgoing[%d].", i), out)
 	}
 	return out
 }
