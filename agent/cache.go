@@ -116,6 +116,7 @@ type entry struct {
 	ctx    context.Context
 
 	latest atomic.Pointer[held]
+	failed atomic.Pointer[sdk.Error] // why the last fetch did, nil after one that didn't
 
 	// Guarded by cache.mu.
 	waiting int
@@ -201,7 +202,12 @@ func (c *cache) add(r Request, pinned bool) (*entry, error) {
 		timeout = prefetchTimeout
 	}
 	source, err := sdk.NewTokenSource(sdk.SourceConfig{
-		Fetch:   func(ctx context.Context) (*sdk.Credential, error) { return c.fetch(ctx, e) },
+		Fetch: func(ctx context.Context) (*sdk.Credential, error) {
+			cred, err := c.fetch(ctx, e)
+			e.failed.Store(refusalOf(err))
+			c.ring()
+			return cred, err
+		},
 		Timeout: timeout, Now: c.now, Jitter: c.jitter,
 		Log: c.log.With("audience", r.Audience),
 	})
@@ -401,9 +407,7 @@ func (c *cache) dead(e *entry, cred *sdk.Credential) bool {
 // judged reports whether claims are dead: revoked, or bound to a certificate that this
 // workload has no longer.
 func (c *cache) judged(claims *token.Claims) bool {
-	switch c.judge(revocation.SubjectOf(claims)).Reason {
-	case revocation.Alive, revocation.Ahead:
-	default:
+	if c.revoked(claims) {
 		return true
 	}
 	if claims.Binding != token.BindingX5T {
@@ -440,7 +444,6 @@ func (c *cache) fetch(ctx context.Context, e *entry) (*sdk.Credential, error) {
 		return nil, err
 	}
 	e.latest.Store(&held{cred.Grant, claims, cred.Expires, cred})
-	c.ring()
 	return cred, nil
 }
 
