@@ -17,6 +17,7 @@ import (
 
 	"github.com/dayflyhq/dayfly/agent"
 	"github.com/dayflyhq/dayfly/cmd/internal/config"
+	"github.com/dayflyhq/dayfly/cmd/internal/supervise"
 	"github.com/dayflyhq/dayfly/sdk"
 	"github.com/spf13/cobra"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -46,6 +47,8 @@ type flags struct {
 	maxStaleness time.Duration
 	metrics      string
 	level        string
+
+	adjust func(*Config) // before the whole is checked; nil: as it stands
 }
 
 // Command is the agent as a cobra command.
@@ -69,10 +72,11 @@ func Command() *cobra.Command {
 			if err != nil {
 				return config.UsageError{Err: err}
 			}
-			return serve(cmd.Context(), cfg, cmd.ErrOrStderr())
+			return serve(cmd.Context(), cfg, cmd.ErrOrStderr(), nil)
 		},
 	}
 	f.add(cmd)
+	cmd.AddCommand(execCommand())
 	return cmd
 }
 
@@ -100,6 +104,9 @@ func (f *flags) load(cmd *cobra.Command) (*Config, error) {
 	}
 	if err := errors.Join(err, f.apply(cmd, &cfg)); err != nil {
 		return nil, err
+	}
+	if f.adjust != nil {
+		f.adjust(&cfg)
 	}
 	if err := cfg.complete(); err != nil {
 		return nil, fmt.Errorf("the configuration is incomplete or wrong:\n%w", err)
@@ -147,8 +154,9 @@ func (f *flags) apply(cmd *cobra.Command, cfg *Config) error {
 	return errors.Join(errs...)
 }
 
-// serve runs everything until ctx ends or a part of it fails.
-func serve(ctx context.Context, cfg *Config, stderr io.Writer) error {
+// serve runs everything until ctx ends or a part of it fails. beside, if there is one, runs
+// with it, and all of it ends with beside.
+func serve(ctx context.Context, cfg *Config, stderr io.Writer, beside func(context.Context, *agent.Agent) error) error {
 	log := newLog(cfg.Log, stderr)
 	identity := agent.NewIdentity(cfg.WorkloadAPI, log)
 	client, err := sdk.New(sdk.Config{Address: cfg.Broker.Address, Source: identity, BrokerID: cfg.Broker.ID})
@@ -177,7 +185,7 @@ func serve(ctx context.Context, cfg *Config, stderr io.Writer) error {
 		Prefetch: cfg.requests(), Files: cfg.targets(), NoFeed: !cfg.Feed.Follow, MaxStaleness: cfg.Feed.MaxStaleness,
 		Audiences: cfg.Feed.Audiences, MaxStreams: cfg.Feed.MaxStreams, Log: log,
 		BrokerID: cfg.Broker.ID, Bundles: identity, Relay: listeners.relay, RelayAllow: allow,
-		AWS: cfg.AWS.agent(listeners.aws), Systemd: cfg.Systemd.agent(listeners.systemd),
+		AWS: cfg.AWS.agent(listeners.aws), Systemd: cfg.Systemd.agent(listeners.systemd), Run: supervise.RunOwn,
 	}
 	if above != nil {
 		agentCfg.Feed = above.Conn()
@@ -191,6 +199,9 @@ func serve(ctx context.Context, cfg *Config, stderr io.Writer) error {
 	group.Go(func() error { return a.Run(ctx) })
 	if listeners.metrics != nil {
 		group.Go(func() error { return serveMetrics(ctx, a, listeners.metrics) })
+	}
+	if beside != nil {
+		group.Go(func() error { return beside(ctx, a) })
 	}
 	return group.Wait()
 }
