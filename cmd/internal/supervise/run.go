@@ -16,6 +16,7 @@ import (
 
 	"github.com/dayflyhq/dayfly/agent/deliver"
 	"github.com/dayflyhq/dayfly/sdk"
+	"google.golang.org/grpc/codes"
 )
 
 // sayAfter is how long it is silent about what it waits for.
@@ -170,16 +171,16 @@ func (r *runner) loop(ctx context.Context) Exit {
 			}
 			continue
 		}
-		wait := min(d.wait, r.has.due(v.now))
-		if r.machine.phase == waiting {
+		wait := d.wait
+		if r.machine.phase != waiting {
+			wait, said = min(wait, r.has.due(v.now)), ""
+		} else {
 			if quiet := sayAfter - v.now.Sub(began); quiet > 0 {
 				wait = min(wait, quiet)
 			} else if why := r.missing(); why != said {
 				said = why
 				r.cfg.Log.Info("waiting", "for", why)
 			}
-		} else {
-			said = ""
 		}
 		timer := time.NewTimer(wait)
 		select {
@@ -230,11 +231,21 @@ func (s *Spec) kind(i int) kind {
 // refusal is why there is a credential that won't come by itself, nil if there is none.
 func (r *runner) refusal() error {
 	for _, q := range r.cfg.Spec.Requests() {
-		if e := r.cfg.Keeper.Refusal(q); e != nil && !e.Temporary() && r.cfg.Keeper.Newest(q) == nil {
+		if e := r.cfg.Keeper.Refusal(q); e != nil && stands(e.Code) && r.cfg.Keeper.Newest(q) == nil {
 			return fmt.Errorf("no credential for %s: %w", q.Audience, e)
 		}
 	}
 	return nil
+}
+
+// stands says whether a refusal is one that no time changes; what an SVID that is about to
+// rotate, or a fault of somebody's, makes may pass.
+func stands(c codes.Code) bool {
+	switch c {
+	case codes.PermissionDenied, codes.InvalidArgument, codes.FailedPrecondition, codes.NotFound, codes.Unimplemented:
+		return true
+	}
+	return false
 }
 
 // An offer is what a program that is started now gets.

@@ -268,30 +268,31 @@ func (f *Flags) delivered(s *Spec) error {
 	}
 	for _, text := range f.templates {
 		name, from, _ := strings.Cut(text, "=")
-		content, err := readTemplate(from)
+		content, err := ReadTemplate(from)
 		if err != nil {
 			errs = append(errs, fmt.Errorf("--template %s: %w", short(name), err))
 			continue
 		}
-		put("template", deliver.File{Name: name, Format: deliver.Template, Template: string(content), Credentials: named})
+		put("template", deliver.File{Name: name, Format: deliver.Template, Template: content, Credentials: named})
 	}
 	return errors.Join(errs...)
 }
 
-func readTemplate(from string) ([]byte, error) {
+// ReadTemplate reads the text of a template.
+func ReadTemplate(from string) (string, error) {
 	if from == "" {
-		return nil, errors.New("write NAME=PATH, with the path of a template")
+		return "", errors.New("write NAME=PATH, with the path of a template")
 	}
 	in, err := os.Open(from)
 	if err != nil {
-		return nil, err
+		return "", err
 	}
 	defer in.Close()
 	content, err := io.ReadAll(io.LimitReader(in, deliver.MaxFileBytes+1))
 	if err == nil && len(content) > deliver.MaxFileBytes {
 		err = fmt.Errorf("%s has more than %d bytes", from, deliver.MaxFileBytes)
 	}
-	return content, err
+	return string(content), err
 }
 
 func formatOf(name string) deliver.Format {

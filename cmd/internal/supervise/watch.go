@@ -118,7 +118,7 @@ func (w *Watcher) broke(err error) {
 	defer w.mu.Unlock()
 	w.trouble = err
 	var e *sdk.Error
-	if errors.As(sdk.FromRPC(err), &e) && !e.Temporary() && e.Code != codes.Canceled {
+	if errors.As(sdk.FromRPC(err), &e) && stands(e.Code) {
 		if e.Code == codes.Unimplemented {
 			e = &sdk.Error{Code: e.Code, Message: "the agent tells nobody what becomes of credentials: it is older than this command"}
 		}
