@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"os/exec"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -70,6 +71,8 @@ type Config struct {
 	// GRPC and HTTP are the listening sockets, from Listen. The agent closes them. One
 	// of them may be nil.
 	GRPC, HTTP net.Listener
+	// NoSockets says that both may be nil: the agent is for its own process, by Newest.
+	NoSockets bool
 	// Relay is the TCP listener for verifiers on other hosts, by mTLS with this
 	// workload's SVID; nil: there is none. The agent closes it. Bundles must be set, and
 	// RelayAllow names who may follow there: identities, subtrees and trust domains.
@@ -97,6 +100,9 @@ type Config struct {
 	// Outgoing are proxies that add tokens to requests for upstreams. Bundles must be set
 	// for those upstreams that prove a SPIFFE ID.
 	Outgoing []outgoing.Listener
+	// Run runs the commands that tell of files, for a process that reaps more than what it
+	// started. Nil: (*exec.Cmd).Run.
+	Run func(*exec.Cmd) error
 
 	// NoFeed leaves the feed alone: nothing is relayed, and a revoked credential is
 	// given out until it expires, to be refused by every verifier.
@@ -139,7 +145,7 @@ func (c *Config) validate() error {
 	if c.Relay != nil && (c.Bundles == nil || len(c.RelayAllow) == 0 || c.NoFeed) {
 		errs = append(errs, errors.New("relay: bundles and whom to allow must be set, and the feed be followed"))
 	}
-	if c.GRPC == nil && c.HTTP == nil {
+	if c.GRPC == nil && c.HTTP == nil && !c.NoSockets {
 		errs = append(errs, errors.New("sockets: at least one must be set"))
 	}
 	if c.MaxStaleness < wire.MinBound || c.MaxStaleness > wire.MaxBound {
@@ -265,6 +271,7 @@ func (a *Agent) serveGRPC() {
 		grpc.WaitForHandlers(true),
 	)
 	dayflyv1.RegisterTokenServiceServer(a.grpc, &tokenService{agent: a})
+	dayflyv1.RegisterWatchServiceServer(a.grpc, &watchService{agent: a})
 	if !a.cfg.NoFeed {
 		dayflyv1.RegisterFeedServiceServer(a.grpc, &feedService{k: a.k, maxStreams: int64(a.cfg.MaxStreams), stopping: a.stopping, counts: &a.counts})
 	}

@@ -122,6 +122,7 @@ type entry struct {
 	ctx    context.Context
 
 	latest atomic.Pointer[held]
+	failed atomic.Pointer[sdk.Error] // why the last fetch did, nil after one that didn't
 
 	// Guarded by cache.mu.
 	waiting int
@@ -261,7 +262,12 @@ func (c *cache) add(r Request, pinned bool) (*entry, error) {
 	e := &entry{req: r, pinned: pinned, asked: c.now()}
 	e.ctx, e.cancel = context.WithCancel(c.ctx)
 	source, err := sdk.NewTokenSource(sdk.SourceConfig{
-		Fetch:     func(ctx context.Context) (*sdk.Credential, error) { return c.fetch(ctx, e) },
+		Fetch: func(ctx context.Context) (*sdk.Credential, error) {
+			cred, err := c.fetch(ctx, e)
+			e.failed.Store(refusalOf(err))
+			c.ring()
+			return cred, err
+		},
 		RenewFrom: renewFrom, RenewTo: renewTo,
 		Timeout: issueTimeout, Now: c.now, Boot: c.boot, Jitter: c.jitter,
 		Log: c.log.With("audience", r.Audience),
@@ -456,9 +462,7 @@ func (c *cache) dead(e *entry, cred *sdk.Credential) bool {
 // judged reports whether claims are dead: revoked, of an identity that the Workload API no
 // longer gives this workload, or bound to a certificate that it has no longer.
 func (c *cache) judged(claims *token.Claims) bool {
-	switch c.judge(revocation.SubjectOf(claims)).Reason {
-	case revocation.Alive, revocation.Ahead:
-	default:
+	if c.revoked(claims) {
 		return true
 	}
 	if svid, err := c.svids.GetX509SVID(); disowned(svid, err, claims) {
@@ -505,7 +509,6 @@ func (c *cache) fetch(ctx context.Context, e *entry) (*sdk.Credential, error) {
 		return nil, err
 	}
 	e.latest.Store(&held{grant: cred.Grant, claims: claims, cred: cred, asked: asked, boot: attempted, life: cred.Expires.Sub(asked)})
-	c.ring()
 	return cred, nil
 }
 

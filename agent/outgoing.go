@@ -7,7 +7,6 @@ import (
 	"slices"
 
 	"github.com/dayflyhq/dayfly/agent/outgoing"
-	"github.com/dayflyhq/dayfly/proto/revocation"
 	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/dayflyhq/dayfly/sdk"
 )
@@ -61,12 +60,6 @@ func (t outgoingTokens) Refused(r sdk.Request, cred *sdk.Credential) bool {
 
 // Revoked is the feed's word alone: a rotated certificate ends no request on a connection
 // that shows it.
-func (t outgoingTokens) Revoked(claims *token.Claims) bool {
-	switch t.cache.judge(revocation.SubjectOf(claims)).Reason {
-	case revocation.Alive, revocation.Ahead:
-		return false
-	}
-	return true
-}
+func (t outgoingTokens) Revoked(claims *token.Claims) bool { return t.cache.revoked(claims) }
 
 func (t outgoingTokens) Changed() <-chan struct{} { return t.cache.whenChanged() }
