@@ -349,8 +349,15 @@ func refuse(code codes.Code, reason, message, hint string) error {
 	return st.Err()
 }
 
-func (f *fake) Issue(_ context.Context, r *dayflyv1.IssueRequest) (*dayflyv1.IssueResponse, error) {
-	c, err := f.give(r.GetAudience(), r.GetBinding(), paymentsID)
+// Issue is for whom the connection is: by the agent's socket, payments.
+func (f *fake) Issue(ctx context.Context, r *dayflyv1.IssueRequest) (*dayflyv1.IssueResponse, error) {
+	id := paymentsID
+	if p, ok := peer.FromContext(ctx); ok {
+		if info, ok := p.AuthInfo.(credentials.TLSInfo); ok {
+			id = spiffeid.RequireFromURI(info.State.PeerCertificates[0].URIs[0])
+		}
+	}
+	c, err := f.give(r.GetAudience(), r.GetBinding(), id)
 	return &dayflyv1.IssueResponse{Credential: c}, err
 }
 
