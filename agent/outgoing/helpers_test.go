@@ -168,7 +168,9 @@ func (s *tokens) Token(ctx context.Context, r sdk.Request) (*sdk.Credential, err
 	}
 }
 
-func (s *tokens) Refused(r sdk.Request, cred *sdk.Credential) bool { return s.source(r).Refused(cred.Grant) }
+func (s *tokens) Refused(r sdk.Request, cred *sdk.Credential) bool {
+	return s.source(r).Refused(cred.Grant)
+}
 
 func (s *tokens) Revoked(c *token.Claims) bool {
 	s.mu.Lock()
