@@ -15,10 +15,7 @@ const maxReplay = 64 << 10
 // caller: the transport waits for that before it lets go of an answer.
 type replay struct {
 	src     io.Reader
-	buffers interface {
-		Get() []byte
-		Put([]byte)
-	}
+	buffers *pool
 
 	mu      sync.Mutex
 	wake    sync.Cond // at every change

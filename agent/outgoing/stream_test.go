@@ -185,6 +185,39 @@ func TestContinue(t *testing.T) {
 	}
 }
 
+// TestEarly: where an answer begins before its request has ended, what is left of the body
+// is no request of its own.
+func TestEarly(t *testing.T) {
+	w := newWorld(t)
+	var asked atomic.Int64
+	at := w.upstream(orders, func(rw http.ResponseWriter, r *http.Request) {
+		asked.Add(1)
+		rw.WriteHeader(413)
+	})
+	p := w.start(false, outgoing.Listener{Upstreams: []outgoing.Upstream{to(at)}})
+	for _, length := range []string{"Content-Length: 1000", "Transfer-Encoding: chunked"} {
+		asked.Store(0)
+		conn, err := p.dial()
+		if err != nil {
+			t.Fatal(err)
+		}
+		fmt.Fprintf(conn, "POST / HTTP/1.1\r\nHost: x\r\n%s\r\n\r\n", length)
+		r := bufio.NewReader(conn)
+		resp, err := http.ReadResponse(r, nil)
+		if err != nil || resp.StatusCode != 413 || !resp.Close {
+			t.Fatalf("%s: %+v %v", length, resp, err)
+		}
+		_, _ = io.WriteString(conn, "GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n")
+		_ = conn.(interface{ CloseWrite() error }).CloseWrite()
+		_ = conn.SetReadDeadline(time.Now().Add(patience))
+		_, _ = io.Copy(io.Discard, r)
+		_ = conn.Close()
+		if n := asked.Load(); n != 1 {
+			t.Errorf("%s: the upstream was asked %d times", length, n)
+		}
+	}
+}
+
 // websocket is an upstream that upgrades, and sends back what it gets.
 func websocket(auth chan<- string) http.HandlerFunc {
 	return func(rw http.ResponseWriter, r *http.Request) {
