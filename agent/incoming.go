@@ -46,13 +46,16 @@ func (c *Config) validateGuards() error {
 }
 
 func (a *Agent) newGuards() (_ *guards, err error) {
+	n := len(a.cfg.Incoming) + len(a.cfg.Envoy)
+	if n == 0 {
+		return &guards{}, nil
+	}
 	g := &guards{feed: grpc.NewServer(grpc.WaitForHandlers(true)), inside: newInside()}
 	defer func() {
 		if err != nil {
 			g.close()
 		}
 	}()
-	n := len(a.cfg.Incoming) + len(a.cfg.Envoy)
 	dayflyv1.RegisterFeedServiceServer(g.feed, &feedService{k: a.k, maxStreams: int64(2 * n), stopping: a.stopping, counts: &a.counts})
 	g.conn, err = grpc.NewClient("passthrough:inside", grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return g.inside.dial(ctx) }))
@@ -81,6 +84,9 @@ func (a *Agent) newGuards() (_ *guards, err error) {
 
 // run serves until ctx ends. The feed is served until the last of them has stopped.
 func (g *guards) run(ctx context.Context) error {
+	if g.feed == nil {
+		return nil
+	}
 	defer g.close()
 	var wg sync.WaitGroup
 	defer wg.Wait()

@@ -62,6 +62,7 @@ type guard struct {
 	v         *verify.Verifier
 	routes    *routes
 	passToken bool
+	accepts   bool
 	counts    Counts
 }
 
@@ -74,7 +75,7 @@ func newGuard(p Policy, env Env) (*guard, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &guard{v: v, routes: routes, passToken: p.PassToken}, nil
+	return &guard{v: v, routes: routes, passToken: p.PassToken, accepts: p.OnStale == verify.Accept}, nil
 }
 
 // request is what is judged. Path and host are as they came, without the query.
@@ -149,6 +150,8 @@ func (g *guard) ready() error {
 	switch {
 	case s.Fresh:
 		return nil
+	case g.accepts && s.Bound > 0 && s.Position.Era != 0 && !errors.Is(s.Err, feed.ErrFork):
+		return nil // it runs on
 	case s.Err != nil:
 		return s.Err
 	}
