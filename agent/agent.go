@@ -8,6 +8,8 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/dayflyhq/dayfly/agent/deliver"
@@ -72,9 +74,8 @@ type Config struct {
 	// RelayAllow names who may follow there: identities, subtrees and trust domains.
 	Relay      net.Listener
 	RelayAllow []revocation.Selector
-	// AllowedUIDs are the users that may call, by the kernel's word (Linux). Empty:
-	// whom the sockets' mode lets connect.
-	AllowedUIDs []uint32
+	// Allow is who may call on them.
+	Allow Allow
 
 	// Prefetch are credentials that are fetched at start and kept fresh whether or not
 	// anyone asks.
@@ -97,7 +98,7 @@ type Config struct {
 	// given out until it expires, to be refused by every verifier.
 	NoFeed bool
 	// MaxStaleness is the bound that the agent states as a subscriber, and the age
-	// beyond which it says that it isn't ready. Zero means wire.DefaultBound.
+	// beyond which its state isn't Ready. Zero means wire.DefaultBound.
 	MaxStaleness time.Duration
 	// Audiences are what the agent follows for where policy doesn't let it relay. A
 	// relay needs none.
@@ -105,6 +106,9 @@ type Config struct {
 	// MaxStreams bounds the verifiers that follow at once. Zero means
 	// DefaultMaxStreams.
 	MaxStreams int
+
+	// Configuration says how reading the configuration went, for Report. Nil: it isn't told.
+	Configuration func() ConfigurationInfo
 
 	// Now is the clock that credentials are aged with. Nil means time.Now.
 	Now func() time.Time
@@ -143,7 +147,7 @@ func (c *Config) validate() error {
 	if len(c.Prefetch) > MaxPrefetch {
 		errs = append(errs, fmt.Errorf("prefetch: at most %d, those of files included", MaxPrefetch))
 	}
-	errs = append(errs, c.AWS.validate(), c.Systemd.validate(), c.validateGuards())
+	errs = append(errs, c.Allow.Validate(), c.AWS.validate(), c.Systemd.validate(), c.validateGuards())
 	for _, a := range c.Audiences {
 		if err := token.ValidateAudience(a); err != nil {
 			errs = append(errs, fmt.Errorf("audiences: %w", err))
@@ -185,6 +189,7 @@ type Agent struct {
 	cache    *cache
 	follower *follower
 	files    *deliver.Deliverer
+	door     *door // of GRPC and HTTP
 	guards   *guards
 	counts   counters
 	health   *health.Server
@@ -192,19 +197,30 @@ type Agent struct {
 	remote   *grpc.Server // for verifiers on other hosts, nil for none
 	http     *http.Server
 	stopping chan struct{} // closed when Run begins to stop
+	running  chan struct{} // closed when Run serves
+	ended    chan struct{} // closed when Run returns
+	live     atomic.Pointer[Settings]
+	applying sync.Mutex
+	started  time.Time
 }
 
 // New returns an agent. It starts nothing and calls nobody.
 func New(cfg Config) (*Agent, error) {
 	cfg.setDefaults()
-	cfg.Prefetch = append(cfg.Prefetch[:len(cfg.Prefetch):len(cfg.Prefetch)], filesRequests(cfg.Files)...)
+	settings := Settings{cfg.Allow, cfg.Prefetch, cfg.Files, cfg.MaxStaleness}
+	cfg.Prefetch = settings.pins()
 	if err := cfg.validate(); err != nil {
 		return nil, fmt.Errorf("configuring agent: %w", err)
 	}
-	a := &Agent{cfg: cfg, k: newKnowledge(cfg.Boot), health: health.NewServer(), stopping: make(chan struct{})}
+	cfg.Upstream = proven{cfg.Upstream, cfg.Source, cfg.Changed}
+	if cfg.Feed != nil {
+		cfg.Feed = proven{cfg.Feed, cfg.Source, cfg.Changed}
+	}
+	a := &Agent{cfg: cfg, k: newKnowledge(cfg.Boot), door: newDoor(cfg.Allow), health: health.NewServer(), stopping: make(chan struct{}), running: make(chan struct{}), ended: make(chan struct{}), started: cfg.Now()}
+	a.live.Store(&settings)
 	a.cache = &cache{
 		tokens: dayflyv1.NewTokenServiceClient(cfg.Upstream), svids: cfg.Source, judge: a.judge(),
-		now: cfg.Now, jitter: cfg.Jitter, log: cfg.Log, counts: &a.counts,
+		now: cfg.Now, boot: cfg.Boot, jitter: cfg.Jitter, log: cfg.Log, counts: &a.counts,
 	}
 	if !cfg.BrokerID.IsZero() && cfg.Bundles != nil {
 		a.k.verify = cfg.verifyHead
@@ -215,7 +231,7 @@ func New(cfg Config) (*Agent, error) {
 	}
 	a.follower = &follower{
 		client: dayflyv1.NewFeedServiceClient(above), distrusts: cfg.Feed != nil, k: a.k, instance: rand.Text(), audiences: cfg.Audiences,
-		bound: cfg.MaxStaleness, rotated: cfg.Changed, applied: a.cache.sweep, log: cfg.Log, counts: &a.counts,
+		bound: func() time.Duration { return a.live.Load().MaxStaleness }, rebound: make(chan struct{}, 1), rotated: cfg.Changed, applied: a.cache.sweep, log: cfg.Log, counts: &a.counts,
 	}
 	var err error
 	if a.files, err = a.deliverer(); err != nil {
@@ -232,11 +248,11 @@ func New(cfg Config) (*Agent, error) {
 
 func (a *Agent) serveGRPC() {
 	a.grpc = grpc.NewServer(
-		grpc.Creds(peerCredentials{door{a.cfg.AllowedUIDs}}),
+		grpc.Creds(peerCredentials{a.door}),
 		grpc.MaxRecvMsgSize(maxReceiveBytes),
 		grpc.MaxConcurrentStreams(uint32(a.cfg.MaxStreams)+maxEntries),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
-		grpc.ChainUnaryInterceptor(admitUnary),
+		grpc.ChainUnaryInterceptor(a.countUnary, admitUnary),
 		grpc.ChainStreamInterceptor(admitStream),
 		grpc.WaitForHandlers(true),
 	)
@@ -250,17 +266,16 @@ func (a *Agent) serveGRPC() {
 // Run serves until ctx ends or a socket fails. When it returns everything that it
 // started has ended and its sockets are gone. It may be called once.
 func (a *Agent) Run(ctx context.Context) error {
+	defer close(a.ended)
 	a.cache.open()
 	defer a.cache.close()
-	for _, r := range a.cfg.Prefetch {
-		if err := a.cache.prefetch(r); err != nil {
-			return fmt.Errorf("prefetching: %w", err)
-		}
+	if err := a.cache.pin(a.cfg.Prefetch); err != nil {
+		return errors.Join(fmt.Errorf("prefetching: %w", err), a.closeListeners())
 	}
 	aws := &awsServer{cfg: a.cfg.AWS, cache: a.cache, now: a.cfg.Now, log: a.cfg.Log}
 	if a.cfg.AWS != nil {
 		if err := aws.rotate(); err != nil {
-			return fmt.Errorf("writing the authorization token file of aws_container: %w", err)
+			return errors.Join(fmt.Errorf("writing the authorization token file of aws_container: %w", err), a.closeListeners())
 		}
 	}
 	// Before anything that takes time, and after all that may end the start: what it finds
@@ -308,6 +323,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	group.Go(func() error { a.look(ctx); return nil })
 	group.Go(func() error { <-ctx.Done(); a.stop(); return nil })
 	a.cfg.Log.InfoContext(ctx, "serving", "grpc", address(a.cfg.GRPC), "http", address(a.cfg.HTTP), "relay", address(a.cfg.Relay))
+	close(a.running)
 	return group.Wait()
 }
 
@@ -381,15 +397,17 @@ func (a *Agent) look(ctx context.Context) {
 	every := time.NewTicker(lookEvery)
 	defer every.Stop()
 	tidied := a.cfg.Now()
-	ready := false
+	var state State
+	clocks := a.beat()
 	rotated := a.cfg.Changed()
 	for {
 		status := a.Status()
 		a.report(status)
-		if status.Ready != ready {
-			ready = status.Ready
-			a.cfg.Log.InfoContext(ctx, "readiness changed", "ready", ready, "waiting_for", status.waiting())
+		if status.State != state {
+			a.tell(ctx, state, status)
+			state = status.State
 		}
+		clocks = a.jumped(ctx, clocks)
 		if now := a.cfg.Now(); now.Sub(tidied) > tidyEvery {
 			tidied = now
 			a.cache.tidy()
@@ -398,7 +416,7 @@ func (a *Agent) look(ctx context.Context) {
 		a.k.mu.Lock()
 		changed := a.k.changed
 		a.k.mu.Unlock()
-		if ready {
+		if state == Ready {
 			changed = nil // it can only become unready with time
 		}
 		select {

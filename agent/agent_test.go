@@ -137,15 +137,20 @@ func TestBrokerAway(t *testing.T) {
 	if _, err := c.Issue(t.Context(), sdk.Request{Audience: "ledger"}); reason(err) != "BROKER_UNREACHABLE" || status.Code(err) != codes.Unavailable {
 		t.Errorf("nothing in memory: got %v, want BROKER_UNREACHABLE", err)
 	}
-	eventually(t, "unreadiness", func() error { // its knowledge grows old
+	eventually(t, "its knowledge to grow old", func() error { // which takes nobody out of service
 		code, body, _ := f.get("/readyz")
-		if code != http.StatusServiceUnavailable || !strings.Contains(fmt.Sprint(body), "proof") {
+		if code != http.StatusOK || body["state"] != "serving" || !strings.Contains(fmt.Sprint(body), "proof") {
 			return fmt.Errorf("%d %v", code, body)
 		}
 		return nil
 	})
 	b.restart()
-	f.ready()
+	eventually(t, "readiness", func() error {
+		if _, body, _ := f.get("/readyz"); body["state"] != "ready" {
+			return fmt.Errorf("%v", body)
+		}
+		return nil
+	})
 	f.issue(c, sdk.Request{Audience: "ledger"})
 }
 
@@ -472,7 +477,7 @@ func TestLargeMessage(t *testing.T) {
 func TestPeerUIDRefused(t *testing.T) {
 	td := newDomain(t)
 	uid := uint32(os.Getuid())
-	f := start(t, td, newBroker(t, td), func(c *agent.Config) { c.AllowedUIDs = []uint32{uid + 1} })
+	f := start(t, td, newBroker(t, td), func(c *agent.Config) { c.Allow.UIDs = []uint32{uid + 1} })
 	_, err := f.client().Issue(t.Context(), sdk.Request{Audience: "orders"})
 	if reason(err) != "PEER_NOT_ALLOWED" || status.Code(err) != codes.PermissionDenied {
 		t.Errorf("issue: %v", err)
@@ -490,7 +495,7 @@ func TestPeerUIDRefused(t *testing.T) {
 	if code, body, _ := f.get("/v1/token?audience=orders"); code != http.StatusForbidden || body["reason"] != "PEER_NOT_ALLOWED" {
 		t.Errorf("http: %d %v", code, body)
 	}
-	allowed := start(t, td, f.broker, func(c *agent.Config) { c.AllowedUIDs = []uint32{uid} })
+	allowed := start(t, td, f.broker, func(c *agent.Config) { c.Allow.UIDs = []uint32{uid} })
 	allowed.issue(allowed.client(), sdk.Request{Audience: "orders"})
 }
 

@@ -7,17 +7,16 @@ import (
 	"crypto/subtle"
 	"errors"
 	"fmt"
-	"io"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/http"
 	"net/netip"
-	"os"
-	"path/filepath"
 	"strings"
 	"sync"
 	"time"
 
+	"github.com/dayflyhq/dayfly/agent/deliver"
 	"github.com/dayflyhq/dayfly/agent/sts"
 	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/dayflyhq/dayfly/sdk"
@@ -47,9 +46,9 @@ type AWSContainer struct {
 	Request Request
 	// Role is what for.
 	Role sts.Role
-	// TokenFile is where the agent writes, for its own user alone, what callers must
-	// send as Authorization; it changes every hour and goes when the agent stops.
-	TokenFile string
+	// TokenFile is where the agent writes what callers must send as Authorization; it
+	// changes every hour and goes when the agent stops.
+	TokenFile deliver.Secret
 }
 
 func (c *AWSContainer) validate() error {
@@ -60,8 +59,8 @@ func (c *AWSContainer) validate() error {
 	if addr, ok := c.Listener.Addr().(*net.TCPAddr); !ok || !addr.IP.IsLoopback() {
 		errs = append(errs, errors.New("listener: must be on loopback"))
 	}
-	if !filepath.IsAbs(c.TokenFile) {
-		errs = append(errs, errors.New("token file: the path must be absolute"))
+	if err := c.TokenFile.Validate(); err != nil {
+		errs = append(errs, fmt.Errorf("token file: %w", err))
 	}
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("aws container: %w", err)
@@ -83,7 +82,7 @@ type awsServer struct {
 	authMu        sync.Mutex
 	auth, before  [sha256.Size]byte // of the authorization token, and of the one before
 	beforeCounts  time.Time         // until when
-	authFile      os.FileInfo
+	authFile      fs.FileInfo
 	authEverKnown bool
 }
 
@@ -119,7 +118,7 @@ func (s *awsServer) run(ctx context.Context) error {
 			return fmt.Errorf("serving aws_container: %w", err)
 		case <-every.C:
 			if err := s.rotate(); err != nil { // the old one goes on
-				s.log.WarnContext(ctx, "the authorization token file of aws_container can't be written", "error", err)
+				s.log.WarnContext(ctx, "the authorization token file of aws_container can't be written", "err", err)
 			}
 		}
 	}
@@ -137,7 +136,7 @@ func (s *awsServer) rotate() error {
 	if !s.authEverKnown {
 		s.before = s.auth
 	}
-	info, err := replaceFile(s.cfg.TokenFile, secret)
+	info, err := s.cfg.TokenFile.Write(secret)
 	if err != nil {
 		if s.authEverKnown {
 			s.auth = old
@@ -152,28 +151,9 @@ func (s *awsServer) rotate() error {
 func (s *awsServer) forget() {
 	s.authMu.Lock()
 	defer s.authMu.Unlock()
-	if now, err := os.Lstat(s.cfg.TokenFile); err == nil && os.SameFile(now, s.authFile) {
-		_ = os.Remove(s.cfg.TokenFile)
+	if err := s.cfg.TokenFile.Remove(s.authFile); err != nil {
+		s.log.Error("removing the authorization token file of aws_container", "err", err)
 	}
-}
-
-// replaceFile puts a whole file in place, readable by its owner alone.
-func replaceFile(path, content string) (_ os.FileInfo, err error) {
-	f, err := os.CreateTemp(filepath.Dir(path), ".dayfly-") // 0600
-	if err != nil {
-		return nil, err
-	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, os.Remove(f.Name()))
-		}
-	}()
-	_, err = io.WriteString(f, content)
-	info, statErr := f.Stat()
-	if err := errors.Join(err, statErr, f.Sync(), f.Close()); err != nil {
-		return nil, err
-	}
-	return info, os.Rename(f.Name(), path)
 }
 
 func (s *awsServer) authorized(sent string) bool {
@@ -218,15 +198,18 @@ func (s *awsServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		status, code, message = http.StatusMethodNotAllowed, "METHOD_NOT_ALLOWED", "GET only"
 	}
 	if status != 0 {
+		s.cache.counts.requests.add(ListenerAWS, code)
 		writeJSON(w, status, awsError{code, message})
 		return
 	}
 	session, err := s.get(r.Context())
 	if err != nil {
 		status, refusal := awsRefusal(err)
+		s.cache.counts.requests.add(ListenerAWS, refusal.Code)
 		writeJSON(w, status, refusal)
 		return
 	}
+	s.cache.counts.requests.add(ListenerAWS, okay)
 	writeJSON(w, http.StatusOK, awsCredentials{
 		AccessKeyID: session.AccessKeyID, SecretAccessKey: session.SecretAccessKey.Reveal(), Token: session.SessionToken.Reveal(),
 		Expiration: session.Expires.Format(time.RFC3339), RoleArn: s.cfg.Role.ARN,
@@ -337,7 +320,7 @@ func (s *awsServer) trade(ctx context.Context) (*sts.Session, error) {
 	now := s.now()
 	session, err := sts.Trade(ctx, s.cfg.Role, cred.Token, now)
 	if err != nil {
-		s.log.WarnContext(ctx, "trading a token for a session failed", "role", s.cfg.Role.ARN, "grant", cred.Grant, "error", sdk.FromRPC(err))
+		s.log.WarnContext(ctx, "trading a token for a session failed", "role", s.cfg.Role.ARN, "grant", cred.Grant, "err", sdk.FromRPC(err))
 		return nil, err
 	}
 	s.log.InfoContext(ctx, "traded a token for a session", "role", s.cfg.Role.ARN, "grant", cred.Grant, "expires", session.Expires)

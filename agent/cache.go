@@ -13,6 +13,7 @@ import (
 	"time"
 
 	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
+	"github.com/dayflyhq/dayfly/proto/feed"
 	"github.com/dayflyhq/dayfly/proto/revocation"
 	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/dayflyhq/dayfly/proto/wire"
@@ -29,14 +30,17 @@ const (
 	maxEntries = 1024
 	// MaxPrefetch bounds Config.Prefetch: it leaves room for what is asked for.
 	MaxPrefetch = maxEntries / 2
+	// renewFrom and renewTo are between which fractions of a credential's life the agent
+	// renews it, at random: earlier than an SDK does. A workload counts on its agent to have
+	// used every moment in the second half of a credential's life in which the broker could
+	// be reached; whoever first tries later than at its half has missed some.
+	renewFrom, renewTo = 0.35, 0.50
 	// idleAfter is how long a credential that nobody asks for is kept fresh: twice
 	// the default life.
 	idleAfter = 10 * time.Minute
-	// issueTimeout bounds a call for somebody who waits: shorter than a client's own
-	// default, so that the reason reaches them.
+	// issueTimeout bounds a call: shorter than a client's own default, so that the reason
+	// reaches whoever waits; and it is how soon a broker that doesn't answer is known for it.
 	issueTimeout = 5 * time.Second
-	// prefetchTimeout is for one that nobody waits for yet.
-	prefetchTimeout = time.Minute
 	// maxDead bounds how often in a row the broker may give what the feed says is dead.
 	maxDead = 3
 )
@@ -88,6 +92,7 @@ type cache struct {
 	svids  x509svid.Source
 	judge  func(revocation.Subject) revocation.Verdict
 	now    func() time.Time
+	boot   func() feed.Instant
 	jitter func() float64
 	log    *slog.Logger
 	counts *counters
@@ -102,6 +107,7 @@ type cache struct {
 	// for: until then no call is made.
 	limited      *sdk.Error
 	limitedUntil time.Time
+	upstream     contact
 	// changed is closed at every change that somebody who keeps copies must hear of.
 	changed chan struct{}
 }
@@ -121,16 +127,54 @@ type entry struct {
 	waiting int
 	asked   time.Time // when somebody last asked
 
-	idempotency string // of the fetch under way; only fetch touches it
+	attempt attempt // the one under way; only fetch touches it
 }
+
+// An attempt is a call and its repetitions: they have one idempotency key, and the answer
+// may be what the first of them made, so its life is counted from then.
+type attempt struct {
+	key   string
+	asked time.Time
+	boot  feed.Instant
+}
+
+// attemptFor is how long a call is repeated as the same. What the broker makes for a later
+// one is new.
+const attemptFor = issueTimeout
 
 // held is the newest credential and what it says of itself.
 type held struct {
-	grant   string
-	claims  *token.Claims
-	expires time.Time
-	cred    *sdk.Credential
+	grant  string
+	claims *token.Claims
+	cred   *sdk.Credential
+	asked  time.Time // with the monotonic clock, which sleeps with the machine,
+	boot   feed.Instant
+	life   time.Duration
 }
+
+// age is how long ago a credential was asked for, by the clocks that nobody sets.
+func (c *cache) age(h *held) time.Duration {
+	return max(c.now().Sub(h.asked), c.boot().Sub(h.boot))
+}
+
+func (c *cache) left(h *held) time.Duration { return h.life - c.age(h) }
+
+// told returns the credential with its times by the wall clock as it is now: it may have
+// been set since, or the machine may have slept.
+func (c *cache) told(h *held) *sdk.Credential {
+	age, now := c.age(h), c.now()
+	expires := now.Add(h.life - age)
+	by := max(expires.Round(0).Sub(h.cred.Expires.Round(0)).Abs(), expires.Sub(h.cred.Expires).Abs())
+	if by < maxDrift {
+		return h.cred // the same for all who ask
+	}
+	out := *h.cred
+	out.IssuedAt, out.Expires = now.Add(-age), expires
+	return &out
+}
+
+// maxDrift is by how much a credential's times may be off before they are told anew.
+const maxDrift = time.Second
 
 func (c *cache) open() {
 	c.ctx, c.cancel = context.WithCancel(context.Background())
@@ -162,7 +206,7 @@ func (c *cache) newest(r Request) *sdk.Credential {
 	if !ok || !c.usable(e) {
 		return nil
 	}
-	return e.latest.Load().cred
+	return c.told(e.latest.Load())
 }
 
 // close drops every credential and waits for what is under way.
@@ -178,31 +222,48 @@ func (c *cache) close() {
 	c.wg.Wait()
 }
 
-// prefetch keeps a credential whether or not anyone asks for it.
-func (c *cache) prefetch(r Request) error {
+// pin keeps these credentials whether or not anyone asks for them, and no others: those
+// that were pinned before are kept while somebody asks.
+func (c *cache) pin(requests []Request) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if _, ok := c.entries[r.key()]; ok {
-		return nil
+	if c.ctx.Err() != nil {
+		return stopping()
 	}
-	e, err := c.add(r, true)
-	if err == nil {
+	wanted := map[string]bool{}
+	for _, r := range requests {
+		wanted[r.key()] = true
+	}
+	for key, e := range c.entries {
+		if e.pinned && !wanted[key] {
+			e.pinned, e.asked = false, c.now()
+		}
+	}
+	for _, r := range requests {
+		e, ok := c.entries[r.key()]
+		if !ok {
+			if err := c.makeRoom(); err != nil {
+				return err
+			}
+			var err error
+			if e, err = c.add(r, true); err != nil {
+				return err
+			}
+		}
+		e.pinned = true
 		c.keep(e)
 	}
-	return err
+	return nil
 }
 
 // add makes an entry; mu is held.
 func (c *cache) add(r Request, pinned bool) (*entry, error) {
 	e := &entry{req: r, pinned: pinned, asked: c.now()}
 	e.ctx, e.cancel = context.WithCancel(c.ctx)
-	timeout := issueTimeout
-	if pinned {
-		timeout = prefetchTimeout
-	}
 	source, err := sdk.NewTokenSource(sdk.SourceConfig{
-		Fetch:   func(ctx context.Context) (*sdk.Credential, error) { return c.fetch(ctx, e) },
-		Timeout: timeout, Now: c.now, Jitter: c.jitter,
+		Fetch:     func(ctx context.Context) (*sdk.Credential, error) { return c.fetch(ctx, e) },
+		RenewFrom: renewFrom, RenewTo: renewTo,
+		Timeout: issueTimeout, Now: c.now, Boot: c.boot, Jitter: c.jitter,
 		Log: c.log.With("audience", r.Audience),
 	})
 	if err != nil {
@@ -255,6 +316,9 @@ func (c *cache) alive(ctx context.Context, e *entry) (*sdk.Credential, error) {
 			return nil, upstreamError(err)
 		}
 		if !c.dead(e, cred) {
+			if h := e.latest.Load(); h != nil && h.grant == cred.Grant {
+				cred = c.told(h)
+			}
 			return cred, nil
 		}
 		e.source.Invalidate(cred.Grant)
@@ -357,25 +421,16 @@ func (c *cache) sweep(ctx context.Context) {
 		if h == nil || !c.judged(h.claims) {
 			continue
 		}
-		e.source.Invalidate(h.grant)
+		if c.outdated(h.claims) {
+			e.source.Invalidate(h.grant)
+		} else {
+			e.source.Revoked(h.grant)
+		}
 		if e.latest.CompareAndSwap(h, nil) {
 			c.counts.dropped.Add(1)
 			c.log.InfoContext(ctx, "dropped a dead credential", "grant", h.grant, "audience", e.req.Audience)
 		}
 	}
-}
-
-// missing lists the audiences of prefetched credentials that are not there.
-func (c *cache) missing() []string {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	var out []string
-	for _, e := range c.entries {
-		if e.pinned && !c.usable(e) {
-			out = append(out, e.req.Audience)
-		}
-	}
-	return out
 }
 
 func (c *cache) len() int {
@@ -386,7 +441,7 @@ func (c *cache) len() int {
 
 func (c *cache) usable(e *entry) bool {
 	h := e.latest.Load()
-	return h != nil && c.now().Before(h.expires) && !c.judged(h.claims)
+	return h != nil && c.left(h) > 0 && !c.judged(h.claims)
 }
 
 // dead reports whether a credential must not be given out any more.
@@ -398,14 +453,22 @@ func (c *cache) dead(e *entry, cred *sdk.Credential) bool {
 	return err != nil || c.judged(&t.Claims)
 }
 
-// judged reports whether claims are dead: revoked, or bound to a certificate that this
-// workload has no longer.
+// judged reports whether claims are dead: revoked, of an identity that the Workload API no
+// longer gives this workload, or bound to a certificate that it has no longer.
 func (c *cache) judged(claims *token.Claims) bool {
 	switch c.judge(revocation.SubjectOf(claims)).Reason {
 	case revocation.Alive, revocation.Ahead:
 	default:
 		return true
 	}
+	if svid, err := c.svids.GetX509SVID(); disowned(svid, err, claims) {
+		return true
+	}
+	return c.outdated(claims)
+}
+
+// outdated reports whether claims are bound to a certificate that was rotated.
+func (c *cache) outdated(claims *token.Claims) bool {
 	if claims.Binding != token.BindingX5T {
 		return false
 	}
@@ -413,33 +476,35 @@ func (c *cache) judged(claims *token.Claims) bool {
 	return err == nil && len(svid.Certificates) > 0 && sha256.Sum256(svid.Certificates[0].Raw) != claims.Certificate
 }
 
-// fetch gets a new credential from the broker. While the same attempt is repeated after
-// an outage it carries the same idempotency key.
+// fetch gets a new credential from the broker.
 func (c *cache) fetch(ctx context.Context, e *entry) (*sdk.Credential, error) {
-	if e.idempotency == "" {
-		e.idempotency = rand.Text()
-	}
-	asked := c.now()
-	if err := c.limit(asked); err != nil {
+	now, boot := c.now(), c.boot()
+	if err := c.limit(now); err != nil {
 		return nil, err
 	}
+	if e.attempt.key == "" || max(now.Sub(e.attempt.asked), boot.Sub(e.attempt.boot)) > attemptFor {
+		e.attempt = attempt{rand.Text(), now, boot}
+	}
+	asked, attempted := e.attempt.asked, e.attempt.boot
 	c.counts.fetches.Add(1)
-	resp, err := c.tokens.Issue(ctx, e.req.message(e.idempotency), grpc.WaitForReady(true))
+	resp, err := c.tokens.Issue(ctx, e.req.message(e.attempt.key), grpc.WaitForReady(true))
+	c.counts.latency.observe(c.now().Sub(now))
+	c.contacted(err)
 	if err != nil {
-		c.counts.failures.Add(1)
+		c.counts.renewals.add("", outcome(sdk.FromRPC(err)))
 		c.heed(err)
 		if refusal := sdk.FromRPC(err); !temporary(refusal) {
-			e.idempotency = ""
+			e.attempt = attempt{}
 		}
 		return nil, err
 	}
-	e.idempotency = ""
+	e.attempt = attempt{}
 	cred, claims, err := read(resp.GetCredential(), asked)
+	c.counts.renewals.add("", outcome(err))
 	if err != nil {
-		c.counts.failures.Add(1)
 		return nil, err
 	}
-	e.latest.Store(&held{cred.Grant, claims, cred.Expires, cred})
+	e.latest.Store(&held{grant: cred.Grant, claims: claims, cred: cred, asked: asked, boot: attempted, life: cred.Expires.Sub(asked)})
 	c.ring()
 	return cred, nil
 }
@@ -491,9 +556,8 @@ func read(m *dayflyv1.Credential, asked time.Time) (*sdk.Credential, *token.Clai
 	if err != nil {
 		return nil, nil, fmt.Errorf("reading the broker's credential: %w", err)
 	}
-	life := m.GetExpiresAt().AsTime().Sub(m.GetIssuedAt().AsTime())
 	return &sdk.Credential{
 		Token: token.NewSecret(m.GetToken()), Grant: m.GetGrant(), Audience: m.GetAudience(), Scopes: m.GetScopes(),
-		Binding: binding, IssuedAt: asked, Expires: asked.Add(life),
+		Binding: binding, IssuedAt: asked, Expires: asked.Add(wire.Life(m)),
 	}, &t.Claims, nil
 }

@@ -97,7 +97,7 @@ type verdict struct {
 	wwwAuth, err string
 }
 
-func ask(ctx context.Context, t *testing.T, cc *grpc.ClientConn, q *extauthzv1.CheckRequest) verdict {
+func askEnvoy(ctx context.Context, t *testing.T, cc *grpc.ClientConn, q *extauthzv1.CheckRequest) verdict {
 	t.Helper()
 	out := new(extauthzv1.CheckResponse)
 	if err := cc.Invoke(ctx, "/envoy.service.auth.v3.Authorization/Check", q, out); err != nil {
@@ -185,31 +185,31 @@ func TestEnvoy(t *testing.T) {
 		"nothing":                             {f.shows, &extauthzv1.CheckRequest{}, 400, "INVALID_REQUEST"},
 		"no request":                          {f.shows, &extauthzv1.CheckRequest{Attributes: &extauthzv1.AttributeContext{}}, 400, "INVALID_REQUEST"},
 	} {
-		got := ask(t.Context(), t, c.cc, c.q)
+		got := askEnvoy(t.Context(), t, c.cc, c.q)
 		if got.status != c.status || got.reason != c.reason || (got.code == codes.OK) != (c.status == 0) {
 			t.Errorf("%s: %+v", name, got)
 		}
 	}
-	passed := ask(t.Context(), t, f.shows, question(mine, "GET", "/orders/1", bound))
+	passed := askEnvoy(t.Context(), t, f.shows, question(mine, "GET", "/orders/1", bound))
 	if passed.set["x-dayfly-subject"] != "spiffe://td/orders" || passed.set["x-dayfly-scope"] != "read" || !slices.Contains(passed.remove, "authorization") {
 		t.Errorf("%+v", passed)
 	}
-	if no := ask(t.Context(), t, f.shows, question(mine, "POST", "/orders/1", bound)); no.code != codes.PermissionDenied || no.wwwAuth == "" {
+	if no := askEnvoy(t.Context(), t, f.shows, question(mine, "POST", "/orders/1", bound)); no.code != codes.PermissionDenied || no.wwwAuth == "" {
 		t.Errorf("%+v", no)
 	}
 	// Raw headers are read too.
 	raw := question(mine, "GET", "/orders/1", "")
 	raw.Attributes.Request.Http.HeaderMap = &extauthzv1.HeaderMap{Headers: []*extauthzv1.HeaderValue{{Key: "authorization", RawValue: []byte("Bearer " + bound)}}}
-	if got := ask(t.Context(), t, f.shows, raw); got.code != codes.OK {
+	if got := askEnvoy(t.Context(), t, f.shows, raw); got.code != codes.OK {
 		t.Errorf("raw headers: %+v", got)
 	}
 	// A question that is too large is no answer, which Envoy takes for a no.
-	if got := ask(t.Context(), t, f.shows, question(mine, "GET", "/orders/1", bound, "x", strings.Repeat("x", incoming.MaxCheckBytes))); got.code != codes.ResourceExhausted || got.err == "" {
+	if got := askEnvoy(t.Context(), t, f.shows, question(mine, "GET", "/orders/1", bound, "x", strings.Repeat("x", incoming.MaxCheckBytes))); got.code != codes.ResourceExhausted || got.err == "" {
 		t.Errorf("a huge question: %+v", got)
 	}
 	at := b.revoke(revocation.Identity(ordersID))
 	eventually(t, "the revocation", func() error {
-		if got := ask(t.Context(), t, f.shows, question(mine, "GET", "/orders/1", bound)); got.reason != "TOKEN_REVOKED" {
+		if got := askEnvoy(t.Context(), t, f.shows, question(mine, "GET", "/orders/1", bound)); got.reason != "TOKEN_REVOKED" {
 			return errorOf(got)
 		}
 		return nil
@@ -234,7 +234,7 @@ func TestEnvoySpoofedHeaders(t *testing.T) {
 		headers = append(headers, h, "root")
 	}
 	for path, known := range map[string]bool{"/orders/1": true, "/healthz": false} {
-		got := ask(t.Context(), t, f.shows, question(nil, "GET", path, bearer, headers...))
+		got := askEnvoy(t.Context(), t, f.shows, question(nil, "GET", path, bearer, headers...))
 		if got.code != codes.OK {
 			t.Fatalf("%+v", got)
 		}
@@ -258,11 +258,11 @@ func TestEnvoySpoofedHeaders(t *testing.T) {
 func TestEnvoyDoor(t *testing.T) {
 	noLeaks(t)
 	b := newBroker(t, newDomain(t))
-	f := startEnvoy(t, b, func(c *agent.Config) { c.Envoy[0].AllowedUIDs = []uint32{4242424242} })
-	if got := ask(t.Context(), t, f.shows, question(nil, "GET", "/healthz", "")); got.code != codes.PermissionDenied || !strings.Contains(got.err, "may not use this socket") {
+	f := startEnvoy(t, b, func(c *agent.Config) { c.Envoy[0].Allow.UIDs = []uint32{4242424242} })
+	if got := askEnvoy(t.Context(), t, f.shows, question(nil, "GET", "/healthz", "")); got.code != codes.PermissionDenied || !strings.Contains(got.err, "may not use this socket") {
 		t.Errorf("%+v", got)
 	}
-	if got := ask(t.Context(), t, f.says, question(nil, "GET", "/healthz", "")); got.code != codes.OK {
+	if got := askEnvoy(t.Context(), t, f.says, question(nil, "GET", "/healthz", "")); got.code != codes.OK {
 		t.Errorf("%+v", got)
 	}
 }
@@ -275,9 +275,9 @@ func TestIncomingCounts(t *testing.T) {
 	f := startEnvoy(t, b, nil)
 	a = f.agent
 	for range 3 {
-		ask(t.Context(), t, f.shows, question(nil, "GET", "/healthz", ""))
+		askEnvoy(t.Context(), t, f.shows, question(nil, "GET", "/healthz", ""))
 	}
-	ask(t.Context(), t, f.says, question(nil, "GET", "/x", ""))
+	askEnvoy(t.Context(), t, f.says, question(nil, "GET", "/x", ""))
 	got := map[string]uint64{}
 	a.IncomingCounts(func(listener, outcome string, n uint64) { got[listener+" "+outcome] += n })
 	if got["envoy PUBLIC"] != 3 || got["envoy ROUTE_UNKNOWN"] != 1 || len(got) != 2 {

@@ -38,6 +38,9 @@ func refusedBelow(m *dayflyv1.RelayRefusal) error {
 	return refusal(code, m.GetReason(), m.GetMessage(), m.GetMetadata())
 }
 
+// unreachable is the reason where the broker didn't answer.
+const unreachable = "BROKER_UNREACHABLE"
+
 // upstreamError is what a caller hears of a call to the broker that failed: the
 // broker's own refusal as it came, or that it can't be reached.
 func upstreamError(err error) error {
@@ -58,7 +61,7 @@ func upstreamError(err error) error {
 		return refusal.GRPCStatus().Err()
 	}
 	if refusal.Code == codes.Unavailable || refusal.Code == codes.DeadlineExceeded {
-		return refuse(codes.Unavailable, "BROKER_UNREACHABLE", "the broker can't be reached now", "the agent keeps trying by itself; ask again, and see /readyz")
+		return refuse(codes.Unavailable, unreachable, "the broker can't be reached now", "the agent keeps trying by itself; ask again, and see /readyz")
 	}
 	return refusal.GRPCStatus().Err()
 }

@@ -41,7 +41,8 @@ type follower struct {
 	k         *knowledge
 	instance  string
 	audiences []string
-	bound     time.Duration
+	bound     func() time.Duration
+	rebound   chan struct{}          // has an element when the bound has changed
 	rotated   func() <-chan struct{} // closed when the SVID changes; nil channel: never
 	applied   func(context.Context)
 	distrusts bool // a relay on another host is above: only what the broker signed counts
@@ -54,6 +55,13 @@ type upstream = grpc.BidiStreamingClient[dayflyv1.FollowRequest, dayflyv1.Follow
 // errShow ends a stream whose broker lacks what a signed head that came from below names:
 // the next one shows it.
 var errShow = errors.New("the broker's log lacks a signed head that one below has kept")
+
+// errSlept ends a stream that the machine slept under: the other end has given it up,
+// perhaps, and it would take long to find that out.
+var errSlept = errors.New("the machine slept under the stream")
+
+// errRebound ends a stream that stated another bound.
+var errRebound = errors.New("the bound was changed")
 
 // errRotated ends a stream that was made with an older SVID.
 var errRotated = errors.New("the SVID was rotated")
@@ -70,7 +78,7 @@ func (f *follower) run(ctx context.Context) error {
 		if errors.Is(err, feed.ErrFork) {
 			f.log.ErrorContext(ctx, "THE LOG HAS TWO HISTORIES: nothing is relayed, verifiers beside this agent close, until an operator has restored the broker's store", "err", err)
 			f.counts.reconnects.Add(1)
-			sleep(ctx, f.k.bound(f.bound)+f.pause(err, false)) // only to see whether a new era has begun
+			sleep(ctx, f.k.bound(f.bound())+f.pause(err, false)) // only to see whether a new era has begun
 			continue
 		}
 		denied := codeOf(err) == codes.PermissionDenied
@@ -112,14 +120,14 @@ func (f *follower) note(err error, denied bool) {
 // pause is random up to a third of the smallest bound that depends on this stream, so
 // that a fleet doesn't reconnect at once and nobody closes for it.
 func (f *follower) pause(err error, denied bool) time.Duration {
-	longest := f.k.bound(f.bound) / 3
+	longest := f.k.bound(f.bound()) / 3
 	f.k.mu.Lock()
 	if f.k.welcome == nil {
 		longest = min(longest, firstPause)
 	}
 	f.k.mu.Unlock()
 	switch {
-	case errors.Is(err, errRotated), errors.Is(err, errShow):
+	case errors.Is(err, errRotated), errors.Is(err, errShow), errors.Is(err, errSlept), errors.Is(err, errRebound):
 		return 0
 	case denied:
 		longest = deniedPause
@@ -140,7 +148,7 @@ func (f *follower) follow(ctx context.Context, relay bool) error {
 	known, kept := f.k.relay.View.Position(), f.k.kept
 	f.k.mu.Unlock()
 	err = stream.Send(&dayflyv1.FollowRequest{Message: &dayflyv1.FollowRequest_Subscribe{Subscribe: wire.Subscribe(wire.Subscription{
-		Instance: f.instance, Audiences: f.audiences, Bound: f.bound, Position: known, Relay: relay,
+		Instance: f.instance, Audiences: f.audiences, Bound: f.bound(), Position: known, Relay: relay,
 		// For each ping of a relay, since those on other hosts need them; a second use is
 		// that the newest can be shown to a broker that lost records.
 		SignedHeads: true, NewestHead: kept.Signed,
@@ -191,7 +199,7 @@ func (f *follower) begin(stream upstream, w *dayflyv1.Welcome, relay bool) *sess
 	k.welcome, k.relays, k.refused = w, relay, nil
 	k.ring()
 	f.log.Info("following the feed", "issuer", w.GetIssuer(), "position", k.relay.View.Position().String(), "relay", relay)
-	return &session{follower: f, stream: stream, heard: k.boot(), issuer: w.GetIssuer()}
+	return &session{follower: f, stream: stream, made: time.Now(), madeBoot: k.boot(), heard: k.boot(), issuer: w.GetIssuer()}
 }
 
 // session is one welcomed stream. send is its only sender, receive its only receiver.
@@ -203,6 +211,9 @@ type session struct {
 	issuer string        // of the welcome
 	sweep  bool          // an answer let records through; of receive alone
 	shown  feed.Position // the signed head that this stream began with
+
+	made     time.Time // with the monotonic clock, which sleeps with the machine
+	madeBoot feed.Instant
 }
 
 // send reports, acknowledges and pings until ctx ends.
@@ -223,6 +234,9 @@ func (s *session) send(ctx context.Context, rotated <-chan struct{}) error {
 		case <-rotated:
 			timer.Stop()
 			return errRotated
+		case <-s.rebound:
+			timer.Stop()
+			return errRebound
 		case <-s.k.work:
 		case <-timer.C:
 		}
@@ -243,10 +257,12 @@ func (s *session) flush() (time.Duration, error) {
 	}
 	s.k.mu.Lock()
 	now := s.k.boot()
-	silent := now.Sub(s.heard) > max(s.k.relay.Bound(s.bound), minSilence)
-	wait := s.k.relay.Due(s.bound, now)
+	silent := now.Sub(s.heard) > max(s.k.relay.Bound(s.bound()), minSilence)
+	wait := s.k.relay.Due(s.bound(), now)
 	s.k.mu.Unlock()
 	switch {
+	case now.Sub(s.madeBoot)-time.Since(s.made) > minSilence:
+		return 0, errSlept
 	case silent:
 		return 0, errors.New("the broker no longer answers on this stream")
 	case wait > 0:
@@ -262,7 +278,7 @@ func (s *session) ping() error {
 	_, _ = rand.Read(own) // never fails
 	s.k.mu.Lock()
 	now := s.k.boot()
-	entries := s.k.relay.Report(now, s.k.relay.Overdue(s.bound, now))
+	entries := s.k.relay.Report(now, s.k.relay.Overdue(s.bound(), now))
 	nonce := s.k.relay.Gather(string(own))
 	s.k.relay.Ping(nonce, now)
 	s.k.mu.Unlock()
@@ -380,7 +396,7 @@ func (s *session) answered(m *dayflyv1.Pong) error {
 	}
 	// Answers that prove nothing new are as good as silence: a relay above may withhold
 	// what they speak of.
-	if !s.distrusts || k.relay.Fresh.Fresh(k.boot(), s.bound) {
+	if !s.distrusts || k.relay.Fresh.Fresh(k.boot(), s.bound()) {
 		s.heard = k.boot()
 	}
 	k.kick() // perhaps more wait, or there is a receipt to give

@@ -30,7 +30,7 @@ func fileRequest(r sdk.Request) Request {
 // deliverer returns what keeps the files, from the credentials in memory.
 func (a *Agent) deliverer() (*deliver.Deliverer, error) {
 	return deliver.New(deliver.Config{
-		Targets: a.cfg.Files,
+		Targets: a.live.Load().Files,
 		Newest: func(r sdk.Request) *sdk.Credential {
 			want := fileRequest(r)
 			if want.normalize() != nil { // was checked at the start
@@ -46,7 +46,15 @@ func (a *Agent) deliverer() (*deliver.Deliverer, error) {
 
 func (a *Agent) checkFiles() Check {
 	var wrong []string
+	state := Ready
 	for _, s := range a.files.Status() {
+		switch {
+		case s.Err == nil && s.Present && s.ChangeErr == nil:
+		case s.Present:
+			state = worse(state, Serving)
+		default:
+			state = Failed
+		}
 		switch {
 		case s.Err != nil && s.Present:
 			wrong = append(wrong, fmt.Sprintf("%s: %v; what is there is good until %s", s.Path, s.Err, s.Until.UTC().Format(time.RFC3339)))
@@ -58,7 +66,7 @@ func (a *Agent) checkFiles() Check {
 			wrong = append(wrong, fmt.Sprintf("%s: telling of the change: %v", s.Path, s.ChangeErr))
 		}
 	}
-	return Check{Name: "files", OK: len(wrong) == 0, Message: strings.Join(wrong, "; ")}
+	return Check{Name: "files", State: state, Message: strings.Join(wrong, "; ")}
 }
 
 // present and failing count files for the metrics.

@@ -66,8 +66,9 @@ type broker struct {
 	refuse  error // of Issue
 	follow  error // of a Follow
 	norelay bool
-	silent  bool   // no pongs
-	below   string // the instance that it refuses behind a relay
+	minted  func(secret string) // hears of each, if not nil
+	silent  bool                // no pongs
+	below   string              // the instance that it refuses behind a relay
 	age     time.Duration
 	gate    chan struct{} // Issue waits for it, if not nil
 	server  *grpc.Server
@@ -247,6 +248,12 @@ func (b *broker) mint(audience string, scopes []string) *dayflyv1.Credential {
 		b.t.Error(err)
 		return nil
 	}
+	b.mu.Lock()
+	minted := b.minted
+	b.mu.Unlock()
+	if minted != nil {
+		minted(secret.Reveal())
+	}
 	return &dayflyv1.Credential{
 		Token: secret.Reveal(), Grant: grant.String(), Audience: audience, Scopes: scopes, Binding: wire.Binding(binding),
 		IssuedAt: timestamppb.New(now), ExpiresAt: timestamppb.New(now.Add(ttl)),
@@ -396,7 +403,7 @@ func newDomain(t *testing.T) *spiffetest.TrustDomain {
 }
 
 // start runs an agent for payments. With no broker, nobody is at its broker's address.
-func start(t *testing.T, td *spiffetest.TrustDomain, b *broker, change func(*agent.Config)) *fixture {
+func start(t *testing.T, td *spiffetest.TrustDomain, b *broker, change func(*agent.Config), made ...func(*agent.Agent)) *fixture {
 	t.Helper()
 	addr, err := td.Workload(payments)
 	if err != nil {
@@ -404,7 +411,7 @@ func start(t *testing.T, td *spiffetest.TrustDomain, b *broker, change func(*age
 	}
 	f := &fixture{T: t, td: td, broker: b, dir: tempDir(t), done: make(chan error, 1)}
 	f.grpc, f.http = filepath.Join(f.dir, "g.sock"), filepath.Join(f.dir, "h.sock")
-	identity := agent.NewIdentity(addr, nil)
+	identity := agent.NewIdentities(addr, nil).Identity(payments)
 	client, err := sdk.New(sdk.Config{Address: b.addr, Source: identity, BrokerID: brokerID})
 	if err != nil {
 		t.Fatal(err)
@@ -421,6 +428,9 @@ func start(t *testing.T, td *spiffetest.TrustDomain, b *broker, change func(*age
 		t.Fatal(err)
 	}
 	f.agent = a
+	for _, hear := range made {
+		hear(a)
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	f.cancel = cancel
 	var wg sync.WaitGroup

@@ -24,29 +24,30 @@ import (
 // accessTokenType names what is given out (RFC 8693 section 3).
 const accessTokenType = "urn:ietf:params:oauth:token-type:access_token"
 
-type doorKey struct{}
+// connKey is of the connection of a request, in its context.
+type connKey struct{}
 
 func (a *Agent) serveHTTP() {
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /v1/token", a.getToken)
-	mux.HandleFunc("POST /v1/exchange", a.postExchange)
+	mux.HandleFunc("GET /v1/token", a.counted(a.getToken))
+	mux.HandleFunc("POST /v1/exchange", a.counted(a.postExchange))
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
 		writeJSON(w, http.StatusOK, map[string]string{"status": "ok"})
 	})
 	mux.HandleFunc("GET /readyz", a.getReady)
+	mux.HandleFunc("GET /v1/status", a.getStatus)
 	mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
-		writeError(w, refuse(codes.NotFound, "NO_SUCH_ENDPOINT", "there is nothing here for this method", "GET /v1/token?audience=..., POST /v1/exchange, GET /healthz, GET /readyz"))
+		writeError(w, refuse(codes.NotFound, "NO_SUCH_ENDPOINT", "there is nothing here for this method", "GET /v1/token?audience=..., POST /v1/exchange, GET /v1/status, GET /healthz, GET /readyz"))
 	})
-	door := door{a.cfg.AllowedUIDs}
 	a.http = &http.Server{
-		Handler:           guard(mux),
+		Handler:           a.guard(mux),
 		ReadHeaderTimeout: 5 * time.Second,
 		ReadTimeout:       10 * time.Second,
 		WriteTimeout:      30 * time.Second,
 		IdleTimeout:       2 * time.Minute,
 		MaxHeaderBytes:    16 << 10,
 		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
-			return context.WithValue(ctx, doorKey{}, door.admit(conn))
+			return context.WithValue(ctx, connKey{}, conn)
 		},
 	}
 }
@@ -54,16 +55,17 @@ func (a *Agent) serveHTTP() {
 // guard refuses peers by the kernel's word, and what a browser or a proxy brings: the
 // socket is for programs beside the agent, and whoever is led to it by a web page isn't
 // one of them.
-func guard(next http.Handler) http.Handler {
+func (a *Agent) guard(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Cache-Control", "no-store")
 		w.Header().Set("X-Content-Type-Options", "nosniff")
-		if err, _ := r.Context().Value(doorKey{}).(error); err != nil {
-			writeError(w, err)
-			return
+		err := a.door.admit(r.Context().Value(connKey{}).(net.Conn))
+		if err == nil && foreign(r) {
+			err = refuse(codes.PermissionDenied, "BROWSER_OR_PROXY", "this request comes through a browser or a proxy", "call the unix socket itself: curl --unix-socket PATH http://localhost/v1/token?audience=...")
 		}
-		if foreign(r) {
-			writeError(w, refuse(codes.PermissionDenied, "BROWSER_OR_PROXY", "this request comes through a browser or a proxy", "call the unix socket itself: curl --unix-socket PATH http://localhost/v1/token?audience=..."))
+		if err != nil {
+			a.CountRequest(ListenerHTTP, err)
+			writeError(w, err)
 			return
 		}
 		r.Body = http.MaxBytesReader(w, r.Body, MaxRequestBytes)
@@ -113,19 +115,29 @@ func (a *Agent) answer(c *sdk.Credential) tokenAnswer {
 	}
 }
 
+// counted makes a handler of what answers or returns a refusal, and counts which.
+func (a *Agent) counted(answer func(http.ResponseWriter, *http.Request) error) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		err := answer(w, r)
+		a.CountRequest(ListenerHTTP, err)
+		if err != nil {
+			writeError(w, err)
+		}
+	}
+}
+
 // getToken answers GET /v1/token?audience=A[&scope="r w"][&ttl=60s][&binding=spiffe].
-func (a *Agent) getToken(w http.ResponseWriter, r *http.Request) {
+func (a *Agent) getToken(w http.ResponseWriter, r *http.Request) error {
 	req, err := queryRequest(r)
 	if err != nil {
-		writeError(w, err)
-		return
+		return err
 	}
 	cred, err := a.cache.token(r.Context(), req)
 	if err != nil {
-		writeError(w, err)
-		return
+		return err
 	}
 	writeJSON(w, http.StatusOK, a.answer(cred))
+	return nil
 }
 
 func queryRequest(r *http.Request) (Request, error) {
@@ -164,18 +176,17 @@ type exchangeBody struct {
 	Binding      string `json:"binding"`
 }
 
-func (a *Agent) postExchange(w http.ResponseWriter, r *http.Request) {
+func (a *Agent) postExchange(w http.ResponseWriter, r *http.Request) error {
 	m, err := exchangeRequest(r)
 	if err != nil {
-		writeError(w, err)
-		return
+		return err
 	}
 	cred, err := a.exchange(r.Context(), m)
 	if err != nil {
-		writeError(w, err)
-		return
+		return err
 	}
 	writeJSON(w, http.StatusOK, a.answer(cred))
+	return nil
 }
 
 func exchangeRequest(r *http.Request) (*dayflyv1.ExchangeRequest, error) {

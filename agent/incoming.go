@@ -15,17 +15,16 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 )
 
-// An Incoming is a proxy before a service. AllowedUIDs are whom its unix socket lets in;
-// empty: whom the socket's mode does.
+// An Incoming is a proxy before a service. Allow is whom its unix socket lets in.
 type Incoming struct {
 	incoming.ProxyConfig
-	AllowedUIDs []uint32
+	Allow Allow
 }
 
-// An Envoy is a service that Envoys ask. AllowedUIDs are as for Incoming.
+// An Envoy is a service that Envoys ask. Allow is whom its unix socket lets in.
 type Envoy struct {
 	incoming.EnvoyConfig
-	AllowedUIDs []uint32
+	Allow Allow
 }
 
 // guards are the proxies and services, and the feed that they follow: the agent's own, by
@@ -39,10 +38,17 @@ type guards struct {
 }
 
 func (c *Config) validateGuards() error {
+	var errs []error
 	if len(c.Incoming)+len(c.Envoy) > 0 && c.NoFeed {
-		return errors.New("incoming and envoy: the feed must be followed, which tells them what is revoked")
+		errs = append(errs, errors.New("incoming and envoy: the feed must be followed, which tells them what is revoked"))
 	}
-	return nil
+	for i := range c.Incoming {
+		errs = append(errs, c.Incoming[i].Allow.Validate())
+	}
+	for i := range c.Envoy {
+		errs = append(errs, c.Envoy[i].Allow.Validate())
+	}
+	return errors.Join(errs...)
 }
 
 func (a *Agent) newGuards() (_ *guards, err error) {
@@ -64,7 +70,7 @@ func (a *Agent) newGuards() (_ *guards, err error) {
 	}
 	env := incoming.Env{Conn: g.conn, Bundles: a.cfg.Bundles, Now: a.cfg.Now, Boot: a.cfg.Boot, Log: a.cfg.Log}
 	for i, c := range a.cfg.Incoming {
-		c.Admit = door{c.AllowedUIDs}.admit
+		c.Admit = newDoor(c.Allow).admit
 		p, err := incoming.NewProxy(c.ProxyConfig, env)
 		if err != nil {
 			return nil, fmt.Errorf("%d: %w", i+1, err)
@@ -72,7 +78,7 @@ func (a *Agent) newGuards() (_ *guards, err error) {
 		g.proxies = append(g.proxies, p)
 	}
 	for i, c := range a.cfg.Envoy {
-		c.Credentials, c.Admit = peerCredentials{door{c.AllowedUIDs}}, admitted
+		c.Credentials, c.Admit = peerCredentials{newDoor(c.Allow)}, admitted
 		e, err := incoming.NewEnvoy(c.EnvoyConfig, env)
 		if err != nil {
 			return nil, fmt.Errorf("%d: %w", i+1, err)
@@ -113,15 +119,15 @@ func (g *guards) close() {
 func (g *guards) check() Check {
 	for i, p := range g.proxies {
 		if err := p.Ready(); err != nil {
-			return Check{Name: "incoming", Message: fmt.Sprintf("incoming %d: %v", i+1, err)}
+			return Check{Name: "incoming", State: Failed, Message: fmt.Sprintf("incoming %d: %v", i+1, err)}
 		}
 	}
 	for i, e := range g.envoys {
 		if err := e.Ready(); err != nil {
-			return Check{Name: "incoming", Message: fmt.Sprintf("envoy %d: %v", i+1, err)}
+			return Check{Name: "incoming", State: Failed, Message: fmt.Sprintf("envoy %d: %v", i+1, err)}
 		}
 	}
-	return Check{Name: "incoming", OK: true}
+	return Check{Name: "incoming", State: Ready}
 }
 
 // IncomingCounts calls f for every outcome at each incoming proxy and Envoy service, by

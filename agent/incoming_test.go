@@ -877,7 +877,7 @@ func TestProxyPassesTheToken(t *testing.T) {
 		for i := range c.Incoming {
 			c.Incoming[i].PassToken = true
 		}
-		c.Incoming[3].AllowedUIDs = []uint32{4242424242}
+		c.Incoming[3].Allow.UIDs = []uint32{4242424242}
 	})
 	bearer := b.mintFor(minting{id: ordersID, scopes: []string{"read"}, binding: token.BindingNone})
 	if got := f.raw("tcp", f.plain, "GET /orders/1 HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer "+bearer+"\r\n\r\n"); got != 200 || service.last().header.Get("Authorization") != "Bearer "+bearer {

@@ -2,10 +2,15 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
+	"path/filepath"
 	"slices"
+	"strings"
+	"sync/atomic"
 
+	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
@@ -13,44 +18,110 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// A door decides by the kernel's peer credentials. Without a list, whom the socket's
-// mode lets connect is let in.
-type door struct{ uids []uint32 }
+// Allow says who may call, by the kernel's word (Linux). Every list that isn't empty must
+// let the caller pass; without any, whom the socket's mode lets connect may call.
+type Allow struct {
+	// UIDs are users, and GIDs groups, the caller's own or those that it is in beside.
+	UIDs, GIDs []uint32
+	// Executables are the absolute paths of programs: the caller runs one of these very
+	// files. Needs Linux 6.5.
+	Executables []string
+}
+
+// Validate says what is wrong, whatever is on this host.
+func (a *Allow) Validate() error {
+	var errs []error
+	if len(a.Executables) > maxExecutables {
+		errs = append(errs, fmt.Errorf("executables: are at most %d: each is looked at with every call", maxExecutables))
+	}
+	for _, path := range a.Executables {
+		if !filepath.IsAbs(path) || filepath.Clean(path) != path {
+			errs = append(errs, fmt.Errorf("executables: %q must be absolute and plain", path))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+const maxExecutables = 64
+
+// A door decides by the kernel's peer credentials. It is asked with each call and not only
+// with each connection: lists change, and so may the program that holds the connection.
+type door struct{ allow atomic.Pointer[Allow] }
+
+func newDoor(a Allow) *door {
+	d := &door{}
+	d.allow.Store(&a)
+	return d
+}
 
 // admit returns nil or a refusal.
-func (d door) admit(conn net.Conn) error {
-	if len(d.uids) == 0 {
-		return nil
+func (d *door) admit(conn net.Conn) error {
+	allow := d.allow.Load()
+	if len(allow.UIDs) > 0 {
+		uid, err := peerUID(conn)
+		if err != nil {
+			return unknownPeer(err)
+		}
+		if !slices.Contains(allow.UIDs, uid) {
+			return refuse(codes.PermissionDenied, "PEER_NOT_ALLOWED", fmt.Sprintf("user %d may not use this socket", uid), "add the uid to allowed_uids of the agent's configuration")
+		}
 	}
-	uid, err := peerUID(conn)
-	if err != nil {
-		return refuse(codes.PermissionDenied, "PEER_UNKNOWN", "the kernel doesn't say who is calling", "the agent checks uids on Linux only")
+	if len(allow.GIDs) > 0 {
+		gids, err := peerGIDs(conn)
+		if err != nil {
+			return unknownPeer(err)
+		}
+		if !slices.ContainsFunc(gids, func(gid uint32) bool { return slices.Contains(allow.GIDs, gid) }) {
+			return refuse(codes.PermissionDenied, "PEER_NOT_ALLOWED", fmt.Sprintf("no group of the caller's may use this socket; it is in %v", gids), "add one of them to allowed_gids of the agent's configuration")
+		}
 	}
-	if !slices.Contains(d.uids, uid) {
-		return refuse(codes.PermissionDenied, "PEER_NOT_ALLOWED", fmt.Sprintf("user %d may not use this socket", uid), "add the uid to allowed_uids of the agent's configuration")
+	if len(allow.Executables) > 0 {
+		running, err := peerExecutable(conn)
+		if err != nil {
+			return unknownPeer(err)
+		}
+		if err := running.among(allow.Executables); err != nil {
+			return refuse(codes.PermissionDenied, "PEER_NOT_ALLOWED", err.Error(), "add the program to allowed_executables of the agent's configuration; one that was replaced must be started anew")
+		}
 	}
 	return nil
 }
 
-// localPeer is what the handshake found out about a connection.
+// unknownPeer is the refusal of one of whom the kernel doesn't say what a list needs.
+func unknownPeer(err error) error {
+	hint := "the agent checks peers on Linux only"
+	var hinted *peerError
+	if errors.As(err, &hinted) {
+		hint = hinted.hint
+	}
+	return refuse(codes.PermissionDenied, "PEER_UNKNOWN", "the kernel doesn't say who is calling: "+err.Error(), hint)
+}
+
+// peerError says why a peer can't be told, and what to do.
+type peerError struct{ message, hint string }
+
+func (e *peerError) Error() string { return e.message }
+
+// localPeer is a connection of a unix socket, to be asked about with each call.
 type localPeer struct {
 	credentials.CommonAuthInfo
-	refusal error
+	door *door
+	conn net.Conn
 }
 
 // AuthType names the scheme.
 func (localPeer) AuthType() string { return "unix-peer" }
 
-// peerCredentials are gRPC's way to look at a connection. A refused peer is let through
-// the handshake, so that its call gets a precise answer instead of a broken pipe.
-type peerCredentials struct{ door door }
+// peerCredentials are gRPC's way to look at a connection. Every peer is let through the
+// handshake, so that its call gets a precise answer instead of a broken pipe.
+type peerCredentials struct{ door *door }
 
 var _ credentials.TransportCredentials = peerCredentials{}
 
 func (c peerCredentials) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	return conn, localPeer{
 		CommonAuthInfo: credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity},
-		refusal:        c.door.admit(conn),
+		door:           c.door, conn: conn,
 	}, nil
 }
 
@@ -73,7 +144,16 @@ func admitted(ctx context.Context) error {
 	if !ok {
 		return refuse(codes.PermissionDenied, "PEER_UNKNOWN", "no peer credentials", "")
 	}
-	return local.refusal
+	return local.door.admit(local.conn)
+}
+
+// countUnary counts what is asked of the TokenService.
+func (a *Agent) countUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
+	resp, err := handle(ctx, req)
+	if strings.HasPrefix(info.FullMethod, "/"+dayflyv1.TokenService_ServiceDesc.ServiceName+"/") {
+		a.CountRequest(ListenerGRPC, err)
+	}
+	return resp, err
 }
 
 func admitUnary(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {

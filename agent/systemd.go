@@ -94,7 +94,7 @@ func parseUnit(address string) (unit, name string, ok bool) {
 // systemdServer serves one Systemd.
 type systemdServer struct {
 	cfg   *Systemd
-	door  door
+	door  *door
 	cache *cache
 	log   *slog.Logger
 }
@@ -104,7 +104,7 @@ func newSystemd(cfg *Systemd, c *cache, log *slog.Logger) *systemdServer {
 	if len(uids) == 0 {
 		uids = []uint32{0}
 	}
-	return &systemdServer{cfg: cfg, door: door{uids}, cache: c, log: log}
+	return &systemdServer{cfg: cfg, door: newDoor(Allow{UIDs: uids}), cache: c, log: log}
 }
 
 // run serves until ctx ends.
@@ -128,7 +128,7 @@ func (s *systemdServer) run(ctx context.Context) error {
 			if errors.Is(err, net.ErrClosed) {
 				return fmt.Errorf("serving systemd: %w", err)
 			}
-			s.log.WarnContext(ctx, "systemd's socket can't take a connection now", "error", err)
+			s.log.WarnContext(ctx, "systemd's socket can't take a connection now", "err", err)
 			time.Sleep(100 * time.Millisecond) // out of file descriptors, perhaps
 			continue
 		}
@@ -150,8 +150,9 @@ func (s *systemdServer) serve(ctx context.Context, conn net.Conn) {
 	if err == nil {
 		_, err = io.WriteString(conn, secret)
 	}
+	s.cache.counts.requests.add(ListenerSystemd, outcome(err))
 	if err != nil {
-		s.log.WarnContext(ctx, "a unit got no credential", "unit", unit, "credential", name, "error", sdk.FromRPC(err))
+		s.log.WarnContext(ctx, "a unit got no credential", "unit", unit, "credential", name, "err", sdk.FromRPC(err))
 		return
 	}
 	s.log.InfoContext(ctx, "a unit got a credential", "unit", unit, "credential", name)

@@ -64,6 +64,7 @@ func (a *Agent) exchange(ctx context.Context, m *dayflyv1.ExchangeRequest) (*sdk
 		return nil, upstreamError(err)
 	}
 	resp, err := a.cache.tokens.Exchange(ctx, m, grpc.WaitForReady(true))
+	a.cache.contacted(err)
 	if err != nil {
 		a.cache.heed(err)
 		return nil, upstreamError(sdk.FromRPC(err))

@@ -253,5 +253,5 @@ func (o oauth) Token() (*oauth2.Token, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &oauth2.Token{AccessToken: cred.Token.Reveal(), TokenType: "Bearer", Expiry: cred.asked.Add(cred.left)}, nil
+	return &oauth2.Token{AccessToken: cred.Token.Reveal(), TokenType: "Bearer", Expiry: cred.asked.time.Add(cred.left)}, nil
 }

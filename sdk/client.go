@@ -14,7 +14,9 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/dayflyhq/dayfly/proto/boottime"
 	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
+	"github.com/dayflyhq/dayfly/proto/feed"
 	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/dayflyhq/dayfly/proto/wire"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
@@ -47,6 +49,9 @@ const (
 	keepaliveTimeout = 10 * time.Second
 	// maxRedial keeps a client from sleeping on after its broker is back.
 	maxRedial = 2 * time.Second
+	// maxSleep is how long the machine may sleep under a connection: others have given it up
+	// by then, perhaps, and it would take long to find that out.
+	maxSleep = 5 * time.Second
 )
 
 // unixScheme begins the address of an agent's socket.
@@ -84,8 +89,10 @@ type Config struct {
 	// DefaultTimeout.
 	Timeout time.Duration
 
-	// Now is the clock that credentials are aged with. Nil means time.Now.
-	Now func() time.Time
+	// Now and Boot are the clocks that credentials are aged with: the usual one, and one
+	// that runs while the machine sleeps. Nil means time.Now and CLOCK_BOOTTIME.
+	Now  func() time.Time
+	Boot func() feed.Instant
 }
 
 func (c *Config) unix() bool { return strings.HasPrefix(c.Address, unixScheme) }
@@ -138,6 +145,9 @@ func New(cfg Config) (*Client, error) {
 	}
 	if cfg.Now == nil {
 		cfg.Now = time.Now
+	}
+	if cfg.Boot == nil {
+		cfg.Boot = boottime.Now
 	}
 	c := &Client{cfg: cfg, retired: map[*connection]bool{}}
 	conn, err := c.dial()
@@ -216,7 +226,7 @@ type Credential struct {
 
 	// By the local clock: when the call that fetched it began, and what was left of
 	// its life then at the least.
-	asked time.Time
+	asked moment
 	left  time.Duration
 }
 
@@ -224,7 +234,7 @@ type Credential struct {
 func (c *Client) Issue(ctx context.Context, r Request) (*Credential, error) {
 	ctx, cancel := c.deadline(ctx)
 	defer cancel()
-	asked := c.cfg.Now()
+	asked := c.now()
 	resp, err := c.tokens.Issue(ctx, &dayflyv1.IssueRequest{
 		Audience: r.Audience, Scopes: r.Scopes, Ttl: r.ttl(), Binding: wire.Binding(r.Binding), IdempotencyKey: r.key(),
 	})
@@ -239,7 +249,7 @@ func (c *Client) Issue(ctx context.Context, r Request) (*Credential, error) {
 func (c *Client) Exchange(ctx context.Context, subject token.Secret, r Request) (*Credential, error) {
 	ctx, cancel := c.deadline(ctx)
 	defer cancel()
-	asked := c.cfg.Now()
+	asked := c.now()
 	resp, err := c.tokens.Exchange(ctx, &dayflyv1.ExchangeRequest{
 		SubjectToken: subject.Reveal(), Audience: r.Audience, Scopes: r.Scopes, Ttl: r.ttl(), Binding: wire.Binding(r.Binding), IdempotencyKey: r.key(),
 	})
@@ -256,7 +266,7 @@ func (c *Client) deadline(ctx context.Context) (context.Context, context.CancelF
 	return context.WithTimeout(ctx, c.cfg.Timeout)
 }
 
-func (c *Client) credential(m *dayflyv1.Credential, asked time.Time) (*Credential, error) {
+func (c *Client) credential(m *dayflyv1.Credential, asked moment) (*Credential, error) {
 	binding, err := wire.ToBinding(m.GetBinding())
 	if err != nil {
 		return nil, fmt.Errorf("reading credential: %w", err)
@@ -284,9 +294,9 @@ func (c *Client) credential(m *dayflyv1.Credential, asked time.Time) (*Credentia
 	// A broker's answer is new, so its life begins no earlier than the call: our own
 	// clock may be off by any amount. An agent's answer may come from its memory, but
 	// its clock is ours.
-	out.left = out.Expires.Sub(out.IssuedAt)
+	out.left = wire.Life(m)
 	if c.cfg.unix() {
-		out.left = min(out.left, out.Expires.Sub(asked))
+		out.left = min(out.Expires.Sub(out.IssuedAt), out.Expires.Sub(asked.time))
 	}
 	return out, nil
 }
@@ -302,13 +312,16 @@ type connection struct {
 	// presented is the leaf of the last handshake, nil before the first.
 	presented atomic.Pointer[[]byte]
 	calls     int // guarded by Client.mu
+	made      moment
+	reads     atomic.Uint64 // how often anything came
+	silent    atomic.Bool   // a call ran out of time, and nothing came meanwhile
 }
 
 func (c *Client) dial() (*connection, error) {
-	conn := &connection{}
+	conn := &connection{made: c.now()}
 	target, creds := c.cfg.Address, insecure.NewCredentials()
 	if !c.cfg.unix() {
-		target, creds = "dns:///"+c.cfg.Address, credentials.NewTLS(c.tls(conn))
+		target, creds = "dns:///"+c.cfg.Address, listening{credentials.NewTLS(c.tls(conn)), conn}
 	}
 	options := []grpc.DialOption{
 		grpc.WithTransportCredentials(creds),
@@ -329,6 +342,33 @@ func (c *Client) dial() (*connection, error) {
 	}
 	conn.cc = cc
 	return conn, nil
+}
+
+// listening counts what is read from below TLS.
+type listening struct {
+	credentials.TransportCredentials
+	conn *connection
+}
+
+func (l listening) ClientHandshake(ctx context.Context, authority string, raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	return l.TransportCredentials.ClientHandshake(ctx, authority, &counted{raw, l.conn})
+}
+
+func (l listening) Clone() credentials.TransportCredentials {
+	return listening{l.TransportCredentials.Clone(), l.conn}
+}
+
+type counted struct {
+	net.Conn
+	conn *connection
+}
+
+func (c *counted) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	if n > 0 {
+		c.conn.reads.Add(1)
+	}
+	return n, err
 }
 
 // jwtSVID shows a JWT-SVID in each call.
@@ -388,9 +428,19 @@ func (c *Client) keeps(cred *Credential) bool {
 	return cred.Binding != token.BindingX5T || c.cfg.Source != nil
 }
 
+func (c *Client) now() moment { return readClocks(c.cfg.Now, c.cfg.Boot) }
+
 // outdated reports whether the connection was made with an SVID that is no longer the
-// current one. Where there is no telling, it was not.
+// current one, or slept, or is silent: whatever stands between has forgotten it, perhaps,
+// and gRPC's own keepalive takes long to notice. Where there is no telling, it is not.
 func (c *Client) outdated(conn *connection) bool {
+	if c.cfg.unix() {
+		return false
+	}
+	now := c.now()
+	if now.boot.Sub(conn.made.boot)-now.time.Sub(conn.made.time) > maxSleep || conn.silent.Load() {
+		return true
+	}
 	leaf := conn.presented.Load()
 	if leaf == nil {
 		return false
@@ -457,7 +507,12 @@ func (r *rotating) Invoke(ctx context.Context, method string, args, reply any, o
 		return wrapf(err, "calling %s", method)
 	}
 	defer (*Client)(r).release(conn)
-	return FromRPC(conn.cc.Invoke(ctx, method, args, reply, opts...))
+	before := conn.reads.Load()
+	err = conn.cc.Invoke(ctx, method, args, reply, opts...)
+	if status.Code(err) == codes.DeadlineExceeded && before > 0 && conn.reads.Load() == before {
+		conn.silent.Store(true)
+	}
+	return FromRPC(err)
 }
 
 // fits refuses here what would be refused there: far beyond its limit a server can't say

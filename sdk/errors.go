@@ -75,13 +75,17 @@ const retryAfterKey = "retry_after"
 
 // RetryAfter is how long the same call would be refused again, where a limit of this
 // identity is reached or an audience may not know the signing key yet; zero if the refusal
-// says nothing of it.
+// says nothing of it. What stands before a broker may say it as a google.rpc.RetryInfo.
 func (e *Error) RetryAfter() time.Duration {
-	d, err := time.ParseDuration(e.Metadata[retryAfterKey])
-	if err != nil {
-		return 0
+	if d, err := time.ParseDuration(e.Metadata[retryAfterKey]); err == nil {
+		return max(d, 0)
 	}
-	return max(d, 0)
+	for _, detail := range e.status.Details() {
+		if info, ok := detail.(*errdetails.RetryInfo); ok && info.GetRetryDelay().IsValid() {
+			return max(info.GetRetryDelay().AsDuration(), 0)
+		}
+	}
+	return 0
 }
 
 // The refusals that a workload meets, for errors.Is. Any other reason is compared by

@@ -9,7 +9,8 @@ import (
 	"sync"
 	"time"
 
-	"github.com/dayflyhq/dayfly/proto/token"
+	"github.com/dayflyhq/dayfly/proto/boottime"
+	"github.com/dayflyhq/dayfly/proto/feed"
 )
 
 // When a credential is renewed and how failures are spaced.
@@ -21,12 +22,18 @@ const (
 
 	minBackoff = 500 * time.Millisecond
 	maxBackoff = 15 * time.Second
+	// pauseParts keeps pauses short beside a short life: a twentieth of it at the longest,
+	// while it lasts.
+	pauseParts = 20
 	// maxRetryAfter is the longest pause that a broker's retry_after makes: limits are
 	// raised, and revoked credentials make room, before that is over.
 	maxRetryAfter = time.Minute
-	// lookEvery is how often Run looks whether a certificate-bound credential still goes
-	// with the SVID: nothing tells of a rotation.
+	// lookEvery is how often Run looks at the clocks and at the SVID: timers sleep with the
+	// machine, and nothing tells of a clock that was set or of a rotation.
 	lookEvery = time.Second
+	// revokedSpread is within which a fleet that heard of a revocation fetches anew, where
+	// nobody waits.
+	revokedSpread = 3 * time.Second
 )
 
 // unfitPauses are between fetches of what doesn't fit when it comes: the SVID rotated
@@ -51,11 +58,19 @@ type SourceConfig struct {
 	// may.
 	Keeps func(*Credential) bool
 
+	// RenewFrom and RenewTo are between which fractions of its life a credential is renewed,
+	// at random. Zero means the constants of these names.
+	RenewFrom, RenewTo float64
+
 	// Timeout bounds one Fetch. Zero means DefaultTimeout.
 	Timeout time.Duration
 
 	// Now is the clock that credentials are aged with. Nil means time.Now.
 	Now func() time.Time
+
+	// Boot is the elapsed time that a credential's life is measured with: it runs while the
+	// machine sleeps, and nobody sets it. Nil means CLOCK_BOOTTIME.
+	Boot func() feed.Instant
 
 	// Jitter returns a number in [0, 1). Nil means math/rand: it spreads load and
 	// protects nothing.
@@ -71,10 +86,15 @@ type SourceConfig struct {
 // expired credential is never given out, nor one that is bound to a certificate which has
 // been rotated since: another one is fetched, which whoever asks waits for.
 //
+// A wall clock that is set forward, or one that tells of a sleep which CLOCK_BOOTTIME
+// doesn't know of (a virtual machine's), makes it renew at once; what has expired by that
+// clock alone is given out only once that has failed. One that is set back changes nothing.
+//
 // Renewal begins when somebody asks; Run renews also while nobody does. Its methods may
 // be called from any goroutine.
 type TokenSource struct {
 	cfg    SourceConfig
+	now    func() moment
 	ctx    context.Context // ends with Close; what fetches run under
 	cancel context.CancelFunc
 
@@ -83,9 +103,14 @@ type TokenSource struct {
 	renewAt time.Duration // age of the current credential at which it is renewed
 	flight  *flight       // nil while none
 	failed  error         // of the last fetch, nil after a success
-	retryAt time.Time     // not before, while failed
-	soonest time.Time     // not before, for whoever has nothing
+	at      moment        // of that failure
+	since   time.Time     // of the first failure in a row
+	fails   int           // how many they are
+	retry   time.Duration // not before, after the failure
+	soonest time.Duration // not before, for whoever has nothing
 	pause   time.Duration
+	revoked moment        // when Revoked dropped what there was,
+	spread  time.Duration // and how long Run leaves it at that
 	passing bool          // the last credential was not to be kept
 	spared  time.Duration // age below which a refused credential is not dropped
 	changed chan struct{} // closed and replaced at every change: wakes Run
@@ -111,11 +136,20 @@ func NewTokenSource(cfg SourceConfig) (*TokenSource, error) {
 	if cfg.Keeps == nil {
 		cfg.Keeps = all
 	}
+	if cfg.RenewFrom == 0 && cfg.RenewTo == 0 {
+		cfg.RenewFrom, cfg.RenewTo = RenewFrom, RenewTo
+	}
+	if cfg.RenewFrom <= 0 || cfg.RenewTo < cfg.RenewFrom || cfg.RenewTo >= 1 {
+		return nil, errors.New("configuring token source: it renews at fractions of a credential's life, in order")
+	}
 	if cfg.Timeout <= 0 {
 		cfg.Timeout = DefaultTimeout
 	}
 	if cfg.Now == nil {
 		cfg.Now = time.Now
+	}
+	if cfg.Boot == nil {
+		cfg.Boot = boottime.Now
 	}
 	if cfg.Jitter == nil {
 		cfg.Jitter = rand.Float64
@@ -124,6 +158,7 @@ func NewTokenSource(cfg SourceConfig) (*TokenSource, error) {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	s := &TokenSource{cfg: cfg, changed: make(chan struct{})}
+	s.now = func() moment { return readClocks(cfg.Now, cfg.Boot) }
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	return s, nil
 }
@@ -137,6 +172,7 @@ func (c *Client) TokenSource(r Request) *TokenSource {
 		Keeps:   c.keeps,
 		Timeout: c.cfg.Timeout,
 		Now:     c.cfg.Now,
+		Boot:    c.cfg.Boot,
 	})
 	if err != nil {
 		panic(fmt.Sprintf("internal error: %v", err)) // Fetch is set
@@ -169,38 +205,42 @@ func (s *TokenSource) Token(ctx context.Context) (*Credential, error) {
 				return f.cred, nil
 			}
 		case <-ctx.Done():
+			if cred != nil {
+				return cred, nil
+			}
 			return nil, fmt.Errorf("waiting for a credential: %w", ctx.Err())
 		}
 	}
 }
 
-// take returns a valid credential, or an error, or the flight to wait for.
+// take returns a valid credential, or an error, or the flight to wait for; with a flight,
+// what there is in case that fails.
 func (s *TokenSource) take() (*Credential, *flight, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.ctx.Err() != nil {
 		return nil, nil, errors.New("the token source is closed")
 	}
-	now := s.cfg.Now()
+	now := s.now()
 	cred := s.valid(now)
-	if cred != nil && cred.age(now) < s.renewAt {
+	if cred != nil && now.apart(cred.asked) < s.renewAt {
 		return cred, nil, nil
 	}
 	if s.flight == nil && !s.pausing(now, cred == nil) {
 		s.fetch()
 	}
 	switch {
-	case cred != nil:
+	case cred != nil && (s.flight == nil || now.apart(cred.asked) < cred.left):
 		return cred, nil, nil
 	case s.flight != nil:
-		return nil, s.flight, nil
+		return cred, s.flight, nil
 	}
 	return nil, nil, fmt.Errorf("fetching a credential: %w", s.failed)
 }
 
 // valid returns the current credential if it has not expired and fits.
-func (s *TokenSource) valid(now time.Time) *Credential {
-	if s.current == nil || s.current.age(now) >= s.current.left || !s.cfg.Fits(s.current) {
+func (s *TokenSource) valid(now moment) *Credential {
+	if s.current == nil || now.since(s.current.asked) >= s.current.left || !s.cfg.Fits(s.current) {
 		return nil
 	}
 	return s.current
@@ -209,21 +249,37 @@ func (s *TokenSource) valid(now time.Time) *Credential {
 // pausing reports whether the last failure is too fresh to try again. Whoever asks and
 // has nothing waits for the shortest pause only, or as long as the broker said: what was
 // refused by a lock that has been lifted since must not look refused for longer.
-func (s *TokenSource) pausing(now time.Time, empty bool) bool {
+func (s *TokenSource) pausing(now moment, empty bool) bool {
 	if s.failed == nil {
 		return false
 	}
-	until := s.retryAt
-	if empty && s.soonest.Before(until) {
-		until = s.soonest
+	pause := s.retry
+	if empty {
+		pause = min(pause, s.soonest)
 	}
-	return now.Before(until)
+	return now.apart(s.at) < pause
 }
 
-// age is how long ago the credential was asked for, by whichever clock says more: the
-// monotonic one stands still while the machine sleeps, the other may be set back.
-func (c *Credential) age(now time.Time) time.Duration {
-	return max(now.Sub(c.asked), now.Round(0).Sub(c.asked.Round(0)))
+// A moment is read from all clocks at once.
+type moment struct {
+	time time.Time // with the monotonic clock, which stands still while the machine sleeps
+	wall time.Time // without, so that what it says is told even if it was set
+	boot feed.Instant
+}
+
+func readClocks(now func() time.Time, boot func() feed.Instant) moment {
+	t := now()
+	return moment{t, t.Round(0), boot()}
+}
+
+// since is how long ago a moment was by the clocks that nobody sets.
+func (m moment) since(then moment) time.Duration {
+	return max(m.time.Sub(then.time), m.boot.Sub(then.boot))
+}
+
+// apart is how long ago a moment was by whichever clock says most.
+func (m moment) apart(then moment) time.Duration {
+	return max(m.since(then), m.wall.Sub(then.wall))
 }
 
 // fetch begins a flight; mu is held.
@@ -239,9 +295,9 @@ func (s *TokenSource) fetch() {
 }
 
 // fetchFit fetches until what comes fits, within reason, and says when it was asked for.
-func (s *TokenSource) fetchFit(ctx context.Context) (*Credential, time.Time, error) {
+func (s *TokenSource) fetchFit(ctx context.Context) (*Credential, moment, error) {
 	for i := 0; ; i++ {
-		asked := s.cfg.Now()
+		asked := s.now()
 		cred, err := s.cfg.Fetch(ctx)
 		switch {
 		case err != nil, cred == nil, s.cfg.Fits(cred):
@@ -258,17 +314,17 @@ func (s *TokenSource) fetchFit(ctx context.Context) (*Credential, time.Time, err
 }
 
 // land takes what a flight brought.
-func (s *TokenSource) land(f *flight, cred *Credential, err error, asked time.Time) {
+func (s *TokenSource) land(f *flight, cred *Credential, err error, asked moment) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.flight = nil
-	now := s.cfg.Now()
+	now := s.now()
 	if err == nil && cred == nil {
 		err = errors.New("no credential and no error")
 	}
 	if err == nil {
 		cred = cred.dated(asked)
-		if cred.age(now) >= cred.left {
+		if now.since(cred.asked) >= cred.left {
 			err = errors.New("the credential had expired before it arrived")
 		}
 	}
@@ -277,10 +333,12 @@ func (s *TokenSource) land(f *flight, cred *Credential, err error, asked time.Ti
 	case err != nil:
 		s.failure(now, err)
 	case !s.cfg.Keeps(cred):
-		f.cred, s.current, s.failed, s.pause, s.passing = cred, nil, nil, 0, true
+		s.succeeded()
+		f.cred, s.current, s.passing = cred, nil, true
 	default:
-		s.current, s.failed, s.pause, s.passing = cred, nil, 0, false
-		s.renewAt = time.Duration(float64(cred.left) * (RenewFrom + (RenewTo-RenewFrom)*s.cfg.Jitter()))
+		s.succeeded()
+		s.current, s.passing = cred, false
+		s.renewAt = time.Duration(float64(cred.left) * (s.cfg.RenewFrom + (s.cfg.RenewTo-s.cfg.RenewFrom)*s.cfg.Jitter()))
 	}
 	close(f.done)
 	s.notify()
@@ -288,26 +346,39 @@ func (s *TokenSource) land(f *flight, cred *Credential, err error, asked time.Ti
 
 // dated returns the credential with its life by the local clock, which only a Client
 // knows better than this.
-func (c *Credential) dated(asked time.Time) *Credential {
-	if !c.asked.IsZero() {
+func (c *Credential) dated(asked moment) *Credential {
+	if !c.asked.time.IsZero() {
 		return c
 	}
 	out := *c
-	out.asked, out.left = asked, c.Expires.Sub(asked)
+	out.asked, out.left = asked, c.Expires.Sub(asked.time)
 	return &out
 }
 
-func (s *TokenSource) failure(now time.Time, err error) {
-	s.failed = err
-	s.pause = min(max(2*s.pause, minBackoff), maxBackoff)
+func (s *TokenSource) succeeded() {
+	s.failed, s.fails, s.pause, s.spread = nil, 0, 0, 0
+}
+
+func (s *TokenSource) failure(now moment, err error) {
+	if s.failed == nil {
+		s.since = now.time
+	}
+	s.failed, s.at = err, now
+	s.fails++
+	longest := maxBackoff
+	if cred := s.valid(now); cred != nil {
+		longest = min(max(cred.left/pauseParts, minBackoff), maxBackoff)
+	}
+	s.pause = min(max(2*s.pause, minBackoff), longest)
 	wait := time.Duration(float64(s.pause) * (0.5 + s.cfg.Jitter()/2))
 	least := minBackoff
 	var refusal *Error
 	if errors.As(err, &refusal) {
 		least = max(least, min(refusal.RetryAfter(), maxRetryAfter))
 	}
-	wait = max(wait, least+time.Duration(float64(least-minBackoff)*s.cfg.Jitter()/4))
-	s.soonest, s.retryAt = now.Add(least), now.Add(wait)
+	// Never before the hint, and not all at once after it.
+	wait = max(wait, least+time.Duration(float64(max(minBackoff, least/4))*s.cfg.Jitter()))
+	s.soonest, s.retry = least, wait
 	if s.ctx.Err() == nil {
 		s.cfg.Log.Warn("renewing credential", "err", err, "retry_in", wait, "still_valid", s.valid(now) != nil)
 	}
@@ -333,6 +404,49 @@ func (s *TokenSource) Invalidate(grant string) {
 	}
 }
 
+// Revoked is Invalidate for whoever learns of it together with a whole fleet: while nobody
+// asks, Run waits for a moment, at random up to three seconds, so that a thousand workloads
+// whose credentials one revocation kills don't ask together. Token waits for nothing.
+func (s *TokenSource) Revoked(grant string) {
+	s.mu.Lock()
+	if s.current != nil && grant == s.current.Grant {
+		s.revoked, s.spread = s.now(), time.Duration(s.cfg.Jitter()*float64(revokedSpread))
+	}
+	s.mu.Unlock()
+	s.Invalidate(grant)
+}
+
+// A SourceStatus is how a TokenSource is.
+type SourceStatus struct {
+	// RenewIn is how long until the credential is renewed while all goes well, or until the
+	// next try after a failure; zero if there is none, or if it is being fetched.
+	RenewIn time.Duration
+	// Err is why the last fetch failed, Since when the first of those in a row did, and
+	// Failures how many they are; nil and zero after one that didn't.
+	Err      error
+	Since    time.Time
+	Failures int
+}
+
+// Status says how the source is.
+func (s *TokenSource) Status() SourceStatus {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	now := s.now()
+	out := SourceStatus{Err: s.failed, Failures: s.fails}
+	switch {
+	case s.failed != nil:
+		out.Since = s.since
+		out.RenewIn = max(0, s.retry-now.apart(s.at))
+	case s.valid(now) != nil:
+		out.RenewIn = max(0, s.renewAt-now.apart(s.current.asked))
+	}
+	if s.flight != nil {
+		out.RenewIn = 0
+	}
+	return out
+}
+
 // refused drops a credential that a service called invalid, and reports whether another
 // one can be had. A service that calls each one invalid causes fetches with growing
 // pauses between them.
@@ -342,7 +456,7 @@ func (s *TokenSource) refused(cred *Credential) bool {
 	if s.current != cred {
 		return true // dropped or renewed meanwhile
 	}
-	age := cred.age(s.cfg.Now())
+	age := s.now().since(cred.asked)
 	if age > 2*maxBackoff {
 		s.spared = 0
 	}
@@ -360,7 +474,7 @@ func (s *TokenSource) refused(cred *Credential) bool {
 func (s *TokenSource) Run(ctx context.Context) error {
 	for {
 		wait, changed := s.tend()
-		timer := time.NewTimer(wait)
+		timer := time.NewTimer(min(wait, lookEvery))
 		select {
 		case <-ctx.Done():
 			timer.Stop()
@@ -379,18 +493,16 @@ func (s *TokenSource) Run(ctx context.Context) error {
 func (s *TokenSource) tend() (time.Duration, <-chan struct{}) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	now := s.cfg.Now()
+	now := s.now()
 	switch {
 	case s.ctx.Err() != nil, s.flight != nil:
 	case s.pausing(now, false):
-		return s.retryAt.Sub(now), s.changed
+		return s.retry - now.apart(s.at), s.changed
 	case s.passing: // nothing to keep fresh
-	case s.valid(now) != nil && s.current.age(now) < s.renewAt:
-		wait := s.renewAt - s.current.age(now)
-		if s.current.Binding == token.BindingX5T {
-			wait = min(wait, lookEvery)
-		}
-		return wait, s.changed
+	case s.valid(now) != nil && now.apart(s.current.asked) < s.renewAt:
+		return s.renewAt - now.apart(s.current.asked), s.changed
+	case s.spread > now.apart(s.revoked):
+		return s.spread - now.apart(s.revoked), s.changed
 	default:
 		s.fetch()
 	}

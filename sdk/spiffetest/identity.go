@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"time"
 
@@ -28,13 +29,24 @@ type identity struct {
 	renewAt time.Time // by Config.Now
 	timer   *time.Timer
 	denied  bool
+	others  []*identity   // whose SVIDs its socket returns too
 	changed chan struct{} // closed and replaced at every change that a stream might want to send
 }
 
-// announce wakes every stream of the identity. It needs TrustDomain.mu.
+// announce wakes every stream of the identity.
 func (i *identity) announce() {
 	close(i.changed)
 	i.changed = make(chan struct{})
+}
+
+// announce wakes every stream that shows the identity. It needs mu.
+func (td *TrustDomain) announce(ident *identity) {
+	ident.announce()
+	for _, host := range td.identities {
+		if slices.Contains(host.others, ident) {
+			host.announce()
+		}
+	}
 }
 
 // Workload makes id known if it isn't yet, serves the Workload API for it, and
@@ -112,6 +124,27 @@ func (td *TrustDomain) SetDenied(id spiffeid.ID, denied bool) error {
 	td.mu.Lock()
 	defer td.mu.Unlock()
 	ident.denied = denied
+	td.announce(ident)
+	return nil
+}
+
+// SetOthers makes the Workload API of id return the X509-SVIDs of others too, after its
+// own, as it does for a process with several registration entries; without any, it returns
+// its own alone again. Those that are denied are left out.
+func (td *TrustDomain) SetOthers(id spiffeid.ID, others ...spiffeid.ID) error {
+	ident, err := td.identity(id)
+	if err != nil {
+		return err
+	}
+	list := make([]*identity, len(others))
+	for i, other := range others {
+		if list[i], err = td.identity(other); err != nil {
+			return err
+		}
+	}
+	td.mu.Lock()
+	defer td.mu.Unlock()
+	ident.others = list
 	ident.announce()
 	return nil
 }
@@ -335,7 +368,7 @@ func (td *TrustDomain) rotate(ident *identity) error {
 	td.stopTimer(ident)
 	ident.svid = svid
 	ident.renewAt = td.cfg.Now().Add(td.cfg.SVIDTTL / 2)
-	ident.announce()
+	td.announce(ident)
 
 	td.timers.Add(1)
 	ident.timer = time.AfterFunc(td.cfg.SVIDTTL/2, func() {

@@ -306,6 +306,52 @@ func TestDenied(t *testing.T) {
 	}
 }
 
+// One socket may return several SVIDs: each rotates, is denied and comes back by itself.
+func TestOthers(t *testing.T) {
+	td := newDomain(t)
+	addr := workloadAddr(t, td, payments)
+	must(t, td.SetOthers(payments, orders))
+	conn, err := grpc.NewClient(addr, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	must(t, err)
+	defer conn.Close()
+	stream, err := workload.NewSpiffeWorkloadAPIClient(conn).FetchX509SVID(withHeader(testContext(t)), &workload.X509SVIDRequest{})
+	must(t, err)
+	last := map[string]string{}
+	next := func(want ...spiffeid.ID) (changed []string) {
+		t.Helper()
+		m, err := stream.Recv()
+		must(t, err)
+		if len(m.GetSvids()) != len(want) {
+			t.Fatalf("%d SVIDs, want %v", len(m.GetSvids()), want)
+		}
+		for i, s := range m.GetSvids() {
+			if s.GetSpiffeId() != want[i].String() {
+				t.Errorf("SVID %d is of %s, want %s", i, s.GetSpiffeId(), want[i])
+			}
+			if last[s.GetSpiffeId()] != string(s.GetX509Svid()) {
+				changed = append(changed, s.GetSpiffeId())
+			}
+			last[s.GetSpiffeId()] = string(s.GetX509Svid())
+		}
+		return changed
+	}
+	next(payments, orders)
+	must(t, td.Rotate(orders))
+	if changed := next(payments, orders); len(changed) != 1 || changed[0] != orders.String() {
+		t.Errorf("%v changed, want orders", changed)
+	}
+	must(t, td.SetDenied(payments, true))
+	next(orders)
+	must(t, td.SetDenied(payments, false))
+	next(payments, orders)
+	must(t, td.SetOthers(payments))
+	next(payments)
+	must(t, td.SetDenied(payments, true))
+	if _, err := stream.Recv(); status.Code(err) != codes.PermissionDenied {
+		t.Errorf("%v, want PermissionDenied", err)
+	}
+}
+
 func TestSecurityHeader(t *testing.T) {
 	td := newDomain(t)
 	conn, err := grpc.NewClient(workloadAddr(t, td, payments), grpc.WithTransportCredentials(insecure.NewCredentials()))

@@ -231,10 +231,13 @@ func follow[M proto.Message](s *server, stream interface {
 func snapshot[M proto.Message](s *server, build func() (M, error)) (answer M, changed <-chan struct{}, err error) {
 	s.td.mu.Lock()
 	defer s.td.mu.Unlock()
-	if s.ident.denied {
+	if s.ident.denied && len(s.ident.others) == 0 {
 		return answer, nil, errNoIdentity()
 	}
 	answer, err = build()
+	if errors.Is(err, ErrDenied) {
+		return answer, nil, errNoIdentity()
+	}
 	if err != nil {
 		return answer, nil, status.Error(codes.Internal, err.Error())
 	}
@@ -243,23 +246,30 @@ func snapshot[M proto.Message](s *server, build func() (M, error)) (answer M, ch
 
 // x509SVIDResponse needs TrustDomain.mu.
 func (s *server) x509SVIDResponse() (*workload.X509SVIDResponse, error) {
-	svid, err := s.td.current(s.ident)
-	if err != nil {
-		return nil, err
-	}
-	chain, key, err := svid.MarshalRaw()
-	if err != nil {
-		return nil, err
-	}
-	return &workload.X509SVIDResponse{
-		Svids: []*workload.X509SVID{{
+	out := &workload.X509SVIDResponse{FederatedBundles: s.federatedX509()}
+	for _, ident := range append([]*identity{s.ident}, s.ident.others...) {
+		svid, err := s.td.current(ident)
+		if errors.Is(err, ErrDenied) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		chain, key, err := svid.MarshalRaw()
+		if err != nil {
+			return nil, err
+		}
+		out.Svids = append(out.Svids, &workload.X509SVID{
 			SpiffeId:    svid.ID.String(),
 			X509Svid:    chain,
 			X509SvidKey: key,
 			Bundle:      rawAuthorities(s.td.x509Bundle()),
-		}},
-		FederatedBundles: s.federatedX509(),
-	}, nil
+		})
+	}
+	if len(out.Svids) == 0 {
+		return nil, ErrDenied
+	}
+	return out, nil
 }
 
 // jwtBundlesResponse needs TrustDomain.mu.

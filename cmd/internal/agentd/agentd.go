@@ -8,19 +8,16 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
-	"net"
-	"net/http"
 	"net/netip"
+	"os"
+	"os/signal"
 	"strings"
+	"syscall"
 	"time"
 
-	"github.com/dayflyhq/dayfly/agent"
 	"github.com/dayflyhq/dayfly/cmd/internal/config"
-	"github.com/dayflyhq/dayfly/sdk"
 	"github.com/spf13/cobra"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"golang.org/x/sync/errgroup"
 )
 
 // Run is the agent's command: it parses args (without the program's name) and serves
@@ -56,23 +53,33 @@ func Command() *cobra.Command {
 		Short: "give a workload its credentials over unix sockets, and relay the feed",
 		Long: "dayfly-agent is a sidecar: it takes its workload's SVID from the Workload API, keeps\n" +
 			"short-lived credentials fresh in memory, and gives them out over unix sockets. It drops\n" +
-			"what is revoked at once and relays the feed to verifiers beside it.\n\n" +
+			"what is revoked at once and relays the feed to verifiers beside it. At SIGHUP it\n" +
+			"reads its configuration file anew, and goes on without dropping anything.\n\n" +
 			"Exit codes: 0 it was told to stop, 1 it failed, 2 the command line or the configuration is wrong.",
 		Example: "  dayfly-agent --config /etc/dayfly/agent.yaml\n" +
+			"  dayfly-agent check --config /etc/dayfly/agent.yaml && systemctl reload dayfly-agent\n" +
+			"  dayfly-agent status\n" +
 			"  dayfly-agent --broker broker:8443 --broker-id spiffe://example.org/dayfly/broker \\\n" +
 			"    --grpc-socket /run/dayfly/agent.sock --prefetch orders=orders:read",
 		Args:          cobra.NoArgs,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			cfg, err := f.load(cmd)
+			load := func() (*Config, error) { return f.load(cmd) }
+			cfg, err := load()
 			if err != nil {
 				return config.UsageError{Err: err}
 			}
-			return serve(cmd.Context(), cfg, cmd.ErrOrStderr())
+			hup := make(chan os.Signal, 1)
+			if f.file != "" { // else there is nothing to read anew, and SIGHUP ends the process as ever
+				signal.Notify(hup, syscall.SIGHUP)
+				defer signal.Stop(hup)
+			}
+			return serve(cmd.Context(), cfg, load, hup, cmd.ErrOrStderr())
 		},
 	}
 	f.add(cmd)
+	cmd.AddCommand(statusCommand(), checkCommand())
 	return cmd
 }
 
@@ -147,151 +154,31 @@ func (f *flags) apply(cmd *cobra.Command, cfg *Config) error {
 	return errors.Join(errs...)
 }
 
-// serve runs everything until ctx ends or a part of it fails.
-func serve(ctx context.Context, cfg *Config, stderr io.Writer) error {
-	log := newLog(cfg.Log, stderr)
-	identity := agent.NewIdentity(cfg.WorkloadAPI, log)
-	client, err := sdk.New(sdk.Config{Address: cfg.Broker.Address, Source: identity, BrokerID: cfg.Broker.ID})
-	if err != nil {
-		return err
+func checkCommand() *cobra.Command {
+	var f flags
+	cmd := &cobra.Command{
+		Use:   "check",
+		Short: "say whether a configuration is right, and start nothing",
+		Long: "Reads the configuration file and the flags as a start or a reload would, and says all that\n" +
+			"is wrong, with line numbers. It looks up users and groups on this host, and calls nobody.\n\n" +
+			"Exit codes: 0 it is right, 2 it is wrong.",
+		Example:       "  dayfly-agent check --config /etc/dayfly/agent.yaml",
+		Args:          cobra.NoArgs,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, err := f.load(cmd)
+			if err != nil {
+				return config.UsageError{Err: err}
+			}
+			names := make([]string, 0, len(cfg.all()))
+			for _, w := range cfg.all() {
+				names = append(names, w.name())
+			}
+			_, err = fmt.Fprintf(cmd.OutOrStdout(), "the configuration is right; workloads: %s\n", strings.Join(names, ", "))
+			return err
+		},
 	}
-	defer client.Close()
-	above, err := upstream(cfg, identity)
-	if err != nil {
-		return err
-	}
-	if above != nil {
-		defer above.Close()
-	}
-	allow, err := cfg.Feed.Relay.selectors()
-	if err != nil {
-		return err
-	}
-	listeners, err := listen(cfg)
-	if err != nil {
-		return err
-	}
-	in, envoys, err := openGuards(cfg.Incoming, cfg.Envoy, identity)
-	if err != nil {
-		return errors.Join(err, listeners.close())
-	}
-	agentCfg := agent.Config{
-		Upstream: client.Conn(), Source: identity, Changed: identity.Changed,
-		GRPC: listeners.grpc, HTTP: listeners.http, AllowedUIDs: cfg.Sockets.AllowedUIDs,
-		Prefetch: cfg.requests(), Files: cfg.targets(), NoFeed: !cfg.Feed.Follow, MaxStaleness: cfg.Feed.MaxStaleness,
-		Audiences: cfg.Feed.Audiences, MaxStreams: cfg.Feed.MaxStreams, Log: log,
-		BrokerID: cfg.Broker.ID, Bundles: identity, Relay: listeners.relay, RelayAllow: allow,
-		AWS: cfg.AWS.agent(listeners.aws), Systemd: cfg.Systemd.agent(listeners.systemd),
-		Incoming: in, Envoy: envoys,
-	}
-	if above != nil {
-		agentCfg.Feed = above.Conn()
-	}
-	a, err := agent.New(agentCfg)
-	if err != nil {
-		return errors.Join(err, listeners.close(), closeGuards(in, envoys))
-	}
-	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error { return identity.Run(ctx) })
-	group.Go(func() error { return a.Run(ctx) })
-	if listeners.metrics != nil {
-		group.Go(func() error { return serveMetrics(ctx, a, listeners.metrics) })
-	}
-	return group.Wait()
-}
-
-// upstream is the client of a relay on another host, nil where the broker is followed.
-func upstream(cfg *Config, identity *agent.Identity) (*sdk.Client, error) {
-	if cfg.Feed.Upstream.Address == "" {
-		return nil, nil
-	}
-	client, err := sdk.New(sdk.Config{Address: cfg.Feed.Upstream.Address, Source: identity, BrokerID: cfg.Feed.Upstream.ID})
-	if err != nil {
-		return nil, fmt.Errorf("feed.upstream: %w", err)
-	}
-	return client, nil
-}
-
-func newLog(cfg Log, w io.Writer) *slog.Logger {
-	options := &slog.HandlerOptions{Level: cfg.Level}
-	if cfg.Format == "text" {
-		return slog.New(slog.NewTextHandler(w, options))
-	}
-	return slog.New(slog.NewJSONHandler(w, options))
-}
-
-// listeners are all that the process listens on; nil for what isn't configured.
-type listeners struct{ grpc, http, relay, metrics, aws, systemd net.Listener }
-
-func listen(cfg *Config) (_ listeners, err error) {
-	var l listeners
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, l.close())
-		}
-	}()
-	if l.grpc, err = listenUnix(cfg, cfg.Sockets.GRPC); err != nil {
-		return listeners{}, err
-	}
-	if l.http, err = listenUnix(cfg, cfg.Sockets.HTTP); err != nil {
-		return listeners{}, err
-	}
-	if cfg.Feed.Relay.Listen != "" {
-		if l.relay, err = net.Listen("tcp", cfg.Feed.Relay.Listen); err != nil {
-			return listeners{}, fmt.Errorf("listening for verifiers on other hosts: %w", err)
-		}
-	}
-	if cfg.AWS.Listen.IsValid() {
-		if l.aws, err = net.Listen("tcp", cfg.AWS.Listen.String()); err != nil {
-			return listeners{}, fmt.Errorf("listening for AWS's SDKs: %w", err)
-		}
-	}
-	if cfg.Systemd.Socket != "" {
-		if l.systemd, err = agent.Listen(agent.SocketConfig{Path: cfg.Systemd.Socket}); err != nil {
-			return listeners{}, err
-		}
-	}
-	if cfg.Metrics.IsValid() {
-		if l.metrics, err = net.Listen("tcp", cfg.Metrics.String()); err != nil {
-			return listeners{}, fmt.Errorf("listening for metrics: %w", err)
-		}
-	}
-	return l, nil
-}
-
-func listenUnix(cfg *Config, path string) (net.Listener, error) {
-	if path == "" {
-		return nil, nil
-	}
-	socket, err := cfg.Sockets.socket(path)
-	if err != nil {
-		return nil, err
-	}
-	return agent.Listen(socket)
-}
-
-func (l *listeners) close() error {
-	var errs []error
-	for _, one := range []net.Listener{l.grpc, l.http, l.relay, l.metrics, l.aws, l.systemd} {
-		if one != nil {
-			errs = append(errs, one.Close())
-		}
-	}
-	return errors.Join(errs...)
-}
-
-// serveMetrics answers GET /metrics until ctx ends.
-func serveMetrics(ctx context.Context, a *agent.Agent, l net.Listener) error {
-	mux := http.NewServeMux()
-	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) {
-		w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-		_ = a.WriteMetrics(w) // to one who has gone, perhaps
-	})
-	server := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 10 * time.Second, MaxHeaderBytes: 16 << 10}
-	stop := context.AfterFunc(ctx, func() { _ = server.Close() })
-	defer stop()
-	if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
-		return fmt.Errorf("serving metrics: %w", err)
-	}
-	return nil
+	f.add(cmd)
+	return cmd
 }

@@ -60,14 +60,46 @@ func TestConfigurationRefused(t *testing.T) {
 		"too many audiences":      {file: "feed:\n  audiences: [" + strings.Repeat("a,", 65) + "]\n", want: []string{":2: feed.audiences: are at most 64"}},
 		"too much to prefetch":    {file: "prefetch: [" + strings.Repeat("{audience: a},", 513) + "]\n", want: []string{":1: prefetch: are at most 512"}},
 		"bad helpers": {
-			file: "aws_container: {listen: \"192.0.2.1:1\", role_arn: x, duration: 1s, session_name: s, sts_endpoint: \"http://sts.example.org\"}\nsystemd:\n  credentials:\n    - {unit: a, credential: b, audience: c d}\n",
-			want: []string{":1: aws_container.listen: must be a loopback", "aws_container.audience", "aws_container.authorization_token_file", "aws_container.role_arn: must be an ARN", "aws_container.duration: is 15m", "aws_container.session_name", "aws_container.sts_endpoint", ":4: systemd.credentials[0].unit", "systemd.credentials[0].audience"},
+			file: "aws_container: {listen: \"192.0.2.1:1\", role_arn: x, duration: 1s, session_name: s, sts_endpoint: \"http://sts.example.org\", authorization_token_file_mode: \"0644\", authorization_token_file_group: nobody-of-this-name}\nsystemd:\n  credentials:\n    - {unit: a, credential: b, audience: c d}\n",
+			want: []string{":1: aws_container.listen: must be a loopback", "aws_container.audience", "aws_container.authorization_token_file: must be absolute", "aws_container.authorization_token_file_mode: must be within 0640", "aws_container.authorization_token_file_group: no group", "aws_container.role_arn: must be an ARN", "aws_container.duration: is 15m", "aws_container.session_name", "aws_container.sts_endpoint", ":4: systemd.credentials[0].unit", "systemd.credentials[0].audience"},
 		},
 		"a socket for nobody": {file: "systemd: {socket: /run/x.sock}\n", want: []string{":1: systemd.credentials: and socket go together"}},
 		"half a helper":       {file: "aws_container: {role_arn: x}\n", want: []string{":1: aws_container.listen: is missing"}},
-		"no Workload API":     {args: []string{"--broker", "b:1"}, want: []string{"workload_api: give the socket"}},
-		"no file":             {args: []string{"--config", "/nonexistent/agent.yaml"}, want: []string{"there is no file"}},
-		"arguments":           {args: []string{"serve"}, want: []string{"serve"}},
+		"one workload beside several": {
+			file: "id: spiffe://td/a\nsockets:\n  grpc: /a\nprefetch: [{audience: a}]\nworkloads:\n  - sockets: {grpc: /b}\n",
+			want: []string{":1: id: stands beside workloads", ":2: sockets: stands beside", ":4: prefetch: stands beside"},
+		},
+		"flags of one workload beside several": {
+			file: "workloads:\n  - sockets: {grpc: /b}\n", args: []string{"--grpc-socket", "/a"}, want: []string{"sockets: stands beside workloads: each of them has its own, and flags can't say whose"},
+		},
+		"workloads in each other's way": {
+			file: `workloads:
+  - sockets: {grpc: /run/a, http: /run/b}
+    files: [{path: /run/x/a, credential: {audience: a}}]
+    aws_container: {listen: "127.0.0.1:1", audience: a, authorization_token_file: /x}
+  - id: spiffe://td/a
+    sockets: {http: /run/a, mode: "0666"}
+    prefetch: [{audience: "a b"}]
+    directories: [{path: /run/x, files: [{name: a, credential: {audience: a}}]}]
+    aws_container: {listen: "127.0.0.1:1", audience: a, authorization_token_file: /x}
+  - id: spiffe://td/a
+    systemd: {socket: /run/b, credentials: [{unit: a.service, credential: a, audience: a}]}
+  - {name: "a\"b", sockets: {grpc: /run/c}, outgoin: x}
+  - {id: not-an-id}
+feed: {relay: {listen: "127.0.0.1:0", allow: ["trust_domain:td"]}}
+`,
+			want: []string{
+				":6: workloads[1].sockets.http: is workloads[0].sockets.grpc too", ":6: workloads[1].sockets.mode", ":7: workloads[1].prefetch[0].audience",
+				":8: workloads[1].directories[0].path: is in the way of /run/x/a", ":9: workloads[1].aws_container.listen: is workloads[0].aws_container.listen too",
+				":9: workloads[1].aws_container.authorization_token_file: is workloads[0]", ":10: workloads[2].id: \"spiffe://td/a\" is the name of another workload", ":11: workloads[2].systemd.socket: is workloads[0].sockets.http too",
+				":12: workloads[3].name: is up to 255 plain characters", ":12: workloads[3]: unknown key", ":13: workloads[4].id", ":14: feed.relay.workload",
+			},
+		},
+		"a relay of nobody's":         {file: "feed: {relay: {workload: x, listen: \"127.0.0.1:0\", allow: [\"trust_domain:td\"]}}\n", want: []string{`:1: feed.relay.workload: "x" is the name of no workload`}},
+		"a workload without a socket": {file: "workloads: [{name: a, sockets: {grpc: /a}}, {name: b}]\n", want: []string{"workloads[1].sockets: give"}},
+		"no Workload API":             {args: []string{"--broker", "b:1"}, want: []string{"workload_api: give the socket"}},
+		"no file":                     {args: []string{"--config", "/nonexistent/agent.yaml"}, want: []string{"there is no file"}},
+		"arguments":                   {args: []string{"serve"}, want: []string{"serve"}},
 	} {
 		args := c.args
 		if c.file != "" {

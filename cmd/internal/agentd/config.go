@@ -24,19 +24,14 @@ import (
 // Config is the agent's configuration file; deploy/agent.yaml documents every key.
 // Flags come on top of it.
 type Config struct {
-	Broker      Broker         `yaml:"broker"`
-	WorkloadAPI string         `yaml:"workload_api"`
-	Sockets     Sockets        `yaml:"sockets"`
-	Prefetch    []Prefetch     `yaml:"prefetch"`
-	Files       []File         `yaml:"files"`
-	Directories []Directory    `yaml:"directories"`
-	Feed        Feed           `yaml:"feed"`
-	AWS         AWSContainer   `yaml:"aws_container"`
-	Systemd     Systemd        `yaml:"systemd"`
-	Incoming    []Incoming     `yaml:"incoming"`
-	Envoy       []Envoy        `yaml:"envoy"`
-	Metrics     netip.AddrPort `yaml:"metrics"`
-	Log         Log            `yaml:"log"`
+	Broker      Broker `yaml:"broker"`
+	WorkloadAPI string `yaml:"workload_api"`
+	// Workload is the only one, and Workloads are several: one excludes the other.
+	Workload  `yaml:",inline"`
+	Workloads []Workload     `yaml:"workloads"`
+	Feed      Feed           `yaml:"feed"`
+	Metrics   netip.AddrPort `yaml:"metrics"`
+	Log       Log            `yaml:"log"`
 }
 
 // Broker is whom the agent calls.
@@ -47,11 +42,22 @@ type Broker struct {
 
 // Sockets are where and for whom the agent listens.
 type Sockets struct {
-	GRPC        string      `yaml:"grpc"`
-	HTTP        string      `yaml:"http"`
-	Mode        config.Mode `yaml:"mode"`
-	Group       string      `yaml:"group"`
-	AllowedUIDs []uint32    `yaml:"allowed_uids"`
+	GRPC    string      `yaml:"grpc"`
+	HTTP    string      `yaml:"http"`
+	Mode    config.Mode `yaml:"mode"`
+	Group   string      `yaml:"group"`
+	Callers `yaml:",inline"`
+}
+
+// Callers are whom a unix socket lets in, beside its mode.
+type Callers struct {
+	AllowedUIDs []uint32 `yaml:"allowed_uids"`
+	AllowedGIDs []uint32 `yaml:"allowed_gids"`
+	Executables []string `yaml:"allowed_executables"`
+}
+
+func (c *Callers) allow() agent.Allow {
+	return agent.Allow{UIDs: c.AllowedUIDs, GIDs: c.AllowedGIDs, Executables: c.Executables}
 }
 
 // Prefetch is a credential that is kept fresh before anyone asks.
@@ -76,8 +82,10 @@ type Feed struct {
 
 // Relay is for verifiers on other hosts; off without an address.
 type Relay struct {
-	Listen string   `yaml:"listen"`
-	Allow  []string `yaml:"allow"`
+	// Workload is the name of the one whose SVID it shows, where there are several.
+	Workload string   `yaml:"workload"`
+	Listen   string   `yaml:"listen"`
+	Allow    []string `yaml:"allow"`
 }
 
 // selectors reads whom to allow.
@@ -118,11 +126,12 @@ type Log struct {
 
 // defaults are what the file and the flags change.
 func defaults() Config {
-	return Config{
-		Sockets: Sockets{Mode: config.Mode(agent.SocketMode)},
-		Feed:    Feed{Follow: true, MaxStaleness: wire.DefaultBound, MaxStreams: agent.DefaultMaxStreams},
-		Log:     Log{Format: "json"},
+	c := Config{
+		Feed: Feed{Follow: true, MaxStaleness: wire.DefaultBound, MaxStreams: agent.DefaultMaxStreams},
+		Log:  Log{Format: "json"},
 	}
+	c.Workload.SetDefaults()
+	return c
 }
 
 // Validate checks the address; what is missing may still come from a flag.
@@ -158,7 +167,15 @@ func (s *Sockets) Validate() error {
 			errs = append(errs, config.Wrong("group", "%v", err))
 		}
 	}
-	return errors.Join(errs...)
+	return errors.Join(append(errs, s.Callers.check())...)
+}
+
+func (c *Callers) check() error {
+	allow := c.allow()
+	if err := allow.Validate(); err != nil {
+		return config.Wrong("allowed_executables", "%v", err)
+	}
+	return nil
 }
 
 // Validate checks one request.
@@ -219,10 +236,7 @@ func (c *Config) Validate() error {
 			errs = append(errs, config.Wrong("workload_api", "%v", err))
 		}
 	}
-	if len(c.Prefetch) > agent.MaxPrefetch {
-		errs = append(errs, config.Wrong("prefetch", "are at most %d", agent.MaxPrefetch))
-	}
-	errs = append(errs, c.checkTargets(), c.checkGuards())
+	errs = append(errs, c.checkWorkloads(), c.checkGuards())
 	if c.Log.Format != "json" && c.Log.Format != "text" {
 		errs = append(errs, config.Wrong("log.format", "is json or text"))
 	}
@@ -232,7 +246,7 @@ func (c *Config) Validate() error {
 // complete reports what neither the file nor a flag gave, and checks the flags' values
 // by the file's rules.
 func (c *Config) complete() error {
-	errs := []error{c.Validate(), c.AWS.Validate(), c.Systemd.Validate(), c.Broker.Validate(), c.Sockets.Validate(), c.Feed.Validate()}
+	errs := []error{c.Validate(), c.Broker.Validate(), c.Sockets.Validate(), c.Feed.Validate()}
 	if c.Broker.Address == "" {
 		errs = append(errs, errors.New("broker.address: give the broker's host:port, here or as --broker"))
 	}
@@ -246,8 +260,10 @@ func (c *Config) complete() error {
 			errs = append(errs, fmt.Errorf("%s: %w", workloadapi.SocketEnv, err))
 		}
 	}
-	if c.Sockets.GRPC == "" && c.Sockets.HTTP == "" {
-		errs = append(errs, errors.New("sockets: give sockets.grpc or sockets.http, here or as --grpc-socket or --http-socket"))
+	for _, w := range c.all() {
+		if w.Sockets.GRPC == "" && w.Sockets.HTTP == "" {
+			errs = append(errs, fmt.Errorf("%ssockets: give sockets.grpc or sockets.http, here or as --grpc-socket or --http-socket", w.prefix))
+		}
 	}
 	for i := range c.Prefetch {
 		if err := c.Prefetch[i].Validate(); err != nil {
@@ -255,14 +271,6 @@ func (c *Config) complete() error {
 		}
 	}
 	return errors.Join(errs...)
-}
-
-func (c *Config) requests() []agent.Request {
-	out := make([]agent.Request, len(c.Prefetch))
-	for i, p := range c.Prefetch {
-		out[i] = agent.Request{Audience: p.Audience, Scopes: p.Scopes, TTL: p.TTL, Binding: token.Binding(p.Binding)}
-	}
-	return out
 }
 
 func (s *Sockets) socket(path string) (agent.SocketConfig, error) {

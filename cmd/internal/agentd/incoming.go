@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"reflect"
 	"time"
 
 	"github.com/dayflyhq/dayfly/agent"
@@ -19,10 +20,10 @@ import (
 
 // Incoming is a proxy before a service that has no SDK.
 type Incoming struct {
-	Listen       string        `yaml:"listen,required"`
-	Mode         config.Mode   `yaml:"mode"`
-	Group        string        `yaml:"group"`
-	AllowedUIDs  []uint32      `yaml:"allowed_uids"`
+	Listen       string      `yaml:"listen,required"`
+	Mode         config.Mode `yaml:"mode"`
+	Group        string      `yaml:"group"`
+	Callers      `yaml:",inline"`
 	Plain        bool          `yaml:"plain"`
 	Anonymous    bool          `yaml:"anonymous"`
 	Upstream     string        `yaml:"upstream,required"`
@@ -36,10 +37,10 @@ type Incoming struct {
 
 // Envoy is what an Envoy before a service asks.
 type Envoy struct {
-	Listen       string        `yaml:"listen,required"`
-	Mode         config.Mode   `yaml:"mode"`
-	Group        string        `yaml:"group"`
-	AllowedUIDs  []uint32      `yaml:"allowed_uids"`
+	Listen       string      `yaml:"listen,required"`
+	Mode         config.Mode `yaml:"mode"`
+	Group        string      `yaml:"group"`
+	Callers      `yaml:",inline"`
 	Peer         string        `yaml:"peer"`
 	Audiences    []string      `yaml:"audiences,required"`
 	MaxStaleness time.Duration `yaml:"max_staleness"`
@@ -57,9 +58,13 @@ type Route struct {
 	Public  bool     `yaml:"public"`
 }
 
+func (c *Incoming) doorway() doorway { return doorway{c.Listen, c.Mode, c.Group, c.Callers} }
+
+func (c *Envoy) doorway() doorway { return doorway{c.Listen, c.Mode, c.Group, c.Callers} }
+
 // Validate checks all of it.
 func (c *Incoming) Validate() error {
-	door := doorway{c.Listen, c.Mode, c.Group, c.AllowedUIDs}
+	door := c.doorway()
 	policy := c.policy()
 	errs := []error{door.check(), onStale(c.OnStale), routesWrong(policy)}
 	if door.unix() {
@@ -104,7 +109,7 @@ func (c *Incoming) roots() (*x509.CertPool, error) {
 
 // Validate checks all of it.
 func (c *Envoy) Validate() error {
-	door := doorway{c.Listen, c.Mode, c.Group, c.AllowedUIDs}
+	door := c.doorway()
 	errs := []error{door.check(), onStale(c.OnStale), routesWrong(c.policy())}
 	if !door.unix() && !door.loopback() {
 		errs = append(errs, config.Wrong("listen", "must be the absolute path of a unix socket or a loopback address: whoever asks learns which tokens pass"))
@@ -123,10 +128,13 @@ func (c *Envoy) policy() incoming.Policy {
 
 // checkGuards checks what is to each other.
 func (c *Config) checkGuards() error {
-	if len(c.Incoming)+len(c.Envoy) > 0 && !c.Feed.Follow {
-		return config.Wrong("incoming", "and envoy need feed.follow: the feed tells them what is revoked")
+	var errs []error
+	for _, w := range c.all() {
+		if len(w.Incoming)+len(w.Envoy) > 0 && !c.Feed.Follow {
+			errs = append(errs, config.Wrong(w.prefix+"incoming", "and envoy need feed.follow: the feed tells them what is revoked"))
+		}
 	}
-	return nil
+	return errors.Join(errs...)
 }
 
 func onStale(s string) error {
@@ -184,7 +192,7 @@ type doorway struct {
 	listen string
 	mode   config.Mode
 	group  string
-	uids   []uint32
+	Callers
 }
 
 func (d *doorway) unix() bool { return filepath.IsAbs(d.listen) }
@@ -199,8 +207,8 @@ func (d *doorway) check() error {
 		return nil // said by the decoder
 	}
 	if !d.unix() {
-		if d.mode != 0 || d.group != "" || len(d.uids) > 0 {
-			return config.Wrong("mode", "group and allowed_uids are for unix sockets")
+		if d.mode != 0 || d.group != "" || !reflect.ValueOf(d.Callers).IsZero() {
+			return config.Wrong("mode", "group and the lists of who is allowed are for unix sockets")
 		}
 		if _, err := netip.ParseAddrPort(d.listen); err != nil {
 			return config.Wrong("listen", "%q is neither ADDRESS:PORT nor the absolute path of a unix socket", d.listen)
@@ -214,7 +222,7 @@ func (d *doorway) check() error {
 	if err := socket.Validate(); err != nil {
 		return config.Wrong("listen", "%v", err)
 	}
-	return nil
+	return d.Callers.check()
 }
 
 func (d *doorway) socket() (agent.SocketConfig, error) {
@@ -229,67 +237,48 @@ func (d *doorway) socket() (agent.SocketConfig, error) {
 	return out, nil
 }
 
-func (d *doorway) open() (net.Listener, error) {
+// open listens. The listener comes from the shelf: see workload.listen.
+func (w *workload) open(s *shelf, d doorway) (net.Listener, error) {
 	if !d.unix() {
-		l, err := net.Listen("tcp", d.listen)
-		if err != nil {
-			return nil, fmt.Errorf("listening for requests that come in: %w", err)
-		}
-		return l, nil
+		return w.keep(s.tcp(d.listen, "requests that come in"))
 	}
 	socket, err := d.socket()
 	if err != nil {
 		return nil, err
 	}
-	return agent.Listen(socket)
+	return w.keep(s.unix(socket))
 }
 
-// closeGuards closes what openGuards opened.
-func closeGuards(in []agent.Incoming, en []agent.Envoy) error {
-	var errs []error
-	for _, c := range in {
-		errs = append(errs, c.Listener.Close())
-	}
-	for _, c := range en {
-		errs = append(errs, c.Listener.Close())
-	}
-	return errors.Join(errs...)
-}
-
-// openGuards opens the listeners of incoming and envoy, and describes them to package
-// agent. What it opened before an error it closes.
-func openGuards(proxies []Incoming, envoys []Envoy, source agent.Source) (in []agent.Incoming, en []agent.Envoy, err error) {
-	defer func() {
+// listenIncoming opens the listeners of incoming and envoy.
+func (w *workload) listenIncoming(s *shelf, cfg *agent.Config) error {
+	for i := range w.w.Incoming {
+		c := &w.w.Incoming[i]
+		roots, err := c.roots()
 		if err != nil {
-			err = errors.Join(err, closeGuards(in, en))
-			in, en = nil, nil
+			return fmt.Errorf("incoming[%d].upstream_ca: %w", i, err)
 		}
-	}()
-	for i := range proxies {
-		c := &proxies[i]
-		out := agent.Incoming{AllowedUIDs: c.AllowedUIDs, ProxyConfig: incoming.ProxyConfig{
-			Policy: c.policy(), Anonymous: c.Anonymous, Upstream: c.Upstream,
+		at := c.doorway()
+		l, err := w.open(s, at)
+		if err != nil {
+			return err
+		}
+		out := agent.Incoming{Allow: c.allow(), ProxyConfig: incoming.ProxyConfig{
+			Policy: c.policy(), Listener: l, Anonymous: c.Anonymous, Upstream: c.Upstream, UpstreamCA: roots,
 		}}
-		if out.UpstreamCA, err = c.roots(); err != nil {
-			return in, en, fmt.Errorf("incoming[%d].upstream_ca: %w", i, err)
-		}
-		at := doorway{c.Listen, c.Mode, c.Group, c.AllowedUIDs}
-		if out.Listener, err = at.open(); err != nil {
-			return in, en, err
-		}
 		if !c.Plain && !at.unix() {
-			out.Source = source
+			out.Source = cfg.Source
 		}
-		in = append(in, out)
+		cfg.Incoming = append(cfg.Incoming, out)
 	}
-	for i := range envoys {
-		c := &envoys[i]
-		out := agent.Envoy{AllowedUIDs: c.AllowedUIDs, EnvoyConfig: incoming.EnvoyConfig{Policy: c.policy(), Peer: witnesses[c.Peer]}}
-		at := doorway{c.Listen, c.Mode, c.Group, c.AllowedUIDs}
-		if out.Listener, err = at.open(); err != nil {
-			return in, en, err
+	for i := range w.w.Envoy {
+		c := &w.w.Envoy[i]
+		l, err := w.open(s, c.doorway())
+		if err != nil {
+			return err
 		}
-		en = append(en, out)
+		cfg.Envoy = append(cfg.Envoy, agent.Envoy{Allow: c.allow(), EnvoyConfig: incoming.EnvoyConfig{
+			Policy: c.policy(), Listener: l, Peer: witnesses[c.Peer],
+		}})
 	}
-	return in, en, nil
+	return nil
 }

@@ -25,7 +25,7 @@ func TestIncomingConfig(t *testing.T) {
 		{strings.Replace(good, `"127.0.0.1:1"`, `"127.0.0.1:1", plain: true, anonymous: true`, 1), "incoming[0].anonymous: is for TLS"},
 		{strings.Replace(good, `"127.0.0.1:1"`, `"/run/x.sock", plain: true`, 1), "incoming[0].plain: and anonymous are for TCP"},
 		{strings.Replace(good, `"127.0.0.1:1"`, `"/run/x.sock", mode: "0666"`, 1), "incoming[0].listen: mode 0666 is wider"},
-		{strings.Replace(good, `"127.0.0.1:1"`, `"127.0.0.1:1", mode: "0600"`, 1), "incoming[0].mode: group and allowed_uids are for unix sockets"},
+		{strings.Replace(good, `"127.0.0.1:1"`, `"127.0.0.1:1", mode: "0600"`, 1), "incoming[0].mode: group and the lists of who is allowed are for unix sockets"},
 		{strings.Replace(good, `"127.0.0.1:1"`, `"/run/x.sock", group: no-such-group`, 1), "incoming[0].group: no group"},
 		{strings.Replace(good, `"http://127.0.0.1:2"`, `"http://192.0.2.1:2"`, 1), "incoming[0].upstream: must be on this host"},
 		{strings.Replace(good, `"http://127.0.0.1:2"`, `"http://127.0.0.1:2/x"`, 1), "incoming[0].upstream: has a path"},

@@ -24,7 +24,9 @@
 // whatever implements [encoding.TextUnmarshaler] (a SPIFFE ID, a trust domain, a
 // slog.Level, a netip.AddrPort), structs, pointers, lists, and maps with string
 // keys. Anchors, aliases, tags of one's own and several documents are refused:
-// a file says what it says, where it says it.
+// a file says what it says, where it says it. The tag ",inline" takes the keys of
+// an embedded struct for the struct's own. An element of a list that has a
+// SetDefaults method begins as that leaves it.
 //
 // A struct with a Validate method, at any depth, is asked after its fields were
 // read. It returns one error or several, joined; those made by [Wrong] get the

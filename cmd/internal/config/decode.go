@@ -23,6 +23,9 @@ const (
 // validator is implemented by structs that check more than types.
 type validator interface{ Validate() error }
 
+// defaulter is implemented by elements of lists whose zero value isn't the default.
+type defaulter interface{ SetDefaults() }
+
 var (
 	durationType = reflect.TypeFor[time.Duration]()
 	textType     = reflect.TypeFor[encoding.TextUnmarshaler]()
@@ -116,7 +119,7 @@ func (d *decoder) mapping(n *yaml.Node, v reflect.Value, key string) {
 			return
 		}
 		given[k.Value] = k
-		d.value(val, v.Field(fields[i].index), join(key, k.Value))
+		d.value(val, v.FieldByIndex(fields[i].index), join(key, k.Value))
 	})
 	if !ok {
 		return
@@ -209,6 +212,9 @@ func (d *decoder) list(n *yaml.Node, v reflect.Value, key string) {
 	}
 	out := reflect.MakeSlice(v.Type(), len(n.Content), len(n.Content))
 	for i, c := range n.Content {
+		if e, is := out.Index(i).Addr().Interface().(defaulter); is {
+			e.SetDefaults()
+		}
 		d.value(c, out.Index(i), fmt.Sprintf("%s[%d]", key, i))
 	}
 	v.Set(out)
@@ -303,7 +309,7 @@ func numberError(s string, err error, limits string) error {
 // field is one key that a struct takes.
 type field struct {
 	name     string
-	index    int
+	index    []int
 	required bool
 }
 
@@ -311,10 +317,14 @@ func fieldsOf(t reflect.Type) []field {
 	var out []field
 	for i := range t.NumField() {
 		name, opts, _ := strings.Cut(t.Field(i).Tag.Get("yaml"), ",")
-		if name == "" || name == "-" {
-			continue
+		switch {
+		case opts == "inline":
+			for _, f := range fieldsOf(t.Field(i).Type) {
+				out = append(out, field{f.name, append([]int{i}, f.index...), f.required})
+			}
+		case name != "" && name != "-":
+			out = append(out, field{name, []int{i}, opts == "required"})
 		}
-		out = append(out, field{name: name, index: i, required: opts == "required"})
 	}
 	return out
 }

@@ -14,14 +14,17 @@ func (e UsageError) Error() string { return e.Err.Error() }
 func (e UsageError) Unwrap() error { return e.Err }
 
 // ExitCode says how a daemon that returned err should exit: 0 for none, 2 for a
-// UsageError, 1 for everything else.
+// UsageError, what an error with an ExitCode of its own says, 1 for everything else.
 func ExitCode(err error) int {
 	var usage UsageError
+	var coded interface{ ExitCode() int }
 	switch {
 	case err == nil:
 		return 0
 	case errors.As(err, &usage):
 		return 2
+	case errors.As(err, &coded):
+		return coded.ExitCode()
 	}
 	return 1
 }
