@@ -69,6 +69,7 @@ func (a *Agent) newGuards() (_ *guards, err error) {
 		return nil, err
 	}
 	env := incoming.Env{Conn: g.conn, Bundles: a.cfg.Bundles, Now: a.cfg.Now, Boot: a.cfg.Boot, Log: a.cfg.Log}
+	env.Count = func(outcome string) { a.counts.requests.add(ListenerIncoming, outcome) }
 	for i, c := range a.cfg.Incoming {
 		c.Admit = newDoor(c.Allow).admit
 		p, err := incoming.NewProxy(c.ProxyConfig, env)
@@ -77,6 +78,7 @@ func (a *Agent) newGuards() (_ *guards, err error) {
 		}
 		g.proxies = append(g.proxies, p)
 	}
+	env.Count = func(outcome string) { a.counts.requests.add(ListenerEnvoy, outcome) }
 	for i, c := range a.cfg.Envoy {
 		c.Credentials, c.Admit = peerCredentials{newDoor(c.Allow)}, admitted
 		e, err := incoming.NewEnvoy(c.EnvoyConfig, env)
@@ -128,17 +130,6 @@ func (g *guards) check() Check {
 		}
 	}
 	return Check{Name: "incoming", State: Ready}
-}
-
-// IncomingCounts calls f for every outcome at each incoming proxy and Envoy service, by
-// listener ("incoming" or "envoy"): PASSED, PUBLIC, or the reason of a refusal.
-func (a *Agent) IncomingCounts(f func(listener, outcome string, n uint64)) {
-	for _, p := range a.guards.proxies {
-		p.Counts().Each(func(outcome string, n uint64) { f("incoming", outcome, n) })
-	}
-	for _, e := range a.guards.envoys {
-		e.Counts().Each(func(outcome string, n uint64) { f("envoy", outcome, n) })
-	}
 }
 
 // inside is a listener for connections within the process.
