@@ -271,16 +271,21 @@ func TestEnvoyDoor(t *testing.T) {
 func TestIncomingCounts(t *testing.T) {
 	noLeaks(t)
 	b := newBroker(t, newDomain(t))
-	var a *agent.Agent
 	f := startEnvoy(t, b, nil)
-	a = f.agent
 	for range 3 {
 		askEnvoy(t.Context(), t, f.shows, question(nil, "GET", "/healthz", ""))
 	}
 	askEnvoy(t.Context(), t, f.says, question(nil, "GET", "/x", ""))
-	got := map[string]uint64{}
-	a.IncomingCounts(func(listener, outcome string, n uint64) { got[listener+" "+outcome] += n })
-	if got["envoy PUBLIC"] != 3 || got["envoy ROUTE_UNKNOWN"] != 1 || len(got) != 2 {
+	askEnvoy(t.Context(), t, f.says, question(nil, "GET", "/any/", b.mintFor(minting{id: ordersID, binding: token.BindingNone})))
+	got := map[string]float64{}
+	for _, family := range f.agent.Metrics() {
+		for _, s := range family.Samples {
+			if family.Name == "dayfly_agent_requests_total" && s.Labels[0].Value == agent.ListenerEnvoy {
+				got[s.Labels[1].Value] += s.Value
+			}
+		}
+	}
+	if got["public"] != 3 || got["ROUTE_UNKNOWN"] != 1 || got["ok"] != 1 || len(got) != 3 {
 		t.Errorf("%v", got)
 	}
 }

@@ -52,13 +52,16 @@ func (c *Config) validateGuards() error {
 }
 
 func (a *Agent) newGuards() (_ *guards, err error) {
+	n := len(a.cfg.Incoming) + len(a.cfg.Envoy)
+	if n == 0 {
+		return &guards{}, nil
+	}
 	g := &guards{feed: grpc.NewServer(grpc.WaitForHandlers(true)), inside: newInside()}
 	defer func() {
 		if err != nil {
 			g.close()
 		}
 	}()
-	n := len(a.cfg.Incoming) + len(a.cfg.Envoy)
 	dayflyv1.RegisterFeedServiceServer(g.feed, &feedService{k: a.k, maxStreams: int64(2 * n), stopping: a.stopping, counts: &a.counts})
 	g.conn, err = grpc.NewClient("passthrough:inside", grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return g.inside.dial(ctx) }))
@@ -66,6 +69,7 @@ func (a *Agent) newGuards() (_ *guards, err error) {
 		return nil, err
 	}
 	env := incoming.Env{Conn: g.conn, Bundles: a.cfg.Bundles, Now: a.cfg.Now, Boot: a.cfg.Boot, Log: a.cfg.Log}
+	env.Count = func(outcome string) { a.counts.requests.add(ListenerIncoming, outcome) }
 	for i, c := range a.cfg.Incoming {
 		c.Admit = newDoor(c.Allow).admit
 		p, err := incoming.NewProxy(c.ProxyConfig, env)
@@ -74,6 +78,7 @@ func (a *Agent) newGuards() (_ *guards, err error) {
 		}
 		g.proxies = append(g.proxies, p)
 	}
+	env.Count = func(outcome string) { a.counts.requests.add(ListenerEnvoy, outcome) }
 	for i, c := range a.cfg.Envoy {
 		c.Credentials, c.Admit = peerCredentials{newDoor(c.Allow)}, admitted
 		e, err := incoming.NewEnvoy(c.EnvoyConfig, env)
@@ -87,6 +92,9 @@ func (a *Agent) newGuards() (_ *guards, err error) {
 
 // run serves until ctx ends. The feed is served until the last of them has stopped.
 func (g *guards) run(ctx context.Context) error {
+	if g.feed == nil {
+		return nil
+	}
 	defer g.close()
 	var wg sync.WaitGroup
 	defer wg.Wait()
@@ -122,17 +130,6 @@ func (g *guards) check() Check {
 		}
 	}
 	return Check{Name: "incoming", State: Ready}
-}
-
-// IncomingCounts calls f for every outcome at each incoming proxy and Envoy service, by
-// listener ("incoming" or "envoy"): PASSED, PUBLIC, or the reason of a refusal.
-func (a *Agent) IncomingCounts(f func(listener, outcome string, n uint64)) {
-	for _, p := range a.guards.proxies {
-		p.Counts().Each(func(outcome string, n uint64) { f("incoming", outcome, n) })
-	}
-	for _, e := range a.guards.envoys {
-		e.Counts().Each(func(outcome string, n uint64) { f("envoy", outcome, n) })
-	}
 }
 
 // inside is a listener for connections within the process.

@@ -30,6 +30,7 @@ import (
 	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/dayflyhq/dayfly/sdk"
 	"github.com/dayflyhq/dayfly/sdk/spiffetest"
+	"github.com/dayflyhq/dayfly/sdk/verify"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
@@ -912,5 +913,33 @@ func TestGuardsHoldNoCredential(t *testing.T) {
 	f.stop()
 	if text := log.String(); strings.Contains(text, bearer[len(bearer)-20:]) || !strings.Contains(text, "doesn't answer") {
 		t.Errorf("the log: %s", text)
+	}
+}
+
+// TestProxyRunsOn where its owner chose so: past the bound what is known counts.
+func TestProxyRunsOn(t *testing.T) {
+	noLeaks(t)
+	b := newBroker(t, newDomain(t))
+	f := startFront(t, b, newService(t), func(c *agent.Config) {
+		for i := range c.Incoming {
+			c.Incoming[i].OnStale, c.Incoming[i].MaxStaleness = verify.Accept, 500*time.Millisecond
+		}
+	})
+	tok := b.mintFor(minting{id: ordersID, scopes: []string{"read"}})
+	b.set(func(b *broker) { b.silent = true })
+	var body map[string]any
+	eventually(t, "the agent to be stale", func() error {
+		code, got, _ := f.get("/readyz")
+		body = got
+		if code != http.StatusServiceUnavailable {
+			return fmt.Errorf("%d", code)
+		}
+		return nil
+	})
+	if got := f.do(f.tlsClient(b.svid(ordersID), true), "GET", "https://"+f.mtls+"/orders/1", tok, nil); got.status != 200 {
+		t.Errorf("%+v", got)
+	}
+	if checks := fmt.Sprint(body["checks"]); !strings.Contains(checks, "name:incoming ok:true") {
+		t.Errorf("readiness: %s", checks)
 	}
 }

@@ -110,9 +110,6 @@ type checker interface {
 	Check(context.Context, *extauthzv1.CheckRequest) (*extauthzv1.CheckResponse, error)
 }
 
-// Counts is how often there was which outcome.
-func (e *Envoy) Counts() *Counts { return &e.guard.counts }
-
 // Ready says why every token would be refused, nil if none of that is so.
 func (e *Envoy) Ready() error { return e.guard.ready() }
 
@@ -180,7 +177,7 @@ func (e *Envoy) judge(ctx context.Context, a *extauthzv1.AttributeContext, heade
 }
 
 func (e *Envoy) malformed(message, hint string) *refusal {
-	e.guard.counts.add(invalidRequest)
+	e.guard.count(invalidRequest)
 	return refuse(invalidRequest, message, hint)
 }
 
@@ -211,7 +208,7 @@ func (e *Envoy) peer(p *extauthzv1.Peer) (verify.Peer, *refusal) {
 			return out, e.malformed("source.certificate: "+err.Error(), "this is what Envoy sends with include_peer_certificate")
 		}
 		if now := e.env.Now(); now.After(leaf.NotAfter) || now.Before(leaf.NotBefore) {
-			e.guard.counts.add(svidInvalid)
+			e.guard.count(svidInvalid)
 			return out, refuse(svidInvalid, "the certificate of this connection has expired, or is not valid yet", "connect anew with the current SVID")
 		}
 	}
@@ -233,7 +230,7 @@ func (e *Envoy) peer(p *extauthzv1.Peer) (verify.Peer, *refusal) {
 		out.ID, out.Certificate = id, leaf
 	case leaf != nil:
 		if _, _, err := x509svid.Verify([]*x509.Certificate{leaf}, e.env.Bundles, x509svid.WithTime(e.env.Now())); err != nil {
-			e.guard.counts.add(svidInvalid)
+			e.guard.count(svidInvalid)
 			return out, refuse(svidInvalid, "the peer's certificate is of no trust domain that the agent has the bundle of, or not signed by its authority itself",
 				"with intermediate authorities, which Envoy doesn't send, configure peer: principal")
 		}

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"sync"
 	"time"
 
 	"github.com/dayflyhq/dayfly/proto/feed"
@@ -36,6 +35,9 @@ type Env struct {
 	// Now and Boot are the clocks, as verify.Config has them.
 	Now  func() time.Time
 	Boot func() feed.Instant
+	// Count hears how each request ended: "ok", "public", or the reason of its refusal. Nil:
+	// nobody counts.
+	Count func(outcome string)
 	// Log hears of the feed and of an upstream that is away; nil: nobody does.
 	Log *slog.Logger
 }
@@ -62,10 +64,14 @@ type guard struct {
 	v         *verify.Verifier
 	routes    *routes
 	passToken bool
-	counts    Counts
+	accepts   bool
+	count     func(outcome string)
 }
 
 func newGuard(p Policy, env Env) (*guard, error) {
+	if env.Count == nil {
+		env.Count = func(string) {}
+	}
 	routes, err := newRoutes(p.Routes)
 	if err != nil {
 		return nil, err
@@ -74,7 +80,7 @@ func newGuard(p Policy, env Env) (*guard, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &guard{v: v, routes: routes, passToken: p.PassToken}, nil
+	return &guard{v: v, routes: routes, passToken: p.PassToken, accepts: p.OnStale == verify.Accept, count: env.Count}, nil
 }
 
 // request is what is judged. Path and host are as they came, without the query.
@@ -90,11 +96,11 @@ func (g *guard) check(ctx context.Context, r request) (*verify.Verified, *refusa
 	t, no := g.judge(ctx, r)
 	switch {
 	case no != nil:
-		g.counts.add(no.reason)
+		g.count(no.reason)
 	case t == nil:
-		g.counts.add("PUBLIC")
+		g.count("public")
 	default:
-		g.counts.add("PASSED")
+		g.count("ok")
 	}
 	return t, no
 }
@@ -118,37 +124,14 @@ func (g *guard) judge(ctx context.Context, r request) (*verify.Verified, *refusa
 	return t, nil
 }
 
-// Counts is how often there was which outcome: PASSED, PUBLIC, or the reason of a refusal.
-// There are no more than there are reasons.
-type Counts struct {
-	mu sync.Mutex
-	by map[string]uint64
-}
-
-func (c *Counts) add(outcome string) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.by == nil {
-		c.by = map[string]uint64{}
-	}
-	c.by[outcome]++
-}
-
-// Each calls f for every outcome that there was.
-func (c *Counts) Each(f func(outcome string, n uint64)) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for outcome, n := range c.by {
-		f(outcome, n)
-	}
-}
-
 // ready says why a guard would refuse every token, nil if it wouldn't.
 func (g *guard) ready() error {
 	s := g.v.Status()
 	switch {
 	case s.Fresh:
 		return nil
+	case g.accepts && s.Bound > 0 && s.Position.Era != 0 && !errors.Is(s.Err, feed.ErrFork):
+		return nil // it runs on
 	case s.Err != nil:
 		return s.Err
 	}

@@ -106,9 +106,6 @@ func NewProxy(cfg ProxyConfig, env Env) (*Proxy, error) {
 	return p, nil
 }
 
-// Counts is how often there was which outcome.
-func (p *Proxy) Counts() *Counts { return &p.guard.counts }
-
 // Ready says why every token would be refused, nil if none of that is so.
 func (p *Proxy) Ready() error { return p.guard.ready() }
 
@@ -248,13 +245,13 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 func (p *Proxy) check(r *http.Request, path string) (*verify.Verified, *refusal) {
 	if p.cfg.Admit != nil {
 		if err := p.cfg.Admit(r.Context().Value(connKey{}).(net.Conn)); err != nil {
-			p.guard.counts.add(peerNotAllowed)
+			p.guard.count(peerNotAllowed)
 			return nil, refuse(peerNotAllowed, "this program may not use this socket", "whom the socket lets in is in the agent's configuration")
 		}
 	}
 	peer := verify.PeerOf(r.TLS, p.env.Bundles, r.RemoteAddr, p.env.Now())
 	if shown := r.TLS != nil && len(r.TLS.PeerCertificates) > 0; peer.ID.IsZero() && (shown || p.cfg.Source != nil && !p.cfg.Anonymous) {
-		p.guard.counts.add(svidInvalid)
+		p.guard.count(svidInvalid)
 		return nil, refuse(svidInvalid, "the certificate of this connection proves nothing now", "connect anew with the current SVID")
 	}
 	return p.guard.check(r.Context(), request{method: r.Method, host: r.Host, path: path, authorization: r.Header.Values("Authorization"), peer: peer})
@@ -300,7 +297,7 @@ func (p *Proxy) failed(w http.ResponseWriter, r *http.Request, err error) {
 		if r.Context().Err() == nil {
 			p.env.Log.WarnContext(r.Context(), "the service behind the incoming proxy doesn't answer", "err", err)
 		}
-		p.guard.counts.add(upstreamAway)
+		p.guard.count(upstreamAway)
 		no = refuse(upstreamAway, "the service behind this proxy doesn't answer", "try again; whoever runs it finds more in the agent's log")
 	}
 	no.write(w, r)

@@ -84,7 +84,7 @@ var hostile = []string{
 	"/public/%2e%2e%2fadmin", "/public/..%2fadmin", "/public/%2f../admin", "/public/..%5cadmin", "/public/..\\admin", "/public\\..\\admin", "/public/%252e%252e/admin",
 	"/public/%25252e%25252e/admin", "/public/%2525252e%2525252e/admin", "//admin", "/public//admin", "/./admin", "/admin/.", "/public/...", "/public/.%00./admin", "/public/%00", "/public/%0a", "/public/%7f",
 	"/public/%c0%ae%c0%ae/admin", "/public/%ff", "/public/%", "/public/%2", "/public/%zz", "/public/a b", "/public/\x00", "/public/é", "/public/a#b", "/public/a?b",
-	"admin", "", "*", "http://h/admin", "/public/" + strings.Repeat("a", 9000), "/public/;/admin", "/public/%20/admin", "/public/. /x",
+	"admin", "", "*", "http://h/admin", "/public/" + strings.Repeat("a", 9000), "/public/;/admin", "/public/%20/admin", "/public/. /x", "/public/a%2fb", "/public/a%5cb", "/public/a%252fb",
 }
 
 // confusing is refused because of the routes: another one is meant by some.
@@ -302,5 +302,18 @@ func TestHeaderNames(t *testing.T) {
 	}
 	if incoming.MustGo("Authorization", true) || incoming.MustGo("X-Request-Id", false) {
 		t.Error("too much goes")
+	}
+}
+
+// BenchmarkFind is what routes cost a request.
+func BenchmarkFind(b *testing.B) {
+	find := finder(b, shop...)
+	for name, p := range map[string]string{"plain": "/orders/4711/items", "escaped": "/orders/a%20b;c=d/%41"} {
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				find("GET", "example.org", p)
+			}
+		})
 	}
 }
