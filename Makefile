@@ -102,7 +102,7 @@ gofmt: need-go
 
 .PHONY: generate
 generate: need-go ## the Go code of proto/*.proto
-	rm -f proto/dayfly/*/*.pb.go
+	rm -f proto/dayfly/*/*.pb.go proto/dayfly/*/*/*.pb.go
 	$(BUF) generate --template proto/buf.gen.yaml
 
 .PHONY: generate-check

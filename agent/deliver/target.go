@@ -51,6 +51,10 @@ type target struct {
 	writing  backoff
 	removing backoff
 	tidyAt   time.Time // when the last generation goes; zero for none
+	rewrite  bool      // what is on disk is as another target wanted it
+
+	stop func() // ends it and waits
+	left bool   // set before stop: its files stay for the target in its place
 
 	mu    sync.Mutex
 	shown Status
@@ -68,7 +72,7 @@ func newTarget(cfg Config, spec Target, renders []func(credentials) ([]byte, err
 	}
 	if c := spec.Change; c != nil {
 		t.teller = &teller{
-			tell:     func(ctx context.Context, what string) error { return c.tell(ctx, spec.Path, what, t.log) },
+			tell:     func(ctx context.Context, what string) error { return c.tell(ctx, spec.Path, what, cfg.Run, t.log) },
 			interval: c.interval(), now: cfg.Now, log: t.log, counts: counts, wake: make(chan struct{}, 1),
 		}
 	}
@@ -78,6 +82,9 @@ func newTarget(cfg Config, spec Target, renders []func(credentials) ([]byte, err
 // run keeps the target until ctx ends, and then removes it.
 func (t *target) run(ctx context.Context) {
 	defer func() {
+		if t.left {
+			return
+		}
 		if err := t.clear(); err != nil {
 			t.log.Error("removing at the end", "err", err)
 		}
@@ -110,6 +117,9 @@ func (t *target) step() time.Duration {
 	now := t.cfg.Now()
 	creds, newest := t.newest()
 	todo := decide(t.disk, newest, now, t.cfg.Alive)
+	if t.rewrite && living(newest, now, t.cfg.Alive) {
+		todo = write
+	}
 	if todo == write && t.writing.left(now) > 0 {
 		todo = decide(t.disk, nil, now, t.cfg.Alive)
 	}
@@ -153,7 +163,7 @@ func (t *target) write(creds []credentials, newest []*member) {
 		t.log.Error("writing credentials", "err", err, "retry_in", t.writing.pause, "still_there", len(t.disk) > 0)
 		return
 	}
-	t.disk = newest
+	t.disk, t.rewrite = newest, false
 	t.counts.Written.Add(1)
 	t.writing.reset()
 	t.removing.reset()
@@ -233,15 +243,13 @@ func (t *target) open() (*os.Root, error) {
 
 // remove takes the target from the disk because it has died.
 func (t *target) remove() {
-	if err := t.clear(); err != nil {
+	if err := t.clearShown(); err != nil {
 		t.removing.failed(t.cfg.Now())
-		t.show(fmt.Errorf("removing what is dead: %w", err))
 		t.log.Error("removing dead credentials", "err", err, "retry_in", t.removing.pause)
 		return
 	}
 	t.counts.Removed.Add(1)
 	t.removing.reset()
-	t.show(nil)
 	t.log.Info("removed dead credentials")
 	t.told("removed")
 }
@@ -309,16 +317,34 @@ func (t *target) wait() time.Duration {
 
 // told leaves word for the program.
 func (t *target) told(what string) {
+	t.cfg.Delivered()
 	if t.teller != nil {
 		t.teller.changed(what)
 	}
+}
+
+// clearShown is clear and show in one: nobody who misses the file is told that it is there.
+func (t *target) clearShown() error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	err := t.clear()
+	if err != nil {
+		err = fmt.Errorf("removing what is dead: %w", err)
+	}
+	t.shownNow(err)
+	return err
 }
 
 // show makes the target's state known.
 func (t *target) show(err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.shown.Err, t.shown.Present, t.shown.Until = err, len(t.disk) > 0, time.Time{}
+	t.shownNow(err)
+}
+
+// shownNow is show; mu is held.
+func (t *target) shownNow(err error) {
+	t.shown.Err, t.shown.Present, t.shown.Until, t.shown.Grants = err, len(t.disk) > 0, time.Time{}, grants(t.disk)
 	for _, m := range t.disk {
 		if t.shown.Until.IsZero() || m.expires.Before(t.shown.Until) {
 			t.shown.Until = m.expires
@@ -334,6 +360,13 @@ func (t *target) status() Status {
 		s.ChangeErr = t.teller.failing()
 	}
 	return s
+}
+
+// inherit takes over what a target that has stopped left at the same place. It stays until
+// it can be written anew as this target wants it, or has died.
+func (t *target) inherit(old *target) {
+	t.disk, t.tidyAt, t.rewrite = old.disk, old.tidyAt, len(old.disk) > 0
+	t.show(nil)
 }
 
 // adopt looks at what a process before this one left: what says of itself that it lives
