@@ -165,6 +165,9 @@ func (u *unit) restarted() {
 	}
 }
 
+// askAgain is the longest pause of an agent that asks its Workload API for its first SVID.
+const askAgain = 3 * time.Second
+
 // apiBack is for whoever brings its Workload API back.
 func (u *unit) apiBack() {
 	u.mu.Lock()
@@ -172,7 +175,7 @@ func (u *unit) apiBack() {
 	u.noAPI, u.rotated = false, time.Now()
 	if u.waiting {
 		u.waiting = false
-		u.reach.end()
+		u.reach.endAfter(askAgain)
 	}
 }
 

@@ -208,8 +208,8 @@ func (w *world) probeOnce(ctx context.Context, u *unit) error {
 	return err
 }
 
-// watchLateness notes when this process wasn't run in time: what it says of times then
-// proves nothing about others.
+// watchLateness notes when this process wasn't run in time: on a machine that is that busy
+// nothing is said about others.
 func (w *world) watchLateness(ctx context.Context) {
 	const every, much = 50 * time.Millisecond, 250 * time.Millisecond
 	for last := time.Now(); ctx.Err() == nil; last = time.Now() {
@@ -218,6 +218,9 @@ func (w *world) watchLateness(ctx context.Context) {
 			w.late.mu.Lock()
 			w.late.spans = append(w.late.spans, span{last, time.Now()})
 			w.late.mu.Unlock()
+			for _, u := range w.units {
+				u.reach.breaks()
+			}
 		}
 	}
 }
