@@ -337,6 +337,12 @@ func (s *Sandbox) SpawnAgent(id spiffeid.ID, flags ...string) (string, error) {
 	return "unix://" + socket, err
 }
 
+// SpawnConfigured runs an agent by a configuration file, in the place of an identity's agent.
+func (s *Sandbox) SpawnConfigured(id spiffeid.ID, file string) (err error) {
+	s.agents[id], err = s.spawn("agent-"+filepath.Base(id.Path()), s.cfg.Agent, "--config", file)
+	return err
+}
+
 // KillAgent ends the agent of an identity as kill -9 does.
 func (s *Sandbox) KillAgent(id spiffeid.ID) { s.agents[id].kill() }
 
