@@ -55,7 +55,7 @@ func (p proven) await(ctx context.Context) error {
 }
 
 func unproven(err error) error {
-	return refuse(codes.Unavailable, noIdentity, err.Error(), "see that the Workload API has a registration for this workload; the agent keeps asking")
+	return refuse(codes.Unavailable, "IDENTITY_UNAVAILABLE", err.Error(), "see that the Workload API has a registration for this workload; the agent keeps asking")
 }
 
 // notIssued refuses callers at once while the Workload API says that there is no SVID for

@@ -44,6 +44,7 @@ var (
 	Ledger      = identity("/ns/shop/ledger")
 	Web         = identity("/ns/shop/web")
 	Reports     = identity("/ns/other/reports")
+	Host        = identity("/host") // without rights of its own
 	Alice       = identity("/ops/alice")
 	Bob         = identity("/ops/bob")
 )
