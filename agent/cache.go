@@ -306,6 +306,9 @@ func (c *cache) token(ctx context.Context, r Request) (*sdk.Credential, error) {
 	if err := r.normalize(); err != nil {
 		return nil, invalid(err.Error())
 	}
+	if err := notIssued(c.svids); err != nil {
+		return nil, err
+	}
 	e, err := c.acquire(r)
 	if err != nil {
 		return nil, err

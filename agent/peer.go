@@ -63,7 +63,7 @@ func (d *door) admit(conn net.Conn) error {
 			return unknownPeer(err)
 		}
 		if !slices.Contains(allow.UIDs, uid) {
-			return refuse(codes.PermissionDenied, "PEER_NOT_ALLOWED", fmt.Sprintf("user %d may not use this socket", uid), "add the uid to allowed_uids of the agent's configuration")
+			return refuse(codes.PermissionDenied, "PEER_NOT_ALLOWED", fmt.Sprintf("user %d may not use this socket", uid), "allowed_uids, allowed_gids and allowed_executables of the agent's configuration say who may")
 		}
 	}
 	if len(allow.GIDs) > 0 {
@@ -72,7 +72,7 @@ func (d *door) admit(conn net.Conn) error {
 			return unknownPeer(err)
 		}
 		if !slices.ContainsFunc(gids, func(gid uint32) bool { return slices.Contains(allow.GIDs, gid) }) {
-			return refuse(codes.PermissionDenied, "PEER_NOT_ALLOWED", fmt.Sprintf("no group of the caller's may use this socket; it is in %v", gids), "add one of them to allowed_gids of the agent's configuration")
+			return refuse(codes.PermissionDenied, "PEER_NOT_ALLOWED", fmt.Sprintf("no group of the caller's may use this socket; it is in %v", gids), "allowed_uids, allowed_gids and allowed_executables of the agent's configuration say who may")
 		}
 	}
 	if len(allow.Executables) > 0 {
@@ -81,7 +81,7 @@ func (d *door) admit(conn net.Conn) error {
 			return unknownPeer(err)
 		}
 		if err := running.among(allow.Executables); err != nil {
-			return refuse(codes.PermissionDenied, "PEER_NOT_ALLOWED", err.Error(), "add the program to allowed_executables of the agent's configuration; one that was replaced must be started anew")
+			return refuse(codes.PermissionDenied, "PEER_NOT_ALLOWED", err.Error(), "allowed_executables of the agent's configuration says which programs may; one that was replaced must be started anew")
 		}
 	}
 	return nil

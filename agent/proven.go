@@ -49,9 +49,23 @@ func (p proven) await(ctx context.Context) error {
 		case <-changed:
 		case <-time.After(maxIdentityPause): // a source that tells of no change
 		case <-ctx.Done():
-			return sdk.FromRPC(refuse(codes.Unavailable, noIdentity, err.Error(), "see that the Workload API has a registration for this workload; the agent keeps asking"))
+			return sdk.FromRPC(unproven(err))
 		}
 	}
+}
+
+func unproven(err error) error {
+	return refuse(codes.Unavailable, "IDENTITY_UNAVAILABLE", err.Error(), "see that the Workload API has a registration for this workload; the agent keeps asking")
+}
+
+// notIssued refuses callers at once while the Workload API says that there is no SVID for
+// this workload. Before it has answered, they wait.
+func notIssued(source x509svid.Source) error {
+	var missing *NotIssuedError
+	if _, err := source.GetX509SVID(); errors.As(err, &missing) {
+		return unproven(err)
+	}
+	return nil
 }
 
 // disowned reports whether claims are of an identity that is known not to be this

@@ -57,6 +57,9 @@ func (s *tokenService) Exchange(ctx context.Context, m *dayflyv1.ExchangeRequest
 }
 
 func (a *Agent) exchange(ctx context.Context, m *dayflyv1.ExchangeRequest) (*sdk.Credential, error) {
+	if err := notIssued(a.cfg.Source); err != nil {
+		return nil, err
+	}
 	ctx, cancel := context.WithTimeout(ctx, issueTimeout)
 	defer cancel()
 	asked := a.cfg.Now()

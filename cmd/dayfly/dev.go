@@ -139,13 +139,20 @@ func (a *app) startDev(ctx context.Context, box *sandbox.Sandbox, exe string) (s
 	if err != nil {
 		return "", err
 	}
+	host, err := box.TD.Workload(sandbox.Host)
+	if err != nil {
+		return "", err
+	}
+	if err := box.TD.SetOthers(sandbox.Host, sandbox.Payments, sandbox.Reports); err != nil {
+		return "", err
+	}
 	svids, err := devFiles(box)
 	if err != nil {
 		return "", err
 	}
 	return fmt.Sprintf(devText, filepath.Dir(exe), box.Info.GRPC, sandbox.Broker, agent, alice,
 		services["web"].URL, sandbox.Payments, orders, services["orders"].URL, services["ledger"].URL,
-		box.PolicyDir(), box.AuditPath(), box.Issuer, box.Info.Admin, box.Info.BreakGlass, bob, os.Getpid(), box.AgentHTTP(sandbox.Payments), box.AgentPID(sandbox.Payments), box.WebCA(), svids, paymentsSVID), nil
+		box.PolicyDir(), box.AuditPath(), box.Issuer, box.Info.Admin, box.Info.BreakGlass, bob, os.Getpid(), box.AgentHTTP(sandbox.Payments), box.AgentPID(sandbox.Payments), box.WebCA(), svids, paymentsSVID, host), nil
 }
 
 const devText = `A whole dayfly is running; Ctrl-C ends it, or: kill %[17]d. In another terminal:
@@ -163,6 +170,7 @@ const devText = `A whole dayfly is running; Ctrl-C ends it, or: kill %[17]d. In 
   export WEB=%[6]s              # a service that takes bearers; orders and ledger want mTLS
   export ORDERS=%[8]s   # Workload API of orders
   export ORDERS_URL=%[9]s       # the service orders, by its SVID
+  export WORKLOADS=%[23]s  # Workload API of a host with two workloads, payments and reports
   export BREAK_GLASS=unix://%[15]s
   export AGENT_PID=%[19]d               # kill -STOP freezes payments' agent, kill -CONT thaws it
 

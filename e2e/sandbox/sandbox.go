@@ -44,6 +44,7 @@ var (
 	Ledger      = identity("/ns/shop/ledger")
 	Web         = identity("/ns/shop/web")
 	Reports     = identity("/ns/other/reports")
+	Host        = identity("/host") // without rights of its own
 	Alice       = identity("/ops/alice")
 	Bob         = identity("/ops/bob")
 )
@@ -335,6 +336,12 @@ func (s *Sandbox) SpawnAgent(id spiffeid.ID, flags ...string) (string, error) {
 		"--grpc-socket", socket, "--http-socket", s.AgentHTTP(id),
 		"--max-staleness", Staleness.String()}, flags...)...)
 	return "unix://" + socket, err
+}
+
+// SpawnConfigured runs an agent by a configuration file, in the place of an identity's agent.
+func (s *Sandbox) SpawnConfigured(id spiffeid.ID, file string) (err error) {
+	s.agents[id], err = s.spawn("agent-"+filepath.Base(id.Path()), s.cfg.Agent, "--config", file)
+	return err
 }
 
 // KillAgent ends the agent of an identity as kill -9 does.

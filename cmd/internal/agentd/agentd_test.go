@@ -174,6 +174,28 @@ log: {level: debug, format: text}
 	}
 }
 
+// check says what a start would, and starts nothing.
+func TestCheck(t *testing.T) {
+	t.Setenv("SPIFFE_ENDPOINT_SOCKET", "")
+	right := write(t, "broker: {address: \"b:1\", id: spiffe://td/b}\nworkload_api: unix:///x.sock\nworkloads:\n  - {id: spiffe://td/a, sockets: {grpc: /a.sock}}\n  - {name: second, sockets: {grpc: /b.sock}}\n")
+	var out bytes.Buffer
+	if err := agentd.Run(t.Context(), []string{"check", "-c", right}, &out, io.Discard); err != nil {
+		t.Fatal(err)
+	}
+	if want := "the configuration is right; workloads: spiffe://td/a, second\n"; out.String() != want {
+		t.Errorf("got %q, want %q", out.String(), want)
+	}
+	out.Reset()
+	err := agentd.Run(t.Context(), []string{"check", "-c", right, "--http-socket", "/c.sock"}, &out, io.Discard)
+	if code := config.ExitCode(err); code != 2 || !strings.Contains(err.Error(), "sockets: stands beside workloads") || out.Len() > 0 {
+		t.Errorf("flags count too: %d %v %q", code, err, out.String())
+	}
+	wrong := write(t, "sockets:\n  grpc: x\n")
+	if err := agentd.Run(t.Context(), []string{"check", "-c", wrong}, &out, io.Discard); config.ExitCode(err) != 2 || !strings.Contains(err.Error(), ":2: sockets.grpc") {
+		t.Errorf("a wrong file: %v", err)
+	}
+}
+
 func get(t *testing.T, c *http.Client, url string) string {
 	t.Helper()
 	deadline := time.Now().Add(patience)
