@@ -8,9 +8,12 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/dayflyhq/dayfly/agent/deliver"
+	"github.com/dayflyhq/dayfly/agent/outgoing"
 	"github.com/dayflyhq/dayfly/proto/boottime"
 	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
 	"github.com/dayflyhq/dayfly/proto/feed"
@@ -87,6 +90,14 @@ type Config struct {
 	AWS     *AWSContainer
 	Systemd *Systemd
 
+	// Incoming are proxies before services on this host that have no SDK, and Envoy what
+	// Envoys before such services ask. The agent closes their listeners.
+	Incoming []Incoming
+	Envoy    []Envoy
+	// Outgoing are proxies that add tokens to requests for upstreams. Bundles must be set
+	// for those upstreams that prove a SPIFFE ID.
+	Outgoing []outgoing.Listener
+
 	// NoFeed leaves the feed alone: nothing is relayed, and a revoked credential is
 	// given out until it expires, to be refused by every verifier.
 	NoFeed bool
@@ -99,6 +110,9 @@ type Config struct {
 	// MaxStreams bounds the verifiers that follow at once. Zero means
 	// DefaultMaxStreams.
 	MaxStreams int
+
+	// Configuration says how reading the configuration went, for Report. Nil: it isn't told.
+	Configuration func() ConfigurationInfo
 
 	// Now is the clock that credentials are aged with. Nil means time.Now.
 	Now func() time.Time
@@ -137,7 +151,7 @@ func (c *Config) validate() error {
 	if len(c.Prefetch) > MaxPrefetch {
 		errs = append(errs, fmt.Errorf("prefetch: at most %d, those of files included", MaxPrefetch))
 	}
-	errs = append(errs, c.Allow.Validate(), c.AWS.validate(), c.Systemd.validate())
+	errs = append(errs, c.Allow.Validate(), c.AWS.validate(), c.Systemd.validate(), c.validateGuards())
 	for _, a := range c.Audiences {
 		if err := token.ValidateAudience(a); err != nil {
 			errs = append(errs, fmt.Errorf("audiences: %w", err))
@@ -179,20 +193,27 @@ type Agent struct {
 	cache    *cache
 	follower *follower
 	files    *deliver.Deliverer
+	outgoing *outgoing.Proxy
 	door     *door // of GRPC and HTTP
+	guards   *guards
 	counts   counters
 	health   *health.Server
 	grpc     *grpc.Server
 	remote   *grpc.Server // for verifiers on other hosts, nil for none
 	http     *http.Server
 	stopping chan struct{} // closed when Run begins to stop
+	running  chan struct{} // closed when Run serves
+	ended    chan struct{} // closed when Run returns
+	live     atomic.Pointer[Settings]
+	applying sync.Mutex
 	started  time.Time
 }
 
 // New returns an agent. It starts nothing and calls nobody.
 func New(cfg Config) (*Agent, error) {
 	cfg.setDefaults()
-	cfg.Prefetch = append(cfg.Prefetch[:len(cfg.Prefetch):len(cfg.Prefetch)], filesRequests(cfg.Files)...)
+	settings := Settings{cfg.Allow, cfg.Prefetch, cfg.Files, cfg.MaxStaleness}
+	cfg.Prefetch = settings.pins()
 	if err := cfg.validate(); err != nil {
 		return nil, fmt.Errorf("configuring agent: %w", err)
 	}
@@ -200,7 +221,8 @@ func New(cfg Config) (*Agent, error) {
 	if cfg.Feed != nil {
 		cfg.Feed = proven{cfg.Feed, cfg.Source, cfg.Changed}
 	}
-	a := &Agent{cfg: cfg, k: newKnowledge(cfg.Boot), door: newDoor(cfg.Allow), health: health.NewServer(), stopping: make(chan struct{}), started: cfg.Now()}
+	a := &Agent{cfg: cfg, k: newKnowledge(cfg.Boot), door: newDoor(cfg.Allow), health: health.NewServer(), stopping: make(chan struct{}), running: make(chan struct{}), ended: make(chan struct{}), started: cfg.Now()}
+	a.live.Store(&settings)
 	a.cache = &cache{
 		tokens: dayflyv1.NewTokenServiceClient(cfg.Upstream), svids: cfg.Source, judge: a.judge(),
 		now: cfg.Now, boot: cfg.Boot, jitter: cfg.Jitter, log: cfg.Log, counts: &a.counts,
@@ -214,11 +236,17 @@ func New(cfg Config) (*Agent, error) {
 	}
 	a.follower = &follower{
 		client: dayflyv1.NewFeedServiceClient(above), distrusts: cfg.Feed != nil, k: a.k, instance: rand.Text(), audiences: cfg.Audiences,
-		bound: cfg.MaxStaleness, rotated: cfg.Changed, applied: a.cache.sweep, log: cfg.Log, counts: &a.counts,
+		bound: func() time.Duration { return a.live.Load().MaxStaleness }, rebound: make(chan struct{}, 1), rotated: cfg.Changed, applied: a.cache.sweep, log: cfg.Log, counts: &a.counts,
 	}
 	var err error
 	if a.files, err = a.deliverer(); err != nil {
 		return nil, fmt.Errorf("configuring agent: files: %w", err)
+	}
+	if a.guards, err = a.newGuards(); err != nil {
+		return nil, fmt.Errorf("configuring agent: %w", err)
+	}
+	if a.outgoing, err = a.outgoingProxy(); err != nil {
+		return nil, fmt.Errorf("configuring agent: %w", err)
 	}
 	a.serveGRPC()
 	a.serveRemote()
@@ -246,12 +274,11 @@ func (a *Agent) serveGRPC() {
 // Run serves until ctx ends or a socket fails. When it returns everything that it
 // started has ended and its sockets are gone. It may be called once.
 func (a *Agent) Run(ctx context.Context) error {
+	defer close(a.ended)
 	a.cache.open()
 	defer a.cache.close()
-	for _, r := range a.cfg.Prefetch {
-		if err := a.cache.prefetch(r); err != nil {
-			return errors.Join(fmt.Errorf("prefetching: %w", err), a.closeListeners())
-		}
+	if err := a.cache.pin(a.cfg.Prefetch); err != nil {
+		return errors.Join(fmt.Errorf("prefetching: %w", err), a.closeListeners())
 	}
 	aws := &awsServer{cfg: a.cfg.AWS, cache: a.cache, now: a.cfg.Now, log: a.cfg.Log}
 	if a.cfg.AWS != nil {
@@ -299,10 +326,13 @@ func (a *Agent) Run(ctx context.Context) error {
 		s := newSystemd(a.cfg.Systemd, a.cache, a.cfg.Log)
 		group.Go(func() error { return s.run(ctx) })
 	}
+	group.Go(func() error { return a.guards.run(ctx) })
+	group.Go(func() error { return a.outgoing.Run(ctx) })
 	group.Go(func() error { a.files.Run(ctx); return nil })
 	group.Go(func() error { a.look(ctx); return nil })
 	group.Go(func() error { <-ctx.Done(); a.stop(); return nil })
 	a.cfg.Log.InfoContext(ctx, "serving", "grpc", address(a.cfg.GRPC), "http", address(a.cfg.HTTP), "relay", address(a.cfg.Relay))
+	close(a.running)
 	return group.Wait()
 }
 
@@ -313,6 +343,15 @@ func (a *Agent) closeListeners() error {
 	}
 	if a.cfg.Systemd != nil {
 		all = append(all, a.cfg.Systemd.Listener)
+	}
+	for _, c := range a.cfg.Incoming {
+		all = append(all, c.Listener)
+	}
+	for _, c := range a.cfg.Envoy {
+		all = append(all, c.Listener)
+	}
+	for _, l := range a.cfg.Outgoing {
+		all = append(all, l.Listener)
 	}
 	var errs []error
 	for _, l := range all {

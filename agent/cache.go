@@ -31,8 +31,10 @@ const (
 	// MaxPrefetch bounds Config.Prefetch: it leaves room for what is asked for.
 	MaxPrefetch = maxEntries / 2
 	// renewFrom and renewTo are between which fractions of a credential's life the agent
-	// renews it, at random.
-	renewFrom, renewTo = sdk.RenewFrom, sdk.RenewTo
+	// renews it, at random: earlier than an SDK does. A workload counts on its agent to have
+	// used every moment in the second half of a credential's life in which the broker could
+	// be reached; whoever first tries later than at its half has missed some.
+	renewFrom, renewTo = 0.35, 0.50
 	// idleAfter is how long a credential that nobody asks for is kept fresh: twice
 	// the default life.
 	idleAfter = 10 * time.Minute
@@ -220,18 +222,38 @@ func (c *cache) close() {
 	c.wg.Wait()
 }
 
-// prefetch keeps a credential whether or not anyone asks for it.
-func (c *cache) prefetch(r Request) error {
+// pin keeps these credentials whether or not anyone asks for them, and no others: those
+// that were pinned before are kept while somebody asks.
+func (c *cache) pin(requests []Request) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if _, ok := c.entries[r.key()]; ok {
-		return nil
+	if c.ctx.Err() != nil {
+		return stopping()
 	}
-	e, err := c.add(r, true)
-	if err == nil {
+	wanted := map[string]bool{}
+	for _, r := range requests {
+		wanted[r.key()] = true
+	}
+	for key, e := range c.entries {
+		if e.pinned && !wanted[key] {
+			e.pinned, e.asked = false, c.now()
+		}
+	}
+	for _, r := range requests {
+		e, ok := c.entries[r.key()]
+		if !ok {
+			if err := c.makeRoom(); err != nil {
+				return err
+			}
+			var err error
+			if e, err = c.add(r, true); err != nil {
+				return err
+			}
+		}
+		e.pinned = true
 		c.keep(e)
 	}
-	return err
+	return nil
 }
 
 // add makes an entry; mu is held.
@@ -534,9 +556,8 @@ func read(m *dayflyv1.Credential, asked time.Time) (*sdk.Credential, *token.Clai
 	if err != nil {
 		return nil, nil, fmt.Errorf("reading the broker's credential: %w", err)
 	}
-	life := m.GetExpiresAt().AsTime().Sub(m.GetIssuedAt().AsTime())
 	return &sdk.Credential{
 		Token: token.NewSecret(m.GetToken()), Grant: m.GetGrant(), Audience: m.GetAudience(), Scopes: m.GetScopes(),
-		Binding: binding, IssuedAt: asked, Expires: asked.Add(life),
+		Binding: binding, IssuedAt: asked, Expires: asked.Add(wire.Life(m)),
 	}, &t.Claims, nil
 }

@@ -41,7 +41,8 @@ type follower struct {
 	k         *knowledge
 	instance  string
 	audiences []string
-	bound     time.Duration
+	bound     func() time.Duration
+	rebound   chan struct{}          // has an element when the bound has changed
 	rotated   func() <-chan struct{} // closed when the SVID changes; nil channel: never
 	applied   func(context.Context)
 	distrusts bool // a relay on another host is above: only what the broker signed counts
@@ -59,6 +60,9 @@ var errShow = errors.New("the broker's log lacks a signed head that one below ha
 // perhaps, and it would take long to find that out.
 var errSlept = errors.New("the machine slept under the stream")
 
+// errRebound ends a stream that stated another bound.
+var errRebound = errors.New("the bound was changed")
+
 // errRotated ends a stream that was made with an older SVID.
 var errRotated = errors.New("the SVID was rotated")
 
@@ -74,7 +78,7 @@ func (f *follower) run(ctx context.Context) error {
 		if errors.Is(err, feed.ErrFork) {
 			f.log.ErrorContext(ctx, "THE LOG HAS TWO HISTORIES: nothing is relayed, verifiers beside this agent close, until an operator has restored the broker's store", "err", err)
 			f.counts.reconnects.Add(1)
-			sleep(ctx, f.k.bound(f.bound)+f.pause(err, false)) // only to see whether a new era has begun
+			sleep(ctx, f.k.bound(f.bound())+f.pause(err, false)) // only to see whether a new era has begun
 			continue
 		}
 		denied := codeOf(err) == codes.PermissionDenied
@@ -116,14 +120,14 @@ func (f *follower) note(err error, denied bool) {
 // pause is random up to a third of the smallest bound that depends on this stream, so
 // that a fleet doesn't reconnect at once and nobody closes for it.
 func (f *follower) pause(err error, denied bool) time.Duration {
-	longest := f.k.bound(f.bound) / 3
+	longest := f.k.bound(f.bound()) / 3
 	f.k.mu.Lock()
 	if f.k.welcome == nil {
 		longest = min(longest, firstPause)
 	}
 	f.k.mu.Unlock()
 	switch {
-	case errors.Is(err, errRotated), errors.Is(err, errShow), errors.Is(err, errSlept):
+	case errors.Is(err, errRotated), errors.Is(err, errShow), errors.Is(err, errSlept), errors.Is(err, errRebound):
 		return 0
 	case denied:
 		longest = deniedPause
@@ -144,7 +148,7 @@ func (f *follower) follow(ctx context.Context, relay bool) error {
 	known, kept := f.k.relay.View.Position(), f.k.kept
 	f.k.mu.Unlock()
 	err = stream.Send(&dayflyv1.FollowRequest{Message: &dayflyv1.FollowRequest_Subscribe{Subscribe: wire.Subscribe(wire.Subscription{
-		Instance: f.instance, Audiences: f.audiences, Bound: f.bound, Position: known, Relay: relay,
+		Instance: f.instance, Audiences: f.audiences, Bound: f.bound(), Position: known, Relay: relay,
 		// For each ping of a relay, since those on other hosts need them; a second use is
 		// that the newest can be shown to a broker that lost records.
 		SignedHeads: true, NewestHead: kept.Signed,
@@ -230,6 +234,9 @@ func (s *session) send(ctx context.Context, rotated <-chan struct{}) error {
 		case <-rotated:
 			timer.Stop()
 			return errRotated
+		case <-s.rebound:
+			timer.Stop()
+			return errRebound
 		case <-s.k.work:
 		case <-timer.C:
 		}
@@ -250,8 +257,8 @@ func (s *session) flush() (time.Duration, error) {
 	}
 	s.k.mu.Lock()
 	now := s.k.boot()
-	silent := now.Sub(s.heard) > max(s.k.relay.Bound(s.bound), minSilence)
-	wait := s.k.relay.Due(s.bound, now)
+	silent := now.Sub(s.heard) > max(s.k.relay.Bound(s.bound()), minSilence)
+	wait := s.k.relay.Due(s.bound(), now)
 	s.k.mu.Unlock()
 	switch {
 	case now.Sub(s.madeBoot)-time.Since(s.made) > minSilence:
@@ -271,7 +278,7 @@ func (s *session) ping() error {
 	_, _ = rand.Read(own) // never fails
 	s.k.mu.Lock()
 	now := s.k.boot()
-	entries := s.k.relay.Report(now, s.k.relay.Overdue(s.bound, now))
+	entries := s.k.relay.Report(now, s.k.relay.Overdue(s.bound(), now))
 	nonce := s.k.relay.Gather(string(own))
 	s.k.relay.Ping(nonce, now)
 	s.k.mu.Unlock()
@@ -389,7 +396,7 @@ func (s *session) answered(m *dayflyv1.Pong) error {
 	}
 	// Answers that prove nothing new are as good as silence: a relay above may withhold
 	// what they speak of.
-	if !s.distrusts || k.relay.Fresh.Fresh(k.boot(), s.bound) {
+	if !s.distrusts || k.relay.Fresh.Fresh(k.boot(), s.bound()) {
 		s.heard = k.boot()
 	}
 	k.kick() // perhaps more wait, or there is a receipt to give

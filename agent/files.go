@@ -30,7 +30,7 @@ func fileRequest(r sdk.Request) Request {
 // deliverer returns what keeps the files, from the credentials in memory.
 func (a *Agent) deliverer() (*deliver.Deliverer, error) {
 	return deliver.New(deliver.Config{
-		Targets: a.cfg.Files,
+		Targets: a.live.Load().Files,
 		Newest: func(r sdk.Request) *sdk.Credential {
 			want := fileRequest(r)
 			if want.normalize() != nil { // was checked at the start

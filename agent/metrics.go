@@ -272,7 +272,7 @@ func (a *Agent) Metrics() Metrics {
 	}
 	m = append(m,
 		counter("dayfly_agent_clock_jumps_total", "Times that the machine had slept, or that its clock was set.", c.jumps.Load()),
-		gauge("dayfly_agent_files", "Files and folders of files to deliver.", float64(len(a.cfg.Files))),
+		gauge("dayfly_agent_files", "Files and folders of files to deliver.", float64(len(a.live.Load().Files))),
 		gauge("dayfly_agent_files_present", "Those that are on disk.", float64(a.present())),
 		gauge("dayfly_agent_files_failing", "Those that can't be written or removed, or whose program can't be told.", float64(a.failing())),
 		counter("dayfly_agent_file_writes_total", "Times that one was written.", files.Written.Load()),
@@ -285,6 +285,7 @@ func (a *Agent) Metrics() Metrics {
 		counter("dayfly_agent_relay_messages_total", "Messages sent to verifiers.", c.relayed.Load()),
 		gauge("dayfly_agent_relay_verifiers", "Verifiers that learn from here, those gone and not yet closed included.", float64(a.k.len())),
 	)
+	m = append(m, a.outgoingFamilies()...)
 	if age, known := a.k.age(); known {
 		m = append(m, gauge("dayfly_agent_feed_age_seconds", "How old the newest proof is.", age.Seconds()))
 	}

@@ -12,6 +12,9 @@ import (
 	"google.golang.org/grpc/codes"
 )
 
+// noIdentity is the reason of a call that could not be made for want of an SVID.
+const noIdentity = "IDENTITY_UNAVAILABLE"
+
 // proven is a connection that is used only while there is an SVID: one that was made with
 // an SVID that the Workload API has taken back would still stand. A call waits for the SVID
 // as it would for the broker.
@@ -46,7 +49,7 @@ func (p proven) await(ctx context.Context) error {
 		case <-changed:
 		case <-time.After(maxIdentityPause): // a source that tells of no change
 		case <-ctx.Done():
-			return sdk.FromRPC(refuse(codes.Unavailable, "IDENTITY_UNAVAILABLE", err.Error(), "see that the Workload API has a registration for this workload; the agent keeps asking"))
+			return sdk.FromRPC(refuse(codes.Unavailable, noIdentity, err.Error(), "see that the Workload API has a registration for this workload; the agent keeps asking"))
 		}
 	}
 }

@@ -36,7 +36,7 @@ func worse(a, b State) State {
 
 // A Check is one thing that the agent needs to be ready.
 type Check struct {
-	Name    string `json:"name"` // "identity", "prefetch", "files" or "feed"
+	Name    string `json:"name"` // "identity", "prefetch", "files", "feed" or "incoming"
 	OK      bool   `json:"ok"`   // State is Ready
 	State   State  `json:"state"`
 	Message string `json:"message,omitempty"`
@@ -79,11 +79,14 @@ func (s *Status) state(name string) State {
 // Status looks at what the agent needs, now.
 func (a *Agent) Status() Status {
 	s := Status{State: Ready, Checks: []Check{a.checkIdentity(), a.checkPrefetch()}}
-	if len(a.cfg.Files) > 0 {
+	if len(a.live.Load().Files) > 0 {
 		s.Checks = append(s.Checks, a.checkFiles())
 	}
 	if !a.cfg.NoFeed {
 		s.Checks = append(s.Checks, a.checkFeed())
+	}
+	if len(a.cfg.Incoming)+len(a.cfg.Envoy) > 0 {
+		s.Checks = append(s.Checks, a.guards.check())
 	}
 	for i := range s.Checks {
 		c := &s.Checks[i]
@@ -170,6 +173,7 @@ func clock(t time.Time) string { return t.UTC().Format("2006-01-02 15:04:05 UTC"
 // which every verifier judges anyway. With nothing to serve the check fails.
 func (a *Agent) checkFeed() Check {
 	c := Check{Name: "feed", State: Failed}
+	bound := a.live.Load().MaxStaleness
 	a.k.mu.Lock()
 	age, known := a.k.relay.Fresh.Age(a.k.boot())
 	forked, refused, position := a.k.relay.View.Err() != nil, a.k.refused, a.k.relay.View.Position()
@@ -182,13 +186,13 @@ func (a *Agent) checkFeed() Check {
 		c.Message = c.Reason + ": " + c.Message
 	case !known:
 		c.Message = "the broker was not reached yet"
-	case age > a.cfg.MaxStaleness:
+	case age > bound:
 		if a.cache.holds() {
 			c.State = Serving
 		}
 		since := a.cfg.Now().Add(-age).UTC().Truncate(time.Second)
 		c.Since = &since
-		c.Message = fmt.Sprintf("the newest proof is %v old, the bound is %v", age.Round(time.Millisecond), a.cfg.MaxStaleness)
+		c.Message = fmt.Sprintf("the newest proof is %v old, the bound is %v", age.Round(time.Millisecond), bound)
 	default:
 		c.State, c.Message = Ready, position.String()
 	}

@@ -72,7 +72,7 @@ func listen(cfg SocketConfig) (_ net.Listener, err error) {
 	if err != nil {
 		return nil, errors.Join(err, l.Close())
 	}
-	return &socket{UnixListener: l, path: cfg.Path, info: info}, nil
+	return &socket{UnixListener: l, path: cfg.Path, info: info, access: cfg}, nil
 }
 
 // Validate says what is wrong with the configuration, whatever is on this host.
@@ -132,8 +132,9 @@ func vacant(path string) error {
 // socket removes its own file at Close.
 type socket struct {
 	*net.UnixListener
-	path string
-	info fs.FileInfo
+	path   string
+	info   fs.FileInfo
+	access SocketConfig // mode and group as they were set last
 }
 
 func (s *socket) Close() error {
@@ -145,3 +146,49 @@ func (s *socket) Close() error {
 
 // Addr is the path in its place.
 func (s *socket) Addr() net.Addr { return &net.UnixAddr{Name: s.path, Net: "unix"} }
+
+// SetAccess gives a socket of Listen another mode and group, from the next connection on,
+// and returns how to go back. It changes nothing where they are as wanted. It isn't called
+// at once for one socket.
+func SetAccess(l net.Listener, cfg SocketConfig) (undo func() error, err error) {
+	s, ok := l.(*socket)
+	if !ok {
+		return nil, fmt.Errorf("%s is no socket of the agent's", cfg.Path)
+	}
+	if cfg.Mode == 0 {
+		cfg.Mode = SocketMode
+	}
+	if err := cfg.Validate(); err != nil {
+		return nil, err
+	}
+	before := s.access
+	if err := s.set(cfg); err != nil {
+		return nil, errors.Join(err, s.set(before))
+	}
+	return func() error { return s.set(before) }, nil
+}
+
+// set never lets in, not even for a moment, who is neither in the group before nor in the
+// one after.
+func (s *socket) set(cfg SocketConfig) error {
+	group := func(c SocketConfig) int {
+		if c.Group == nil {
+			return os.Getegid()
+		}
+		return *c.Group
+	}
+	if s.access.Mode == cfg.Mode && group(s.access) == group(cfg) {
+		return nil
+	}
+	if now, err := os.Lstat(s.path); err != nil || !os.SameFile(now, s.info) {
+		return errors.Join(fmt.Errorf("the socket %s is no longer this agent's", s.path), err)
+	}
+	s.access = cfg
+	if err := os.Chmod(s.path, cfg.Mode&SocketMode); err != nil {
+		return err
+	}
+	if err := os.Chown(s.path, -1, group(cfg)); err != nil {
+		return err
+	}
+	return os.Chmod(s.path, cfg.Mode)
+}

@@ -24,6 +24,8 @@ type Report struct {
 	UptimeS   int64         `json:"uptime_seconds"`
 	Identity  *IdentityInfo `json:"identity,omitempty"` // absent before there is an SVID
 	Upstream  UpstreamInfo  `json:"upstream"`
+	// Configuration is absent where nobody tells.
+	Configuration *ConfigurationInfo `json:"configuration,omitempty"`
 
 	Credentials []CredentialInfo `json:"credentials"`
 	Files       []FileInfo       `json:"files"`
@@ -36,6 +38,14 @@ type IdentityInfo struct {
 	SPIFFEID   string    `json:"spiffe_id"`
 	ExpiresAt  time.Time `json:"expires_at"`
 	ExpiresInS int64     `json:"expires_in_seconds"`
+}
+
+// A ConfigurationInfo is about the configuration that is in force.
+type ConfigurationInfo struct {
+	ReadAt time.Time `json:"read_at"`
+	// ReloadFailedSince is when it was first told in vain to read another one. Why is in the
+	// log.
+	ReloadFailedSince *time.Time `json:"reload_failed_since,omitempty"`
 }
 
 // An UpstreamInfo is about the broker.
@@ -119,6 +129,7 @@ func (c *cache) contacted(err error) {
 	defer c.mu.Unlock()
 	var refusal *sdk.Error
 	switch {
+	case outcome(err) == noIdentity: // it wasn't called
 	case err == nil, errors.As(sdk.FromRPC(err), &refusal) && refusal.Reason != "":
 		c.upstream = contact{answered: c.now()}
 	case outcome(err) == unreachable && c.upstream.unreachable.IsZero():
@@ -200,6 +211,10 @@ func (a *Agent) Report() Report {
 	if !a.cfg.NoFeed {
 		r.Feed = a.feedInfo()
 	}
+	if a.cfg.Configuration != nil {
+		info := a.cfg.Configuration()
+		r.Configuration = &info
+	}
 	r.Upstream = a.cache.upstreamInfo()
 	if a.cfg.Feed == nil && r.Status.state("feed") == Ready && r.Feed != nil {
 		r.Upstream.Reachable, r.Upstream.UnreachableSince = true, nil
@@ -251,7 +266,7 @@ func (a *Agent) feedInfo() *FeedInfo {
 	defer a.k.mu.Unlock()
 	age, known := a.k.relay.Fresh.Age(a.k.boot())
 	return &FeedInfo{
-		Position: a.k.relay.View.Position().String(), Known: known, AgeMS: age.Milliseconds(), BoundMS: a.cfg.MaxStaleness.Milliseconds(),
+		Position: a.k.relay.View.Position().String(), Known: known, AgeMS: age.Milliseconds(), BoundMS: a.live.Load().MaxStaleness.Milliseconds(),
 		Relays: a.k.relays, Verifiers: a.k.relay.Len(),
 	}
 }
@@ -265,6 +280,9 @@ func (a *Agent) listenerInfos() []ListenerInfo {
 		if l.at != nil {
 			out = append(out, ListenerInfo{Name: l.name, Address: l.at.Addr().String()})
 		}
+	}
+	for _, l := range a.cfg.Outgoing {
+		out = append(out, ListenerInfo{Name: ListenerOutgoing, Address: l.Listener.Addr().String()})
 	}
 	a.counts.requests.each(func(listener, outcome string, n uint64) {
 		i := slices.IndexFunc(out, func(l ListenerInfo) bool { return l.Name == listener })

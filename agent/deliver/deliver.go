@@ -7,6 +7,8 @@ import (
 	"io/fs"
 	"log/slog"
 	"path/filepath"
+	"reflect"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -192,7 +194,15 @@ type Status struct {
 
 // A Deliverer keeps files. Run makes it work.
 type Deliverer struct {
-	Counts  Counts
+	Counts Counts
+	cfg    Config
+
+	started  chan struct{} // closed once Run has begun
+	applying sync.Mutex    // held over the whole of a change, and by the end of Run
+	ctx      context.Context
+	wg       sync.WaitGroup
+
+	mu      sync.Mutex
 	targets []*target
 }
 
@@ -204,25 +214,32 @@ func New(cfg Config) (*Deliverer, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	d := &Deliverer{}
+	d := &Deliverer{cfg: cfg, started: make(chan struct{})}
+	var err error
+	d.targets, err = d.compile(cfg.Targets)
+	return d, err
+}
+
+func (d *Deliverer) compile(specs []Target) ([]*target, error) {
+	var out []*target
 	var errs []error
-	if len(cfg.Targets) > MaxTargets {
+	if len(specs) > MaxTargets {
 		errs = append(errs, fmt.Errorf("are more than %d", MaxTargets))
 	}
-	for i, spec := range cfg.Targets {
+	for i, spec := range specs {
 		renders, err := spec.compile()
 		if err != nil {
 			errs = append(errs, fmt.Errorf("%s: %w", spec.Path, err))
 			continue
 		}
-		for _, other := range cfg.Targets[:i] {
+		for _, other := range specs[:i] {
 			if Overlap(&spec, &other) {
 				errs = append(errs, fmt.Errorf("%s: is in the way of %s", spec.Path, other.Path))
 			}
 		}
-		d.targets = append(d.targets, newTarget(cfg, spec, renders, &d.Counts))
+		out = append(out, newTarget(d.cfg, spec, renders, &d.Counts))
 	}
-	return d, errors.Join(errs...)
+	return out, errors.Join(errs...)
 }
 
 // Overlap says whether two targets would write at one place.
@@ -232,9 +249,16 @@ func Overlap(a, b *Target) bool {
 
 // Open looks at every target's place: what an earlier process left there stays if it is
 // alive as far as it says itself, and goes if not. After an error nothing is left.
-func (d *Deliverer) Open() error {
+func (d *Deliverer) Open() error { return open(d.targets) }
+
+// Try is Open for all but the targets at these paths, which somebody else delivers to now.
+func (d *Deliverer) Try(except []string) error {
+	return open(slices.DeleteFunc(slices.Clone(d.targets), func(t *target) bool { return slices.Contains(except, t.spec.Path) }))
+}
+
+func open(targets []*target) error {
 	var errs []error
-	for _, t := range d.targets {
+	for _, t := range targets {
 		if err := t.adopt(); err != nil {
 			errs = append(errs, fmt.Errorf("delivering to %s: %w", t.spec.Path, err))
 		}
@@ -242,7 +266,7 @@ func (d *Deliverer) Open() error {
 	if len(errs) == 0 {
 		return nil
 	}
-	for _, t := range d.targets {
+	for _, t := range targets {
 		if len(t.disk) > 0 {
 			errs = append(errs, t.clear())
 		}
@@ -252,20 +276,95 @@ func (d *Deliverer) Open() error {
 
 // Run keeps the files until ctx ends. When it returns they are gone.
 func (d *Deliverer) Run(ctx context.Context) {
-	var wg sync.WaitGroup
+	d.applying.Lock()
+	d.ctx = ctx
 	for _, t := range d.targets {
-		if t.teller != nil {
-			wg.Go(func() { t.teller.run(ctx) })
-		}
-		wg.Go(func() { t.run(ctx) })
+		d.start(t)
 	}
-	wg.Wait()
+	d.applying.Unlock()
+	close(d.started)
+	<-ctx.Done()
+	d.applying.Lock() // nothing is started any more
+	defer d.applying.Unlock()
+	d.wg.Wait()
+}
+
+// start makes a target work until it is stopped.
+func (d *Deliverer) start(t *target) {
+	ctx, cancel := context.WithCancel(d.ctx)
+	var own sync.WaitGroup
+	if t.teller != nil {
+		own.Go(func() { t.teller.run(ctx) })
+	}
+	own.Go(func() { t.run(ctx) })
+	t.stop = func() { cancel(); own.Wait() }
+	d.wg.Go(func() { own.Wait(); cancel() })
+}
+
+// Apply changes what is delivered, while Run runs; it waits for that to begin. What stays the same goes on undisturbed.
+// A file or folder whose target has changed is replaced as by a renewal, and one that is no
+// target any more is removed. After an error nothing has changed.
+func (d *Deliverer) Apply(specs []Target) error {
+	<-d.started
+	d.applying.Lock()
+	defer d.applying.Unlock()
+	if d.ctx.Err() != nil {
+		return errors.New("it has ended")
+	}
+	next, err := d.compile(specs)
+	if err != nil {
+		return err
+	}
+	gone := map[string]*target{}
+	for _, t := range d.targets {
+		gone[t.spec.Path] = t
+	}
+	var fresh, begin []*target
+	changed := map[*target]*target{} // new to old
+	for i, t := range next {
+		switch old := gone[t.spec.Path]; {
+		case old != nil && reflect.DeepEqual(old.spec, t.spec):
+			next[i] = old
+			delete(gone, t.spec.Path)
+			continue
+		case old != nil && old.spec.Directory == t.spec.Directory:
+			changed[t] = old
+			delete(gone, t.spec.Path)
+		default:
+			fresh = append(fresh, t)
+		}
+		begin = append(begin, t)
+	}
+	if err := open(fresh); err != nil {
+		return err
+	}
+	for _, old := range gone {
+		old.stop()
+	}
+	for t, old := range changed {
+		old.left = true
+		old.stop()
+		t.inherit(old)
+	}
+	for _, t := range begin {
+		d.start(t)
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.targets = next
+	return nil
+}
+
+func (d *Deliverer) now() []*target {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.targets
 }
 
 // Look is for whoever looks at a clock anyway: it wakes what should have removed its file
 // by now, as timers sleep with the machine and know nothing of a clock that was set.
 func (d *Deliverer) Look() {
-	for _, t := range d.targets {
+	for _, t := range d.now() {
 		if s := t.status(); s.Present && (&member{expires: s.Until}).left(t.cfg.Now()) <= 0 {
 			t.kick()
 		}
@@ -274,8 +373,9 @@ func (d *Deliverer) Look() {
 
 // Status says how each target is.
 func (d *Deliverer) Status() []Status {
-	out := make([]Status, len(d.targets))
-	for i, t := range d.targets {
+	targets := d.now()
+	out := make([]Status, len(targets))
+	for i, t := range targets {
 		out[i] = t.status()
 	}
 	return out

@@ -51,6 +51,10 @@ type target struct {
 	writing  backoff
 	removing backoff
 	tidyAt   time.Time // when the last generation goes; zero for none
+	rewrite  bool      // what is on disk is as another target wanted it
+
+	stop func() // ends it and waits
+	left bool   // set before stop: its files stay for the target in its place
 
 	mu    sync.Mutex
 	shown Status
@@ -78,6 +82,9 @@ func newTarget(cfg Config, spec Target, renders []func(credentials) ([]byte, err
 // run keeps the target until ctx ends, and then removes it.
 func (t *target) run(ctx context.Context) {
 	defer func() {
+		if t.left {
+			return
+		}
 		if err := t.clear(); err != nil {
 			t.log.Error("removing at the end", "err", err)
 		}
@@ -110,6 +117,9 @@ func (t *target) step() time.Duration {
 	now := t.cfg.Now()
 	creds, newest := t.newest()
 	todo := decide(t.disk, newest, now, t.cfg.Alive)
+	if t.rewrite && living(newest, now, t.cfg.Alive) {
+		todo = write
+	}
 	if todo == write && t.writing.left(now) > 0 {
 		todo = decide(t.disk, nil, now, t.cfg.Alive)
 	}
@@ -153,7 +163,7 @@ func (t *target) write(creds []credentials, newest []*member) {
 		t.log.Error("writing credentials", "err", err, "retry_in", t.writing.pause, "still_there", len(t.disk) > 0)
 		return
 	}
-	t.disk = newest
+	t.disk, t.rewrite = newest, false
 	t.counts.Written.Add(1)
 	t.writing.reset()
 	t.removing.reset()
@@ -334,6 +344,13 @@ func (t *target) status() Status {
 		s.ChangeErr = t.teller.failing()
 	}
 	return s
+}
+
+// inherit takes over what a target that has stopped left at the same place. It stays until
+// it can be written anew as this target wants it, or has died.
+func (t *target) inherit(old *target) {
+	t.disk, t.tidyAt, t.rewrite = old.disk, old.tidyAt, len(old.disk) > 0
+	t.show(nil)
 }
 
 // adopt looks at what a process before this one left: what says of itself that it lives

@@ -270,7 +270,11 @@ func (w *world) asks(u *unit) {
 			return w.readSDK(u)(client.Issue(ctx, sdk.Request{Audience: goods}))
 		})
 	}
-	client := must(sdk.New(sdk.Config{Address: "unix://" + u.grpc}))(w.t)
+	cfg := sdk.Config{Address: "unix://" + u.grpc}
+	if u.clock != nil { // it is one machine
+		cfg.Now, cfg.Boot = u.clock.now, u.clock.boot
+	}
+	client := must(sdk.New(cfg))(w.t)
 	w.t.Cleanup(func() { client.Close() })
 	source := client.TokenSource(sdk.Request{Audience: goods, Scopes: []string{"read"}})
 	w.t.Cleanup(source.Close)

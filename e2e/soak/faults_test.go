@@ -50,7 +50,7 @@ func (w *world) inflict(ctx context.Context, f fault) (bool, error) {
 	switch f.Kind {
 	case restart, crash, handover, freeze:
 		return true, w.breakBroker(ctx, f)
-	case stall, forget, refuse:
+	case stall, deafen, forget, refuse:
 		u.reach.begin()
 		defer u.reach.end()
 		switch f.Kind {
@@ -60,6 +60,9 @@ func (w *world) inflict(ctx context.Context, f fault) (bool, error) {
 		case stall:
 			u.path.stall(true)
 			defer u.path.stall(false)
+		case deafen:
+			u.path.deafen(true)
+			defer u.path.deafen(false)
 		case refuse:
 			u.path.refuse(true)
 			defer u.path.refuse(false)
@@ -183,12 +186,12 @@ func (w *world) operate(ctx context.Context, u *unit, f fault) (bool, error) {
 		if grant == "" {
 			return false, nil
 		}
-		_, err := w.revoke(ctx, grant, &dayflyv1.Selector{Selector: &dayflyv1.Selector_Grant{Grant: grant}}, dayflyv1.LockMode_LOCK_MODE_NONE)
-		return true, unlessOver(ctx, err)
+		_, err := w.revoke(grant, &dayflyv1.Selector{Selector: &dayflyv1.Selector_Grant{Grant: grant}}, dayflyv1.LockMode_LOCK_MODE_NONE)
+		return true, err
 	}
-	number, err := w.revoke(ctx, u.id.String(), &dayflyv1.Selector{Selector: &dayflyv1.Selector_Identity{Identity: u.id.String()}}, dayflyv1.LockMode_LOCK_MODE_REISSUE)
+	number, err := w.revoke(u.id.String(), &dayflyv1.Selector{Selector: &dayflyv1.Selector_Identity{Identity: u.id.String()}}, dayflyv1.LockMode_LOCK_MODE_REISSUE)
 	if err != nil {
-		return false, unlessOver(ctx, err)
+		return false, err
 	}
 	pause(ctx, f.For)
 	if err := w.rotate(u); err != nil {
@@ -207,14 +210,6 @@ func (w *world) operate(ctx context.Context, u *unit, f fault) (bool, error) {
 			return true, fmt.Errorf("lifting: %w", err)
 		}
 	}
-}
-
-// unlessOver is no error where the soak ended meanwhile.
-func unlessOver(ctx context.Context, err error) error {
-	if ctx.Err() != nil {
-		return nil
-	}
-	return err
 }
 
 // checkStore has the broker's command look at the store, once nobody serves it.

@@ -3,6 +3,7 @@
 package soak_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -181,7 +182,7 @@ type answer struct {
 	body   []byte
 }
 
-func (a *answer) Error() string { return fmt.Sprintf("%d: %.300s", a.status, a.body) }
+func (a *answer) Error() string { return fmt.Sprintf("%d: %.300s", a.status, bytes.TrimSpace(a.body)) }
 
 // overUnix returns a client of a socket; fresh: each request has a connection of its own.
 func overUnix(path string, fresh bool) *http.Client {

@@ -8,18 +8,16 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
-	"net"
-	"net/http"
 	"net/netip"
+	"os"
+	"os/signal"
 	"strings"
+	"syscall"
 	"time"
 
-	"github.com/dayflyhq/dayfly/agent"
 	"github.com/dayflyhq/dayfly/cmd/internal/config"
 	"github.com/spf13/cobra"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"golang.org/x/sync/errgroup"
 )
 
 // Run is the agent's command: it parses args (without the program's name) and serves
@@ -55,9 +53,11 @@ func Command() *cobra.Command {
 		Short: "give a workload its credentials over unix sockets, and relay the feed",
 		Long: "dayfly-agent is a sidecar: it takes its workload's SVID from the Workload API, keeps\n" +
 			"short-lived credentials fresh in memory, and gives them out over unix sockets. It drops\n" +
-			"what is revoked at once and relays the feed to verifiers beside it.\n\n" +
+			"what is revoked at once and relays the feed to verifiers beside it. At SIGHUP it\n" +
+			"reads its configuration file anew, and goes on without dropping anything.\n\n" +
 			"Exit codes: 0 it was told to stop, 1 it failed, 2 the command line or the configuration is wrong.",
 		Example: "  dayfly-agent --config /etc/dayfly/agent.yaml\n" +
+			"  dayfly-agent check --config /etc/dayfly/agent.yaml && systemctl reload dayfly-agent\n" +
 			"  dayfly-agent status\n" +
 			"  dayfly-agent --broker broker:8443 --broker-id spiffe://example.org/dayfly/broker \\\n" +
 			"    --grpc-socket /run/dayfly/agent.sock --prefetch orders=orders:read",
@@ -65,15 +65,21 @@ func Command() *cobra.Command {
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			cfg, err := f.load(cmd)
+			load := func() (*Config, error) { return f.load(cmd) }
+			cfg, err := load()
 			if err != nil {
 				return config.UsageError{Err: err}
 			}
-			return serve(cmd.Context(), cfg, cmd.ErrOrStderr())
+			hup := make(chan os.Signal, 1)
+			if f.file != "" { // else there is nothing to read anew, and SIGHUP ends the process as ever
+				signal.Notify(hup, syscall.SIGHUP)
+				defer signal.Stop(hup)
+			}
+			return serve(cmd.Context(), cfg, load, hup, cmd.ErrOrStderr())
 		},
 	}
 	f.add(cmd)
-	cmd.AddCommand(statusCommand())
+	cmd.AddCommand(statusCommand(), checkCommand())
 	return cmd
 }
 
@@ -148,78 +154,31 @@ func (f *flags) apply(cmd *cobra.Command, cfg *Config) error {
 	return errors.Join(errs...)
 }
 
-// serve runs everything until ctx ends or a part of it fails.
-func serve(ctx context.Context, cfg *Config, stderr io.Writer) (err error) {
-	log := newLog(cfg.Log, stderr)
-	identities := agent.NewIdentities(cfg.WorkloadAPI, log)
-	var running []*workload
-	defer func() {
-		for _, w := range running {
-			err = errors.Join(err, w.close())
-		}
-	}()
-	for _, w := range cfg.all() {
-		log := log
-		if cfg.several() {
-			log = log.With("workload", w.name())
-		}
-		one, err := newWorkload(cfg, w.Workload, identities.Identity(w.ID), log)
-		if err != nil {
-			return ofWorkload(cfg, w.name(), err)
-		}
-		running = append(running, one)
+func checkCommand() *cobra.Command {
+	var f flags
+	cmd := &cobra.Command{
+		Use:   "check",
+		Short: "say whether a configuration is right, and start nothing",
+		Long: "Reads the configuration file and the flags as a start or a reload would, and says all that\n" +
+			"is wrong, with line numbers. It looks up users and groups on this host, and calls nobody.\n\n" +
+			"Exit codes: 0 it is right, 2 it is wrong.",
+		Example:       "  dayfly-agent check --config /etc/dayfly/agent.yaml",
+		Args:          cobra.NoArgs,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, err := f.load(cmd)
+			if err != nil {
+				return config.UsageError{Err: err}
+			}
+			names := make([]string, 0, len(cfg.all()))
+			for _, w := range cfg.all() {
+				names = append(names, w.name())
+			}
+			_, err = fmt.Fprintf(cmd.OutOrStdout(), "the configuration is right; workloads: %s\n", strings.Join(names, ", "))
+			return err
+		},
 	}
-	var metrics net.Listener
-	if cfg.Metrics.IsValid() {
-		if metrics, err = net.Listen("tcp", cfg.Metrics.String()); err != nil {
-			return fmt.Errorf("listening for metrics: %w", err)
-		}
-	}
-	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error { return identities.Run(ctx) })
-	for _, w := range running {
-		group.Go(func() error { return ofWorkload(cfg, w.name, w.agent.Run(ctx)) })
-	}
-	if metrics != nil {
-		group.Go(func() error { return serveMetrics(ctx, running, cfg.several(), metrics) })
-	}
-	return group.Wait()
-}
-
-func newLog(cfg Log, w io.Writer) *slog.Logger {
-	options := &slog.HandlerOptions{Level: cfg.Level}
-	if cfg.Format == "text" {
-		return slog.New(agent.QuietLog(slog.NewTextHandler(w, options)))
-	}
-	return slog.New(agent.QuietLog(slog.NewJSONHandler(w, options)))
-}
-
-// serveMetrics answers GET /metrics until ctx ends.
-func serveMetrics(ctx context.Context, all []*workload, several bool, l net.Listener) error {
-	mux := http.NewServeMux()
-	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) {
-		w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-		_ = agent.WriteMetrics(w, metricsOf(all, several)...) // to one who has gone, perhaps
-	})
-	server := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 10 * time.Second, MaxHeaderBytes: 16 << 10}
-	stop := context.AfterFunc(ctx, func() { _ = server.Close() })
-	defer stop()
-	if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
-		return fmt.Errorf("serving metrics: %w", err)
-	}
-	return nil
-}
-
-// metricsOf is the one place where the metrics of several workloads meet: with a label that
-// says whose a sample is, where there are several.
-func metricsOf(all []*workload, several bool) []agent.Metrics {
-	var out []agent.Metrics
-	for _, w := range all {
-		m := w.agent.Metrics()
-		if several {
-			m = m.With("workload", w.name)
-		}
-		out = append(out, m)
-	}
-	return out
+	f.add(cmd)
+	return cmd
 }

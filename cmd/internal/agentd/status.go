@@ -213,6 +213,9 @@ func printReport(w io.Writer, r *agent.Report) {
 	if feed := r.Feed; feed != nil {
 		line(w, "feed", feedText(feed))
 	}
+	if c := r.Configuration; c != nil && c.ReloadFailedSince != nil {
+		line(w, "configuration", "of "+c.ReadAt.Format(time.RFC3339)+"; reload failed since "+c.ReloadFailedSince.Format(time.RFC3339)+", the log says why")
+	}
 	line(w, "agent", r.Version, "up "+span(r.UptimeS))
 	if len(r.Credentials) > 0 {
 		fmt.Fprintln(w)

@@ -1,6 +1,7 @@
 package agentd
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -13,42 +14,49 @@ import (
 // workload is a Workload at work: an agent with a connection to the broker, a cache, a
 // stream of the feed and sockets of its own, by its own SVID.
 type workload struct {
+	cfg     *Config
+	w       *Workload
 	name    string
+	log     *slog.Logger
 	agent   *agent.Agent
 	clients []*sdk.Client
-	sockets listeners
+	leases  []*lease
+
+	cancel context.CancelFunc
+	done   chan struct{}
 }
 
 // newWorkload opens its sockets; it starts nothing and calls nobody. It must be closed.
-func newWorkload(cfg *Config, w *Workload, identity *agent.Identity, log *slog.Logger) (_ *workload, err error) {
-	out := &workload{name: w.name()}
+func (d *daemon) newWorkload(cfg *Config, w *Workload) (_ *workload, err error) {
+	out := &workload{cfg: cfg, w: w, name: w.name(), log: d.log, done: make(chan struct{})}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, out.close())
+			err = ofWorkload(cfg, out.name, errors.Join(err, out.abandon()))
 		}
 	}()
+	if cfg.several() {
+		out.log = d.log.With("workload", out.name)
+	}
+	identity := d.identities.Identity(w.ID)
 	client, err := out.dial(cfg.Broker, identity)
 	if err != nil {
 		return nil, err
 	}
-	relay := cfg.Feed.Relay
-	if cfg.several() && relay.Workload != w.name() {
-		relay = Relay{}
-	}
+	relay := cfg.relayOf(w)
 	allow, err := relay.selectors()
 	if err != nil {
 		return nil, err
 	}
-	if err := out.sockets.open(w, relay); err != nil {
-		return nil, err
-	}
+	settings := w.settings(cfg)
 	agentCfg := agent.Config{
-		Upstream: client.Conn(), Source: identity, Changed: identity.Changed,
-		GRPC: out.sockets.grpc, HTTP: out.sockets.http, Allow: w.Sockets.allow(),
-		Prefetch: w.requests(), Files: w.targets(), NoFeed: !cfg.Feed.Follow, MaxStaleness: cfg.Feed.MaxStaleness,
-		Audiences: cfg.Feed.Audiences, MaxStreams: cfg.Feed.MaxStreams, Log: log,
-		BrokerID: cfg.Broker.ID, Bundles: identity, Relay: out.sockets.relay, RelayAllow: allow,
-		AWS: w.AWS.agent(out.sockets.aws), Systemd: w.Systemd.agent(out.sockets.systemd),
+		Upstream: client.Conn(), Source: identity, Changed: identity.Changed, Allow: settings.Allow,
+		Prefetch: settings.Prefetch, Files: settings.Files, NoFeed: !cfg.Feed.Follow, MaxStaleness: settings.MaxStaleness,
+		Audiences: cfg.Feed.Audiences, MaxStreams: cfg.Feed.MaxStreams, Log: out.log,
+		BrokerID: cfg.Broker.ID, Bundles: identity, RelayAllow: allow,
+		Configuration: d.reloads.state,
+	}
+	if err := out.listen(d.shelf, relay, &agentCfg); err != nil {
+		return nil, err
 	}
 	if cfg.Feed.Upstream.Address != "" {
 		above, err := out.dial(cfg.Feed.Upstream, identity)
@@ -70,13 +78,85 @@ func (w *workload) dial(b Broker, identity *agent.Identity) (*sdk.Client, error)
 	return client, err
 }
 
-// close ends connections and sockets. The agent, if it ran, has closed them.
+// listen opens all that the workload listens on. Whatever is opened comes from the shelf: a
+// workload that starts anew has the same listeners.
+func (w *workload) listen(s *shelf, relay Relay, cfg *agent.Config) (err error) {
+	if cfg.GRPC, err = w.unix(s, w.w.Sockets.GRPC); err != nil {
+		return err
+	}
+	if cfg.HTTP, err = w.unix(s, w.w.Sockets.HTTP); err != nil {
+		return err
+	}
+	if relay.Listen != "" {
+		if cfg.Relay, err = w.keep(s.tcp(relay.Listen, "verifiers on other hosts")); err != nil {
+			return err
+		}
+	}
+	if w.w.AWS.Listen.IsValid() {
+		l, err := w.keep(s.tcp(w.w.AWS.Listen.String(), "AWS's SDKs"))
+		if err != nil {
+			return err
+		}
+		cfg.AWS = w.w.AWS.agent(l)
+	}
+	if path := w.w.Systemd.Socket; path != "" {
+		l, err := w.keep(s.unix(agent.SocketConfig{Path: path}))
+		if err != nil {
+			return err
+		}
+		cfg.Systemd = w.w.Systemd.agent(l)
+	}
+	return errors.Join(w.listenOutgoing(s, cfg), w.listenIncoming(s, cfg))
+}
+
+// unix opens a socket with the mode and group of the workload's; nil for no path.
+func (w *workload) unix(s *shelf, path string) (net.Listener, error) {
+	if path == "" {
+		return nil, nil
+	}
+	cfg, err := w.w.Sockets.socket(path)
+	if err != nil {
+		return nil, err
+	}
+	return w.keep(s.unix(cfg))
+}
+
+// keep notes what was opened, for the end.
+func (w *workload) keep(l *lease, err error) (net.Listener, error) {
+	if err != nil {
+		return nil, err
+	}
+	w.leases = append(w.leases, l)
+	return l, nil
+}
+
+// run serves until ctx ends or stop is called.
+func (w *workload) run(ctx context.Context) error {
+	defer close(w.done)
+	return ofWorkload(w.cfg, w.name, errors.Join(w.agent.Run(ctx), w.close()))
+}
+
+// close ends connections and sockets.
 func (w *workload) close() error {
 	var errs []error
 	for _, c := range w.clients {
 		errs = append(errs, c.Close())
 	}
-	return errors.Join(append(errs, w.sockets.close())...)
+	for _, l := range w.leases {
+		errs = append(errs, l.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// abandon closes one that never ran, and leaves its sockets to others as they were.
+func (w *workload) abandon() error {
+	var errs []error
+	for _, l := range w.leases {
+		if l.undo != nil {
+			errs = append(errs, l.undo())
+		}
+	}
+	return errors.Join(append(errs, w.close())...)
 }
 
 // ofWorkload says whose error it is, where there are several.
@@ -85,56 +165,4 @@ func ofWorkload(cfg *Config, name string, err error) error {
 		return err
 	}
 	return fmt.Errorf("workload %s: %w", name, err)
-}
-
-// listeners are all that a workload listens on; nil for what isn't configured.
-type listeners struct{ grpc, http, relay, aws, systemd net.Listener }
-
-// open leaves it to close to close what was opened before an error.
-func (l *listeners) open(w *Workload, relay Relay) (err error) {
-	if l.grpc, err = w.Sockets.listen(w.Sockets.GRPC); err != nil {
-		return err
-	}
-	if l.http, err = w.Sockets.listen(w.Sockets.HTTP); err != nil {
-		return err
-	}
-	if relay.Listen != "" {
-		if l.relay, err = net.Listen("tcp", relay.Listen); err != nil {
-			return fmt.Errorf("listening for verifiers on other hosts: %w", err)
-		}
-	}
-	if w.AWS.Listen.IsValid() {
-		if l.aws, err = net.Listen("tcp", w.AWS.Listen.String()); err != nil {
-			return fmt.Errorf("listening for AWS's SDKs: %w", err)
-		}
-	}
-	if w.Systemd.Socket != "" {
-		if l.systemd, err = agent.Listen(agent.SocketConfig{Path: w.Systemd.Socket}); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func (s *Sockets) listen(path string) (net.Listener, error) {
-	if path == "" {
-		return nil, nil
-	}
-	socket, err := s.socket(path)
-	if err != nil {
-		return nil, err
-	}
-	return agent.Listen(socket)
-}
-
-func (l *listeners) close() error {
-	var errs []error
-	for _, one := range []net.Listener{l.grpc, l.http, l.relay, l.aws, l.systemd} {
-		if one != nil {
-			if err := one.Close(); !errors.Is(err, net.ErrClosed) {
-				errs = append(errs, err)
-			}
-		}
-	}
-	return errors.Join(errs...)
 }

@@ -28,6 +28,9 @@ type Workload struct {
 	Directories []Directory  `yaml:"directories"`
 	AWS         AWSContainer `yaml:"aws_container"`
 	Systemd     Systemd      `yaml:"systemd"`
+	Incoming    []Incoming   `yaml:"incoming"`
+	Envoy       []Envoy      `yaml:"envoy"`
+	Outgoing    []Outgoing   `yaml:"outgoing"`
 }
 
 // SetDefaults is what the file and the flags change.
@@ -55,6 +58,15 @@ func (w *Workload) places() map[string]string {
 	if w.AWS.Listen.IsValid() {
 		out["aws_container.listen"] = w.AWS.Listen.String()
 	}
+	for i := range w.Incoming {
+		out[fmt.Sprintf("incoming[%d].listen", i)] = w.Incoming[i].Listen
+	}
+	for i := range w.Envoy {
+		out[fmt.Sprintf("envoy[%d].listen", i)] = w.Envoy[i].Listen
+	}
+	for i := range w.Outgoing {
+		w.Outgoing[i].places(fmt.Sprintf("outgoing[%d].", i), out)
+	}
 	return out
 }
 
@@ -64,6 +76,11 @@ func (w *Workload) requests() []agent.Request {
 		out[i] = agent.Request{Audience: p.Audience, Scopes: p.Scopes, TTL: p.TTL, Binding: token.Binding(p.Binding)}
 	}
 	return out
+}
+
+// settings are what can change while it runs.
+func (w *Workload) settings(cfg *Config) agent.Settings {
+	return agent.Settings{Allow: w.Sockets.allow(), Prefetch: w.requests(), Files: w.targets(), MaxStaleness: cfg.Feed.MaxStaleness}
 }
 
 // placed is a workload and what its keys begin with in the file.
@@ -82,6 +99,14 @@ func (c *Config) all() []placed {
 		out[i] = placed{&c.Workloads[i], fmt.Sprintf("workloads[%d].", i)}
 	}
 	return out
+}
+
+// relayOf is the relay if this workload's SVID is what it shows, else none.
+func (c *Config) relayOf(w *Workload) Relay {
+	if c.several() && c.Feed.Relay.Workload != w.name() {
+		return Relay{}
+	}
+	return c.Feed.Relay
 }
 
 // several says whether names are needed to tell workloads apart.
