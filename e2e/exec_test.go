@@ -1,6 +1,7 @@
 package e2e_test
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
@@ -8,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"regexp"
 	"strconv"
@@ -564,18 +566,49 @@ done
 	sh.await(`code 130\.`)
 }
 
+// signalCounter in its environment makes the test's own binary the program of a test.
+const signalCounter = "DAYFLY_TEST_SIGNALS"
+
+// countSignals says each signal as it comes, until a line does.
+func countSignals() int {
+	c := make(chan os.Signal, 16)
+	signal.Notify(c, syscall.SIGINT, syscall.SIGWINCH)
+	line := make(chan string)
+	go func() {
+		text, _ := bufio.NewReader(os.Stdin).ReadString('\n')
+		line <- text
+	}()
+	fmt.Println("up.")
+	for {
+		select {
+		case s := <-c:
+			fmt.Printf("got %v.\n", s)
+		case text := <-line:
+			fmt.Printf("read <%s>.\n", strings.TrimSpace(text))
+			for _, f := range []*os.File{os.Stdin, os.Stdout, os.Stderr} {
+				if _, err := unix.IoctlGetWinsize(int(f.Fd()), unix.TIOCGWINSZ); err != nil {
+					fmt.Println("not a terminal:", f.Name())
+				}
+			}
+			return 6
+		}
+	}
+}
+
 // TestExecOwnTerminal: exec is the first process on a terminal, as in a container with one.
+// Ctrl-C is one signal, not two.
 func TestExecOwnTerminal(t *testing.T) {
 	_, agent, _ := execBox(t)
-	s := onTerminal(t, []string{"DAYFLY_AGENT=" + agent}, filepath.Join(bin, "dayfly"), "exec", "-a", "orders", "--",
-		"bash", "-c", `trap 'echo got INT.' INT; echo up.; read -r a; read -r b; echo "<$a$b>."; [ -t 0 ] && [ -t 1 ] && [ -t 2 ] && exit 6`)
+	s := onTerminal(t, []string{"DAYFLY_AGENT=" + agent, signalCounter + "=1"}, filepath.Join(bin, "dayfly"), "exec", "-a", "orders", "--", must(os.Executable())(t))
 	s.await(`up\.`)
 	s.types("\x03")
-	s.await(`got INT\.`)
-	s.types("x\ny\n")
-	s.await(`<xy?>\.`)
+	s.await(`got interrupt\.`)
+	s.types("\x03")
+	s.await(`(?s)got interrupt\..*got interrupt\.`)
+	s.types("x\n")
+	s.await(`read <x>\.`)
 	s.ends(6)
-	if n := strings.Count(s.said(), "got INT."); n != 1 {
-		t.Errorf("INT came %d times", n)
+	if n := strings.Count(s.said(), "got interrupt."); n != 2 || strings.Contains(s.said(), "not a terminal") {
+		t.Errorf("Ctrl-C, twice, came %d times:\n%s", n, s.said())
 	}
 }
