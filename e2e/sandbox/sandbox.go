@@ -63,12 +63,15 @@ type Config struct {
 	// BrokerConfig is more of the broker's configuration file: whole lines of YAML. Without
 	// jwks_max_age it is 1s, so that external audiences soon get tokens.
 	BrokerConfig string
+	// Listen is more of its section "listen": whole lines, indented by two spaces.
+	Listen string
 }
 
 // An Announcement is what a broker prints once it serves.
 type Announcement struct {
 	ID         string `json:"id"`
 	GRPC       string `json:"grpc"`
+	GRPCJWT    string `json:"grpc_jwt"`
 	Public     string `json:"public"`
 	HTTPSSVID  string `json:"https_svid"`
 	HTTPS      string `json:"https"`
@@ -173,8 +176,8 @@ listen:
   https_key: %q
   admin: %s
   break_glass: %q
-shutdown_grace: 5s
-%s`, s.Issuer, s.StorePath(), s.PolicyDir(), s.AuditPath(), socket, at.GRPC, at.Public, at.HTTPSSVID, at.HTTPS, cert, key, at.Admin, filepath.Join(s.Dir, "break-glass.sock"), more)
+%sshutdown_grace: 5s
+%s`, s.Issuer, s.StorePath(), s.PolicyDir(), s.AuditPath(), socket, at.GRPC, at.Public, at.HTTPSSVID, at.HTTPS, cert, key, at.Admin, filepath.Join(s.Dir, "break-glass.sock"), s.cfg.Listen, more)
 	return os.WriteFile(s.brokerConfig(), []byte(yaml), 0o600)
 }
 
