@@ -45,7 +45,11 @@ func feedRows(s size) []row {
 			}
 			rows = append(rows, r)
 		}
-		add(row{name: groups(n) + " verifiers, contained", unit: inSeconds, target: atMost(1.3), series: "contained", x: float64(n)},
+		contained := row{name: groups(n) + " verifiers, contained", unit: inSeconds, series: "contained", x: float64(n)}
+		if n >= 1000 {
+			contained.target = atMost(1.3)
+		}
+		add(contained,
 			func(f *fleet, b *bareFleet) pair { return pair{f.contain, b.fanOut} })
 		if n < 1000 && s.name != "tiny" {
 			continue

@@ -141,8 +141,9 @@ func New(cfg Config) (_ *Sandbox, err error) {
 	})
 }
 
-// PolicyDir is the folder that the broker's policy is read from.
-func (s *Sandbox) PolicyDir() string { return filepath.Join(s.Dir, "policy") }
+// PolicyDir is the folder that the broker's policy is read from. As on a real host, the
+// folder it is in has no store and no audit: the broker is told of every write there.
+func (s *Sandbox) PolicyDir() string { return filepath.Join(s.Dir, "config", "policy") }
 
 // StorePath is the broker's store.
 func (s *Sandbox) StorePath() string { return cmp.Or(s.cfg.Store, filepath.Join(s.Dir, "dayfly.db")) }
