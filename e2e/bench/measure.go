@@ -8,6 +8,9 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
 // A sample is what one round of one side showed.
@@ -16,6 +19,7 @@ type sample struct {
 	rate     float64 // calls a second, where there were calls
 	p50, p99 time.Duration
 	allocs   float64 // of one call, where they are counted
+	refused  float64 // calls that were refused as unavailable, and made again
 }
 
 // A side measures once.
@@ -40,7 +44,7 @@ func calls(by judged, callers int, window time.Duration, most int64, call func(c
 		if !warm {
 			warm = true
 			for i := range max(warmup, callers) {
-				if err := call(ctx, i%callers); err != nil {
+				if _, err := insist(ctx, func() error { return call(ctx, i%callers) }); err != nil {
 					return sample{}, err
 				}
 			}
@@ -50,6 +54,7 @@ func calls(by judged, callers int, window time.Duration, most int64, call func(c
 			made  atomic.Int64
 			mu    sync.Mutex
 			all   []time.Duration
+			again int
 			fault error
 		)
 		started := time.Now()
@@ -58,15 +63,18 @@ func calls(by judged, callers int, window time.Duration, most int64, call func(c
 			wg.Go(func() {
 				took := make([]time.Duration, 0, 1024)
 				var err error
+				refused := 0
 				for at := time.Now(); at.Before(until) && err == nil && (most == 0 || made.Add(1) <= most); {
-					err = call(ctx, c)
+					var n int
+					n, err = insist(ctx, func() error { return call(ctx, c) })
+					refused += n
 					now := time.Now()
 					took = append(took, now.Sub(at))
 					at = now
 				}
 				mu.Lock()
 				defer mu.Unlock()
-				all = append(all, took...)
+				all, again = append(all, took...), again+refused
 				if err != nil {
 					fault = err
 				}
@@ -78,7 +86,7 @@ func calls(by judged, callers int, window time.Duration, most int64, call func(c
 			return sample{}, fault
 		}
 		s := summarise(all)
-		s.rate = float64(len(all)) / elapsed.Seconds()
+		s.rate, s.refused = float64(len(all))/elapsed.Seconds(), float64(again)
 		s.value = s.rate
 		if by == byP50 {
 			s.value = s.p50.Seconds()
@@ -86,6 +94,24 @@ func calls(by judged, callers int, window time.Duration, most int64, call func(c
 		return s, nil
 	}
 }
+
+// insist makes a call again while it is refused as unavailable, which a broker does that
+// could not decide in time: on a machine that is busy with other things it may happen. The
+// time of the attempts is the call's own.
+func insist(ctx context.Context, call func() error) (refused int, err error) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	for {
+		err := call()
+		if code := status.Code(err); code != codes.Unavailable && code != codes.DeadlineExceeded || ctx.Err() != nil {
+			return refused, err
+		}
+		refused++
+	}
+}
+
+// patience is for what should come by itself, on a machine that may be doing anything.
+const patience = 3 * time.Minute
 
 // repeat runs f in batches in this process, and tells what one run of it takes: the median
 // of the batches, and how often it allocates. It calls f(0) to f(batches*batch-1).
@@ -145,6 +171,8 @@ type Reading struct {
 	P50    float64 `json:"p50,omitempty"`
 	P99    float64 `json:"p99,omitempty"`
 	Allocs float64 `json:"allocs,omitempty"`
+	// Refused are the calls that were refused as unavailable and made again, in all rounds.
+	Refused float64 `json:"refused,omitempty"`
 }
 
 func readingOf(samples []sample) *Reading {
@@ -155,12 +183,17 @@ func readingOf(samples []sample) *Reading {
 		}
 		return spreadOf(xs)
 	}
+	refused := 0.0
+	for _, s := range samples {
+		refused += s.refused
+	}
 	return &Reading{
-		Spread: pick(func(s sample) float64 { return s.value }),
-		Rate:   pick(func(s sample) float64 { return s.rate }).Median,
-		P50:    pick(func(s sample) float64 { return s.p50.Seconds() }).Median,
-		P99:    pick(func(s sample) float64 { return s.p99.Seconds() }).Median,
-		Allocs: math.Round(pick(func(s sample) float64 { return s.allocs }).Median),
+		Refused: refused,
+		Spread:  pick(func(s sample) float64 { return s.value }),
+		Rate:    pick(func(s sample) float64 { return s.rate }).Median,
+		P50:     pick(func(s sample) float64 { return s.p50.Seconds() }).Median,
+		P99:     pick(func(s sample) float64 { return s.p99.Seconds() }).Median,
+		Allocs:  math.Round(pick(func(s sample) float64 { return s.allocs }).Median),
 	}
 }
 

@@ -17,14 +17,14 @@ type plot struct {
 	file, title, x string
 	series         []string
 	logX           bool
-	perCall        bool // of a rate: what one call takes up of the machine
+	perCall        bool // of a rate: its inverse, which is a cost
 }
 
 // plots of the page.
 var plots = []plot{
 	{file: "performance-revoke.svg", title: "A revoke, until committed (p50)", x: "live grants of the identity", series: []string{"revoke"}, logX: true},
 	{file: "performance-contained.svg", title: "Revoke, until the last verifier refuses", x: "connected verifiers", series: []string{"contained"}, logX: true},
-	{file: "performance-exchange.svg", title: "An exchange, of 64 callers (machine time a call)", x: "depth of the token that is made", series: []string{"exchange"}, perCall: true},
+	{file: "performance-exchange.svg", title: "Issuing and exchanging, 64 callers: 1 / rate", x: "depth of the token that is made", series: []string{"exchange"}, perCall: true},
 	{file: "performance-verify.svg", title: "Verifying a token", x: "depth of the token", series: []string{"verify, first time", "verify, again"}},
 	{file: "performance-policy.svg", title: "A policy decision", x: "entitlements", series: []string{"policy"}, logX: true},
 }

@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// status reads a line of /proc/PID/status, in bytes: VmRSS or VmHWM.
-func status(pid int, name string) (float64, error) {
+// memoryOf reads a line of /proc/PID/status, in bytes: VmRSS or VmHWM.
+func memoryOf(pid int, name string) (float64, error) {
 	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {
 		return 0, err

@@ -126,6 +126,9 @@ func (r *Reading) text(u unit) string {
 	case r.Allocs > 0:
 		s += fmt.Sprintf(", p99 %s, %.0f allocations", quantity(r.P99, inSeconds), r.Allocs)
 	}
+	if r.Refused > 0 {
+		s += fmt.Sprintf(", %.0f refused", r.Refused)
+	}
 	return s
 }
 

@@ -52,7 +52,7 @@ func binaryRows(s size) []row {
 						}
 						defer stop()
 						settle(ctx, l.size.rest())
-						rss, err := status(pid, "VmRSS")
+						rss, err := memoryOf(pid, "VmRSS")
 						return sample{value: rss}, err
 					}
 				}

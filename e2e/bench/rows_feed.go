@@ -91,7 +91,7 @@ type fleet struct {
 
 func newFleet(ctx context.Context, b *box, n int) (*fleet, error) {
 	settle(ctx, b.lab.size.rest())
-	idle, err := status(b.BrokerPID(), "VmRSS")
+	idle, err := memoryOf(b.BrokerPID(), "VmRSS")
 	if err != nil {
 		return nil, err
 	}
@@ -139,6 +139,8 @@ func (f *fleet) contain(ctx context.Context) (sample, error) {
 	if err != nil {
 		return sample{}, err
 	}
+	ctx, cancel := context.WithTimeout(ctx, patience) // ends the watches, for another reason
+	defer cancel()
 	var left sync.WaitGroup
 	var wrong atomic.Int64
 	watched := &verify.Verified{Claims: claims.Claims}
@@ -161,7 +163,7 @@ func (f *fleet) contain(ctx context.Context) (sample, error) {
 	left.Wait()
 	s := stopwatch(at)
 	if n := wrong.Load(); n > 0 {
-		return sample{}, fmt.Errorf("%d verifiers refuse for another reason than the revocation", n)
+		return sample{}, fmt.Errorf("%d verifiers refuse for another reason than the revocation, or don't", n)
 	}
 	return s, nil
 }
@@ -175,6 +177,8 @@ func (f *fleet) restart(ctx context.Context) (sample, error) {
 		return sample{}, err
 	}
 	dead := time.Now() // the old one can't have answered after this
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
 	for i, v := range f.all {
 		for s := v.Status(); !s.Fresh || s.Err != nil || s.Age >= time.Since(dead); s = v.Status() {
 			settle(ctx, 2*time.Millisecond)
@@ -185,7 +189,7 @@ func (f *fleet) restart(ctx context.Context) (sample, error) {
 	}
 	s := stopwatch(at)
 	settle(ctx, f.lab.size.rest())
-	rss, err := status(f.BrokerPID(), "VmRSS")
+	rss, err := memoryOf(f.BrokerPID(), "VmRSS")
 	f.rss = append(f.rss, (rss-f.idle)/float64(len(f.all)))
 	return s, err
 }
@@ -242,7 +246,7 @@ func newBareFleet(ctx context.Context, b *box, n int) (*bareFleet, error) {
 		return nil, err
 	}
 	settle(ctx, b.lab.size.rest())
-	idle, err := status(s.p.pid(), "VmRSS")
+	idle, err := memoryOf(s.p.pid(), "VmRSS")
 	if err != nil {
 		return nil, err
 	}
@@ -323,12 +327,17 @@ func (f *bareFleet) zero(what *int) <-chan struct{} {
 	return f.changed
 }
 
-func wait(ctx context.Context, done <-chan struct{}) error {
+// wait waits for a count to be complete.
+func (f *bareFleet) wait(ctx context.Context, done <-chan struct{}, what *int) error {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
 	select {
 	case <-done:
 		return nil
 	case <-ctx.Done():
-		return ctx.Err()
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		return fmt.Errorf("waiting for %d streams, of which %d answered: %w", f.n, *what, ctx.Err())
 	}
 }
 
@@ -344,7 +353,7 @@ func (f *bareFleet) fanOut(ctx context.Context) (sample, error) {
 	if err := f.control.Invoke(ctx, fanOutMethod, m, &emptypb.Empty{}); err != nil {
 		return sample{}, err
 	}
-	err := wait(ctx, all)
+	err := f.wait(ctx, all, &f.got)
 	return stopwatch(at), err
 }
 
@@ -356,10 +365,10 @@ func (f *bareFleet) restart(ctx context.Context) (sample, error) {
 	if err := f.start(ctx); err != nil {
 		return sample{}, err
 	}
-	err := wait(ctx, all)
+	err := f.wait(ctx, all, &f.opened)
 	s := stopwatch(at)
 	settle(ctx, f.lab.size.rest())
-	rss, rssErr := status(f.p.pid(), "VmRSS")
+	rss, rssErr := memoryOf(f.p.pid(), "VmRSS")
 	f.rss = append(f.rss, (rss-f.idle)/float64(f.n))
 	return s, errors.Join(err, rssErr)
 }

@@ -270,7 +270,7 @@ func (b *box) peak(ctx context.Context) (sample, error) {
 	if _, err := calls(byRate, 16, b.lab.size.window, 0, issue(conns))(ctx); err != nil {
 		return sample{}, err
 	}
-	bytes, err := status(b.BrokerPID(), "VmHWM")
+	bytes, err := memoryOf(b.BrokerPID(), "VmHWM")
 	return sample{value: bytes}, err
 }
 

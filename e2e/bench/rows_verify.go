@@ -242,9 +242,12 @@ func (b *box) revokeOthers(ctx context.Context, n int) error {
 
 // revoke is of an identity, without a lock.
 func revoke(ctx context.Context, client dayflyv1.RevocationServiceClient, identity string) error {
-	_, err := client.Revoke(ctx, &dayflyv1.RevokeRequest{
-		Selectors: []*dayflyv1.Selector{{Selector: &dayflyv1.Selector_Identity{Identity: identity}}},
-		LockMode:  dayflyv1.LockMode_LOCK_MODE_NONE, Reason: "bench",
+	_, err := insist(ctx, func() error {
+		_, err := client.Revoke(ctx, &dayflyv1.RevokeRequest{
+			Selectors: []*dayflyv1.Selector{{Selector: &dayflyv1.Selector_Identity{Identity: identity}}},
+			LockMode:  dayflyv1.LockMode_LOCK_MODE_NONE, Reason: "bench",
+		})
+		return err
 	})
 	return err
 }
