@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	mathrand "math/rand/v2"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -13,6 +14,7 @@ import (
 	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
 	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/dayflyhq/dayfly/sdk"
+	"github.com/dayflyhq/dayfly/sdk/spiffetest"
 	"github.com/dayflyhq/dayfly/sdk/verify"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 	"golang.org/x/sync/errgroup"
@@ -33,100 +35,233 @@ const (
 func feedRows(s size) []row {
 	var rows []row
 	for _, n := range s.verifiers {
-		fixture := fmt.Sprintf("feed %d", n)
-		add := func(r row, setup func(f *fleet, b *bareFleet) pair) {
-			r.row, r.fixture = "feed", fixture
+		many := n >= 1000
+		add := func(what part, r row) {
+			r.row, r.fixture, r.rounds = "feed", fmt.Sprintf("feed %d", n), feedBlocks
 			r.setup = func(ctx context.Context, l *lab) (pair, error) {
-				f, b, err := l.fleets(ctx, n)
+				ours, floor, err := l.fleets(ctx, n)
 				if err != nil {
 					return pair{}, err
 				}
-				return setup(f, b), nil
+				p := pair{ours: ours.take(what)}
+				if what != pinged {
+					p.floor = floor.take(what)
+				}
+				return p, nil
 			}
 			rows = append(rows, r)
 		}
 		contained := row{name: groups(n) + " verifiers, contained", unit: inSeconds, series: "contained", x: float64(n)}
-		if n >= 1000 {
+		if many {
 			contained.target = atMost(1.3)
 		}
-		add(contained,
-			func(f *fleet, b *bareFleet) pair { return pair{f.contain, b.fanOut} })
-		if n < 1000 && s.name != "tiny" {
+		add(reached, contained)
+		if !many && s.name != "tiny" {
 			continue
 		}
-		add(row{name: groups(n) + " verifiers, fresh after a restart", unit: inSeconds, target: atMost(1.5), rounds: 3},
-			func(f *fleet, b *bareFleet) pair { return pair{f.restart, b.restart} })
-		add(row{name: "memory for each of " + groups(n) + " verifiers", unit: inBytes, target: atMost(1.2), rounds: 3},
-			func(f *fleet, b *bareFleet) pair { return pair{f.memory, b.memory} })
-		add(row{name: "pings of " + groups(n) + " verifiers", unit: inCores, rounds: 1},
-			func(f *fleet, _ *bareFleet) pair { return pair{ours: f.pings} })
+		add(restarted, row{name: groups(n) + " verifiers, fresh after a restart", unit: inSeconds, target: atMost(1.5)})
+		add(held, row{name: "memory for each of " + groups(n) + " verifiers", unit: inBytes, target: atMost(1.2)})
+		add(pinged, row{name: "pings of " + groups(n) + " verifiers", unit: inCores})
 	}
 	return rows
 }
 
+// A part is one of the figures that a block yields.
+type part int
+
+const (
+	reached   part = iota // the last verifier, or stream
+	restarted             // the last is fresh, or open, again
+	held                  // memory
+	pinged                // CPU
+)
+
+// feedBlocks are the rounds. In one of them a side's connections are opened, everything is
+// measured, and they are closed: open beside the other side's, they would take its time and
+// this process's descriptors.
+const feedBlocks = 3
+
+// A crowd is the connections of one side.
+type crowd interface {
+	open(context.Context) error
+	reach(context.Context) (sample, error)
+	restart(context.Context) (sample, error)
+	pid() int
+	close()
+}
+
+// blocks measures one side, a block at a time, whenever a figure is asked for that the
+// blocks so far don't have.
+type blocks struct {
+	crowd
+	size    size
+	n       int
+	idle    float64 // memory of the server without connections
+	samples [4][]sample
+}
+
+func (b *blocks) take(what part) side {
+	return func(ctx context.Context) (sample, error) {
+		if len(b.samples[what]) == 0 {
+			if err := b.block(ctx); err != nil {
+				return sample{}, err
+			}
+		}
+		s := b.samples[what][0]
+		b.samples[what] = b.samples[what][1:]
+		return s, nil
+	}
+}
+
+func (b *blocks) keep(what part, s sample) { b.samples[what] = append(b.samples[what], s) }
+
+func (b *blocks) block(ctx context.Context) error {
+	runtime.GC() // what the last crowd has left
+	defer b.close()
+	if err := b.open(ctx); err != nil {
+		return fmt.Errorf("opening: %w", err)
+	}
+	times := 5
+	if b.n < 1000 {
+		times = 20
+	}
+	var took []time.Duration
+	for range times {
+		s, err := b.reach(ctx)
+		if err != nil {
+			return err
+		}
+		took = append(took, s.p50)
+	}
+	s := summarise(took)
+	s.value = s.p50.Seconds()
+	b.keep(reached, s)
+	if b.n < 1000 && b.size.name != "tiny" {
+		return nil
+	}
+	s, err := b.restart(ctx)
+	if err != nil {
+		return fmt.Errorf("restarting: %w", err)
+	}
+	b.keep(restarted, s)
+	settle(ctx, b.size.rest())
+	rss, err := memoryOf(b.pid(), "VmRSS")
+	if err != nil {
+		return err
+	}
+	b.keep(held, sample{value: (rss - b.idle) / float64(b.n)})
+	return b.watchCPU(ctx)
+}
+
+// watchCPU is while nothing happens but pings.
+func (b *blocks) watchCPU(ctx context.Context) error {
+	before, err := cpu(b.pid())
+	if err != nil {
+		return err
+	}
+	at := time.Now()
+	settle(ctx, b.size.pings)
+	after, err := cpu(b.pid())
+	b.keep(pinged, sample{value: (after - before).Seconds() / time.Since(at).Seconds()})
+	return err
+}
+
 // fleets are so many verifiers of a broker, and as many bare streams of a floor.
-func (l *lab) fleets(ctx context.Context, n int) (*fleet, *bareFleet, error) {
-	box, err := l.started(ctx, "feed")
-	if err != nil {
-		return nil, nil, err
+func (l *lab) fleets(ctx context.Context, n int) (ours, floor *blocks, err error) {
+	both, err := shared(l, "fleets", func() (both [2]*blocks, err error) {
+		b, err := l.started(ctx, "feed")
+		if err != nil {
+			return both, err
+		}
+		s, err := b.floor(ctx, 0)
+		if err != nil {
+			return both, err
+		}
+		control, err := b.conns(1, gateway, s.GRPC, floorID)
+		if err != nil {
+			return both, err
+		}
+		both[0] = &blocks{crowd: &fleet{box: b, n: n}, size: l.size, n: n}
+		both[1] = &blocks{crowd: &bareFleet{server: s, td: b.TD, control: control[0], n: n, changed: make(chan struct{})}, size: l.size, n: n}
+		settle(ctx, l.size.rest())
+		for _, side := range both {
+			if side.idle, err = memoryOf(side.pid(), "VmRSS"); err != nil {
+				return both, err
+			}
+		}
+		return both, nil
+	})
+	return both[0], both[1], err
+}
+
+// opened is connections that end together.
+type opened struct {
+	mu      sync.Mutex
+	closers []func() error
+	running sync.WaitGroup
+	cancel  context.CancelFunc
+}
+
+func (o *opened) begin(ctx context.Context) context.Context {
+	ctx, o.cancel = context.WithCancel(context.WithoutCancel(ctx))
+	return ctx
+}
+
+func (o *opened) onClose(f func() error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.closers = append(o.closers, f)
+}
+
+func (o *opened) close() {
+	o.cancel()
+	o.running.Wait()
+	for _, f := range o.closers {
+		f()
 	}
-	f, err := shared(l, "fleet", func() (*fleet, error) { return newFleet(ctx, box, n) })
-	if err != nil {
-		return nil, nil, fmt.Errorf("starting verifiers: %w", err)
-	}
-	b, err := shared(l, "bare fleet", func() (*bareFleet, error) { return newBareFleet(ctx, box, n) })
-	if err != nil {
-		return nil, nil, fmt.Errorf("opening bare streams: %w", err)
-	}
-	return f, b, nil
+	o.closers = nil
 }
 
 // A fleet is verifiers of the SDK.
 type fleet struct {
 	*box
-	all  []*verify.Verifier
-	idle float64 // the broker's memory without them
-	rss  []float64
+	opened
+	n   int
+	all []*verify.Verifier
 }
 
-func newFleet(ctx context.Context, b *box, n int) (*fleet, error) {
-	settle(ctx, b.lab.size.rest())
-	idle, err := memoryOf(b.BrokerPID(), "VmRSS")
-	if err != nil {
-		return nil, err
-	}
-	f := &fleet{box: b, all: make([]*verify.Verifier, n), idle: idle}
-	var running sync.WaitGroup
-	run, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	b.lab.onEnd(func() { cancel(); running.Wait() })
+func (f *fleet) pid() int { return f.BrokerPID() }
+
+func (f *fleet) close() { f.opened.close(); f.all = nil }
+
+func (f *fleet) open(ctx context.Context) error {
+	f.all = make([]*verify.Verifier, f.n)
+	run := f.begin(ctx)
 	group, ctx := errgroup.WithContext(ctx)
 	group.SetLimit(joining)
-	var mu sync.Mutex // of the lab
 	for i := range f.all {
 		group.Go(func() error {
-			src := b.TD.Source(benchID(fmt.Sprintf("v/%d", i/perIdentity)))
-			c, err := sdk.New(sdk.Config{Address: b.Info.GRPC, Source: src, BrokerID: sandbox.Broker})
+			src := f.TD.Source(benchID(fmt.Sprintf("v/%d", i/perIdentity)))
+			c, err := sdk.New(sdk.Config{Address: f.Info.GRPC, Source: src, BrokerID: sandbox.Broker})
 			if err != nil {
 				return err
 			}
-			mu.Lock()
-			b.lab.onEnd(func() { c.Close() })
-			mu.Unlock()
-			v, err := verify.New(verify.Config{Conn: c.Conn(), Audiences: []string{audience(1)}, Bundles: src, MaxStaleness: b.lab.size.bound})
+			f.onClose(c.Close)
+			v, err := verify.New(verify.Config{Conn: c.Conn(), Audiences: []string{audience(1)}, Bundles: src, MaxStaleness: f.lab.size.bound})
 			if err != nil {
 				return err
 			}
 			f.all[i] = v
-			running.Go(func() { v.Run(run) })
+			f.running.Go(func() { v.Run(run) })
 			return v.WaitReady(ctx)
 		})
 	}
-	return f, group.Wait()
+	return group.Wait()
 }
 
-// contain revokes an identity, and takes the time until the last verifier's set refuses a
+// reach revokes an identity, and takes the time until the last verifier's set refuses a
 // token of it.
-func (f *fleet) contain(ctx context.Context) (sample, error) {
+func (f *fleet) reach(ctx context.Context) (sample, error) {
 	raw, err := f.issued(ctx)
 	if err != nil {
 		return sample{}, err
@@ -173,10 +308,10 @@ func (f *fleet) contain(ctx context.Context) (sample, error) {
 func (f *fleet) restart(ctx context.Context) (sample, error) {
 	at := time.Now()
 	f.KillBroker()
+	dead := time.Now() // what was asked since, a new process has answered
 	if err := f.StartBroker(ctx); err != nil {
 		return sample{}, err
 	}
-	dead := time.Now() // the old one can't have answered after this
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	for i, v := range f.all {
@@ -187,35 +322,7 @@ func (f *fleet) restart(ctx context.Context) (sample, error) {
 			}
 		}
 	}
-	s := stopwatch(at)
-	settle(ctx, f.lab.size.rest())
-	rss, err := memoryOf(f.BrokerPID(), "VmRSS")
-	f.rss = append(f.rss, (rss-f.idle)/float64(len(f.all)))
-	return s, err
-}
-
-// memory is what a restart found, or the next one finds.
-func (f *fleet) memory(ctx context.Context) (sample, error) {
-	if len(f.rss) == 0 {
-		if _, err := f.restart(ctx); err != nil {
-			return sample{}, err
-		}
-	}
-	s := sample{value: f.rss[0]}
-	f.rss = f.rss[1:]
-	return s, nil
-}
-
-// pings is the broker's CPU while nothing happens but pings.
-func (f *fleet) pings(ctx context.Context) (sample, error) {
-	before, err := cpu(f.BrokerPID())
-	if err != nil {
-		return sample{}, err
-	}
-	at := time.Now()
-	settle(ctx, f.lab.size.pings)
-	after, err := cpu(f.BrokerPID())
-	return sample{value: (after - before).Seconds() / time.Since(at).Seconds()}, err
+	return stopwatch(at), nil
 }
 
 // rest is how long a process is left alone before its memory is read.
@@ -229,52 +336,35 @@ func (s *size) rest() time.Duration {
 // A bareFleet is streams without a verifier, which reconnect as verifiers do.
 type bareFleet struct {
 	*server
+	opened
+	td      *spiffetest.TrustDomain
 	control *grpc.ClientConn
 	n       int
-	idle    float64
-	rss     []float64
 
 	mu      sync.Mutex
-	opened  int           // since the restart
-	got     int           // messages, since they were last counted
+	streams int           // opened since the count began
+	got     int           // messages, since the count began
 	changed chan struct{} // closed when one of the two is n
 }
 
-func newBareFleet(ctx context.Context, b *box, n int) (*bareFleet, error) {
-	s, err := b.floor(ctx, 0)
-	if err != nil {
-		return nil, err
-	}
-	settle(ctx, b.lab.size.rest())
-	idle, err := memoryOf(s.p.pid(), "VmRSS")
-	if err != nil {
-		return nil, err
-	}
-	control, err := b.conns(1, gateway, s.GRPC, floorID)
-	if err != nil {
-		return nil, err
-	}
-	f := &bareFleet{server: s, control: control[0], n: n, idle: idle, changed: make(chan struct{})}
-	var running sync.WaitGroup
-	run, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	b.lab.onEnd(func() { cancel(); running.Wait() })
+func (f *bareFleet) pid() int { return f.p.pid() }
+
+func (f *bareFleet) open(ctx context.Context) error {
+	run := f.begin(ctx)
 	group, ctx := errgroup.WithContext(ctx)
 	group.SetLimit(joining)
-	var mu sync.Mutex
-	for i := range n {
+	for i := range f.n {
 		group.Go(func() error {
-			src := b.TD.Source(benchID(fmt.Sprintf("v/%d", i/perIdentity)))
-			cc, err := grpc.NewClient(s.GRPC,
+			src := f.td.Source(benchID(fmt.Sprintf("v/%d", i/perIdentity)))
+			cc, err := grpc.NewClient(f.GRPC,
 				grpc.WithTransportCredentials(credentials.NewTLS(tlsconfig.MTLSClientConfig(src, src, tlsconfig.AuthorizeID(floorID)))),
 				grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.3, MaxDelay: 2 * time.Second}, MinConnectTimeout: 5 * time.Second}))
 			if err != nil {
 				return err
 			}
-			mu.Lock()
-			b.lab.onEnd(func() { cc.Close() })
-			mu.Unlock()
+			f.onClose(cc.Close)
 			open := make(chan struct{})
-			running.Go(func() { f.follow(run, cc, sync.OnceFunc(func() { close(open) })) })
+			f.running.Go(func() { f.follow(run, cc, sync.OnceFunc(func() { close(open) })) })
 			select {
 			case <-open:
 				return nil
@@ -283,11 +373,11 @@ func newBareFleet(ctx context.Context, b *box, n int) (*bareFleet, error) {
 			}
 		})
 	}
-	return f, group.Wait()
+	return group.Wait()
 }
 
 // follow keeps a stream open until ctx ends.
-func (f *bareFleet) follow(ctx context.Context, cc *grpc.ClientConn, opened func()) {
+func (f *bareFleet) follow(ctx context.Context, cc *grpc.ClientConn, first func()) {
 	third := int64(f.lab.size.bound / 3)
 	for ctx.Err() == nil {
 		stream, err := dayflyv1.NewFeedServiceClient(cc).Follow(ctx, grpc.WaitForReady(true))
@@ -298,8 +388,8 @@ func (f *bareFleet) follow(ctx context.Context, cc *grpc.ClientConn, opened func
 			_, err = stream.Recv()
 		}
 		if err == nil {
-			f.count(&f.opened)
-			opened()
+			f.count(&f.streams)
+			first()
 			for err == nil {
 				if _, err = stream.Recv(); err == nil {
 					f.count(&f.got)
@@ -341,8 +431,8 @@ func (f *bareFleet) wait(ctx context.Context, done <-chan struct{}, what *int) e
 	}
 }
 
-// fanOut sends every stream what a revocation is on the wire.
-func (f *bareFleet) fanOut(ctx context.Context) (sample, error) {
+// reach sends every stream what a revocation is on the wire.
+func (f *bareFleet) reach(ctx context.Context) (sample, error) {
 	m := &dayflyv1.FollowResponse{Message: &dayflyv1.FollowResponse_Events{Events: &dayflyv1.Events{Events: []*dayflyv1.Event{{
 		Sequence: 1000, PrivateDigest: zeros[:32], Sum: zeros[:32], Body: &dayflyv1.Event_Revocation{Revocation: &dayflyv1.RevocationEvent{
 			Selectors: []*dayflyv1.Selector{{Selector: &dayflyv1.Selector_Identity{Identity: hop(0).String()}}},
@@ -361,25 +451,10 @@ func (f *bareFleet) fanOut(ctx context.Context) (sample, error) {
 func (f *bareFleet) restart(ctx context.Context) (sample, error) {
 	at := time.Now()
 	f.p.kill()
-	all := f.zero(&f.opened)
+	all := f.zero(&f.streams)
 	if err := f.start(ctx); err != nil {
 		return sample{}, err
 	}
-	err := f.wait(ctx, all, &f.opened)
-	s := stopwatch(at)
-	settle(ctx, f.lab.size.rest())
-	rss, rssErr := memoryOf(f.p.pid(), "VmRSS")
-	f.rss = append(f.rss, (rss-f.idle)/float64(f.n))
-	return s, errors.Join(err, rssErr)
-}
-
-func (f *bareFleet) memory(ctx context.Context) (sample, error) {
-	if len(f.rss) == 0 {
-		if _, err := f.restart(ctx); err != nil {
-			return sample{}, err
-		}
-	}
-	s := sample{value: f.rss[0]}
-	f.rss = f.rss[1:]
-	return s, nil
+	err := f.wait(ctx, all, &f.streams)
+	return stopwatch(at), err
 }
