@@ -4,7 +4,10 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"encoding/xml"
+	"errors"
 	"fmt"
+	"io"
 	"math"
 	"os"
 	"os/exec"
@@ -191,6 +194,45 @@ func TestSave(t *testing.T) {
 	for _, gone := range []string{"old", "0.50"} {
 		if strings.Contains(text, gone) {
 			t.Errorf("the page still says %q:\n%s", gone, text)
+		}
+	}
+}
+
+// TestPlots: each plot has rows enough for a line, and is XML.
+func TestPlots(t *testing.T) {
+	r := &Report{}
+	for _, name := range []string{"normal", "large"} {
+		for _, row := range rowsOf(sizes[name]) {
+			r.merge(&Report{Figures: []*Figure{{
+				Row: row.row, Case: row.name, Unit: row.unit, Series: row.series, X: row.x,
+				Ours: &Reading{Spread: Spread{Median: 2e-4 + row.x*1e-9}}, Floor: &Reading{Spread: Spread{Median: 1e-4}},
+			}}})
+		}
+	}
+	dir := t.TempDir()
+	if err := r.writePlots(dir); err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range plots {
+		raw, err := os.ReadFile(filepath.Join(dir, p.file))
+		if err != nil {
+			t.Error(err)
+			continue
+		}
+		dec := xml.NewDecoder(bytes.NewReader(raw))
+		for err == nil {
+			_, err = dec.Token()
+		}
+		if !errors.Is(err, io.EOF) {
+			t.Errorf("%s: %v", p.file, err)
+		}
+		for _, bad := range []string{"NaN", "Inf"} {
+			if bytes.Contains(raw, []byte(bad)) {
+				t.Errorf("%s has a %s", p.file, bad)
+			}
+		}
+		if n := bytes.Count(raw, []byte("<polyline")); n != len(p.series)+1 {
+			t.Errorf("%s has %d lines, want %d", p.file, n, len(p.series)+1)
 		}
 	}
 }
