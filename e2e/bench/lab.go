@@ -29,6 +29,8 @@ type lab struct {
 	dir  string // of everything that is made, on the disk that is measured
 	bin  string // of the commands
 	exe  string // this binary, for floors
+	// profiling: only our side runs, and its processes must live on.
+	profiling bool
 
 	fixture string
 	made    map[string]any

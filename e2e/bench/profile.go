@@ -52,6 +52,7 @@ func profileCommand() *cobra.Command {
 				return err
 			}
 			defer clean()
+			l.profiling = true
 			p := &profiler{lab: l, sockets: filepath.Join(l.dir, "profile"), out: out, length: length, stdout: cmd.OutOrStdout()}
 			if err := os.MkdirAll(p.sockets, 0o700); err != nil {
 				return err

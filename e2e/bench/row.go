@@ -109,7 +109,7 @@ var sizes = map[string]size{
 	"large": {
 		rounds: 5, window: 700 * time.Millisecond,
 		live: []int{1_000, 1_000_000}, verifiers: []int{10_000}, bound: 30 * time.Second,
-		stored: []int{1_000_000}, pruned: 1_000_000, prunes: 2, pings: 30 * time.Second,
+		stored: []int{1_000_000}, pruned: 1_000_000, prunes: 1, pings: 30 * time.Second,
 	},
 }
 

@@ -43,6 +43,10 @@ func feedRows(s size) []row {
 				if err != nil {
 					return pair{}, err
 				}
+				if l.profiling { // one process from first to last, with all connected
+					l.onEnd(ours.close)
+					return pair{ours: ours.reach}, ours.open(ctx)
+				}
 				p := pair{ours: ours.take(what)}
 				if what != pinged {
 					p.floor = floor.take(what)
