@@ -20,7 +20,6 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
-	"google.golang.org/protobuf/types/known/emptypb"
 )
 
 // A lab holds what rows share.
@@ -279,5 +278,3 @@ func stopwatch(at time.Time) sample {
 	d := time.Since(at)
 	return sample{value: d.Seconds(), p50: d, p99: d}
 }
-
-var nothing = &emptypb.Empty{}
