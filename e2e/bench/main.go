@@ -24,6 +24,9 @@ const (
 )
 
 func main() {
+	// A reader that has gone ("bench run | head") is an error of writing, after which the
+	// processes that were started are ended as ever.
+	signal.Ignore(syscall.SIGPIPE)
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	code := run(ctx, os.Args[1:], os.Stdin, os.Stdout, os.Stderr)
 	stop()
@@ -147,18 +150,20 @@ func runCommand() *cobra.Command {
 			}
 			defer clean()
 			r := &Report{Machine: machine(dirOf(o.dir)), Command: "bench run --size " + s.name}
-			if err := l.all(ctx, rows, r, progressTo(cmd.ErrOrStderr())); err != nil {
+			// What was measured before a failure is shown and kept all the same.
+			err = l.all(ctx, rows, r, progressTo(cmd.ErrOrStderr()))
+			if err != nil && len(r.Figures) == 0 {
 				return err
 			}
 			if output == "json" {
 				enc := json.NewEncoder(out)
 				enc.SetIndent("", "  ")
-				err = enc.Encode(r)
+				err = errors.Join(err, enc.Encode(r))
 			} else {
-				err = r.table(out)
+				err = errors.Join(err, r.table(out))
 			}
-			if err == nil && save != "" {
-				err = r.save(save)
+			if save != "" {
+				err = errors.Join(err, r.save(save))
 			}
 			if err == nil && judge && r.missed() > 0 {
 				err = fmt.Errorf("%w: %d of %d", errMissed, r.missed(), r.judged())
