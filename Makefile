@@ -13,6 +13,8 @@ SIMULATION ?= 10m
 POWERLOSS ?= 10m
 FAULTS ?= 10m
 SOAK ?= 1h
+ROW ?=
+FLAGS ?=
 BASELINE := proto/testdata/baseline.binpb
 
 .PHONY: help
@@ -53,8 +55,22 @@ test: need ## go vet and every test under the race detector, e2e on built binari
 .PHONY: race
 race: test ## the same as test, which always runs the race detector
 
+# Figures are judged as ratios to a floor of the same run, but a quiet machine is still
+# the better one. ROW picks rows by a regular expression, FLAGS are more of bench's.
 .PHONY: bench
-bench: need-go ## every benchmark
+bench: need-go ## every figure beside its floor (ROW=regexp, FLAGS="--output json"): ten minutes at most
+	$(GO) run ./e2e/bench run --size normal --row '$(ROW)' $(FLAGS)
+
+.PHONY: bench-large
+bench-large: need-go ## the rows of 1 million grants and 10 thousand verifiers
+	$(GO) run ./e2e/bench run --size large --row '$(ROW)' $(FLAGS)
+
+.PHONY: profile
+profile: need-go ## CPU, allocation, block and mutex profiles of each row (ROW=regexp), into profiles/
+	$(GO) run ./e2e/bench profile --size normal --row '$(ROW)' $(FLAGS)
+
+.PHONY: bench-go
+bench-go: need-go ## every benchmark of single packages
 	$(GO) test -run '^$$' -bench . -benchmem -timeout 30m ./...
 
 .PHONY: simulation

@@ -45,6 +45,7 @@ const (
 	apart        = "keys and policy are one idea each"
 	usersCompile = "users of the SDK compile none of it"
 	small        = "a sidecar is small"
+	unreachable  = "what isn't in the binary can't be reached: make profile builds binaries of its own"
 	noWayUp      = "arrows go one way: commands and scenarios are on top"
 )
 
@@ -57,12 +58,13 @@ var (
 		{module + "/agent", bothEnds}, {module + "/policy", bothEnds}, {bbolt, bothEnds}, {"go.etcd.io/etcd", bothEnds},
 		{opa, bothEnds}, {goSPIFFE, bothEnds},
 	}
-	noIO     = []ban{{"os", pure}, {"net", pure}, {"database/sql", pure}, {"log", pure}}
-	spiffeID = []string{goSPIFFE + "/spiffeid", goSPIFFE + "/internal", "net/url", "net/netip", "log/slog"} // slog: a token redacts itself
-	core     = []ban{{grpc, outlive}, {bbolt, outlive}, {opa, outlive}, {generated, outlive}, {brokerChildren, outlive}, {module + "/policy", outlive}}
-	light    = []ban{{module + "/broker", usersCompile}, {module + "/policy", usersCompile}, {module + "/agent", usersCompile}, {bbolt, usersCompile}, {opa, usersCompile}}
-	sidecar  = []ban{{module + "/broker", small}, {module + "/policy", small}, {bbolt, small}, {opa, small}}
-	adapters = []ban{{bbolt, adapter}, {opa, adapter}, {module + "/broker/boltstore", adapter}}
+	noIO       = []ban{{"os", pure}, {"net", pure}, {"database/sql", pure}, {"log", pure}}
+	spiffeID   = []string{goSPIFFE + "/spiffeid", goSPIFFE + "/internal", "net/url", "net/netip", "log/slog"} // slog: a token redacts itself
+	core       = []ban{{grpc, outlive}, {bbolt, outlive}, {opa, outlive}, {generated, outlive}, {brokerChildren, outlive}, {module + "/policy", outlive}}
+	light      = []ban{{module + "/broker", usersCompile}, {module + "/policy", usersCompile}, {module + "/agent", usersCompile}, {bbolt, usersCompile}, {opa, usersCompile}}
+	sidecar    = []ban{{module + "/broker", small}, {module + "/policy", small}, {bbolt, small}, {opa, small}}
+	unprofiled = []ban{{"net/http/pprof", unreachable}, {module + "/cmd/internal/profile", unreachable}}
+	adapters   = []ban{{bbolt, adapter}, {opa, adapter}, {module + "/broker/boltstore", adapter}}
 )
 
 // house is the whole table. A package in no room fails the test: a new one needs
@@ -93,13 +95,14 @@ var house = []room{
 	{path: "sdk", closure: light},
 	{path: "sdk/verify", closure: light},
 	{path: "sdk/spiffetest", closure: append(slices.Clip(light), ban{"testing", "dev mode links it too"})},
-	{path: "cmd/dayfly"},
-	{path: "cmd/dayfly-broker"},
-	{path: "cmd/dayfly-agent"},
+	{path: "cmd/dayfly", closure: unprofiled},
+	{path: "cmd/dayfly-broker", closure: unprofiled},
+	{path: "cmd/dayfly-agent", closure: unprofiled},
 	{path: "cmd/internal/brokerd"},
 	{path: "cmd/internal/agentd"},
 	{path: "cmd/internal/config"},
 	{path: "cmd/internal/supervise", closure: sidecar}, // a program beside its credentials
+	{path: "cmd/internal/profile", direct: []ban{{module, "it shows profiles of whatever process it is in"}}}, // linked only with a build tag
 	{path: "tools/mutants", direct: []ban{{module, "it plants mistakes in the code, and must build whatever the code is"}}}, // mistakes, and who finds them
 }
 
@@ -223,6 +226,7 @@ func TestTableBites(t *testing.T) {
 		{"sdk", "google.golang.org/grpcfake", false},
 		{"agent", module + "/sdk", false},
 		{"agent", opa, true},
+		{"cmd/dayfly-broker", "net/http/pprof", true},
 	} {
 		r, ok := roomOf(module + "/" + c.room)
 		if !ok || r.path != c.room {

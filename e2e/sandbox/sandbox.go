@@ -64,12 +64,15 @@ type Config struct {
 	// BrokerConfig is more of the broker's configuration file: whole lines of YAML. Without
 	// jwks_max_age it is 1s, so that external audiences soon get tokens.
 	BrokerConfig string
+	// Listen is more of its section "listen": whole lines, indented by two spaces.
+	Listen string
 }
 
 // An Announcement is what a broker prints once it serves.
 type Announcement struct {
 	ID         string `json:"id"`
 	GRPC       string `json:"grpc"`
+	GRPCJWT    string `json:"grpc_jwt"`
 	Public     string `json:"public"`
 	HTTPSSVID  string `json:"https_svid"`
 	HTTPS      string `json:"https"`
@@ -139,8 +142,9 @@ func New(cfg Config) (_ *Sandbox, err error) {
 	})
 }
 
-// PolicyDir is the folder that the broker's policy is read from.
-func (s *Sandbox) PolicyDir() string { return filepath.Join(s.Dir, "policy") }
+// PolicyDir is the folder that the broker's policy is read from. As on a real host, the
+// folder it is in has no store and no audit: the broker is told of every write there.
+func (s *Sandbox) PolicyDir() string { return filepath.Join(s.Dir, "config", "policy") }
 
 // StorePath is the broker's store.
 func (s *Sandbox) StorePath() string { return cmp.Or(s.cfg.Store, filepath.Join(s.Dir, "dayfly.db")) }
@@ -174,8 +178,8 @@ listen:
   https_key: %q
   admin: %s
   break_glass: %q
-shutdown_grace: 5s
-%s`, s.Issuer, s.StorePath(), s.PolicyDir(), s.AuditPath(), socket, at.GRPC, at.Public, at.HTTPSSVID, at.HTTPS, cert, key, at.Admin, filepath.Join(s.Dir, "break-glass.sock"), more)
+%sshutdown_grace: 5s
+%s`, s.Issuer, s.StorePath(), s.PolicyDir(), s.AuditPath(), socket, at.GRPC, at.Public, at.HTTPSSVID, at.HTTPS, cert, key, at.Admin, filepath.Join(s.Dir, "break-glass.sock"), s.cfg.Listen, more)
 	return os.WriteFile(s.brokerConfig(), []byte(yaml), 0o600)
 }
 
