@@ -101,7 +101,7 @@ var house = []room{
 	{path: "cmd/internal/brokerd"},
 	{path: "cmd/internal/agentd"},
 	{path: "cmd/internal/config"},
-	{path: "cmd/internal/supervise", closure: sidecar}, // a program beside its credentials
+	{path: "cmd/internal/supervise", closure: sidecar},                                                        // a program beside its credentials
 	{path: "cmd/internal/profile", direct: []ban{{module, "it shows profiles of whatever process it is in"}}}, // linked only with a build tag
 	{path: "tools/mutants", direct: []ban{{module, "it plants mistakes in the code, and must build whatever the code is"}}}, // mistakes, and who finds them
 }
