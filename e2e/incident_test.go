@@ -102,7 +102,7 @@ func TestIncidentPage(t *testing.T) {
 	dev, printed, env := startDev(ctx, t, tmp)
 	defer dev.Wait()
 	defer stop()
-	url := regexp.MustCompile(`" (http://127\.0\.0\.1:\d+/)`).FindStringSubmatch(printed)
+	url := regexp.MustCompile(`WEB=(http://127\.0\.0\.1:\d+)`).FindStringSubmatch(printed)
 	if url == nil {
 		t.Fatalf("dev doesn't say where web is:\n%s", printed)
 	}
