@@ -93,7 +93,7 @@ type Config struct {
 	// given out until it expires, to be refused by every verifier.
 	NoFeed bool
 	// MaxStaleness is the bound that the agent states as a subscriber, and the age
-	// beyond which it says that its knowledge is old. Zero means wire.DefaultBound.
+	// beyond which its state isn't Ready. Zero means wire.DefaultBound.
 	MaxStaleness time.Duration
 	// Audiences are what the agent follows for where policy doesn't let it relay. A
 	// relay needs none.

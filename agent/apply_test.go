@@ -22,7 +22,7 @@ func TestApply(t *testing.T) {
 	b := newBroker(t, td)
 	var a *agent.Agent
 	uid := uint32(os.Getuid())
-	f := startAgent(t, td, b, func(c *agent.Config) { c.Prefetch = []agent.Request{{Audience: "orders"}, {Audience: "ledger"}} }, &a)
+	f := start(t, td, b, func(c *agent.Config) { c.Prefetch = []agent.Request{{Audience: "orders"}, {Audience: "ledger"}} }, func(made *agent.Agent) { a = made })
 	f.ready()
 	client := f.client()
 	first := f.issue(client, sdk.Request{Audience: "orders"})
@@ -110,7 +110,7 @@ func TestRunFailsEarly(t *testing.T) {
 	aws := func(c *agent.Config) {
 		l, err := net.Listen("tcp", "127.0.0.1:0")
 		must(t, err)
-		c.AWS = &agent.AWSContainer{Listener: l, Request: agent.Request{Audience: "a"}, Role: sts.Role{Endpoint: "http://127.0.0.1:1"}, TokenFile: filepath.Join(dir, "none", "token")}
+		c.AWS = &agent.AWSContainer{Listener: l, Request: agent.Request{Audience: "a"}, Role: sts.Role{Endpoint: "http://127.0.0.1:1"}, TokenFile: deliver.Secret{Path: filepath.Join(dir, "none", "token")}}
 	}
 	files := func(c *agent.Config) { c.Files = []deliver.Target{fileTarget(filepath.Join(dir, "none", "file"), 0)} }
 	for name, change := range map[string]func(*agent.Config){"the authorization token file": aws, "delivering to": files} {

@@ -7,17 +7,16 @@ import (
 	"crypto/subtle"
 	"errors"
 	"fmt"
-	"io"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/http"
 	"net/netip"
-	"os"
-	"path/filepath"
 	"strings"
 	"sync"
 	"time"
 
+	"github.com/dayflyhq/dayfly/agent/deliver"
 	"github.com/dayflyhq/dayfly/agent/sts"
 	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/dayflyhq/dayfly/sdk"
@@ -47,9 +46,9 @@ type AWSContainer struct {
 	Request Request
 	// Role is what for.
 	Role sts.Role
-	// TokenFile is where the agent writes, for its own user alone, what callers must
-	// send as Authorization; it changes every hour and goes when the agent stops.
-	TokenFile string
+	// TokenFile is where the agent writes what callers must send as Authorization; it
+	// changes every hour and goes when the agent stops.
+	TokenFile deliver.Secret
 }
 
 func (c *AWSContainer) validate() error {
@@ -60,8 +59,8 @@ func (c *AWSContainer) validate() error {
 	if addr, ok := c.Listener.Addr().(*net.TCPAddr); !ok || !addr.IP.IsLoopback() {
 		errs = append(errs, errors.New("listener: must be on loopback"))
 	}
-	if !filepath.IsAbs(c.TokenFile) {
-		errs = append(errs, errors.New("token file: the path must be absolute"))
+	if err := c.TokenFile.Validate(); err != nil {
+		errs = append(errs, fmt.Errorf("token file: %w", err))
 	}
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("aws container: %w", err)
@@ -83,7 +82,7 @@ type awsServer struct {
 	authMu        sync.Mutex
 	auth, before  [sha256.Size]byte // of the authorization token, and of the one before
 	beforeCounts  time.Time         // until when
-	authFile      os.FileInfo
+	authFile      fs.FileInfo
 	authEverKnown bool
 }
 
@@ -137,7 +136,7 @@ func (s *awsServer) rotate() error {
 	if !s.authEverKnown {
 		s.before = s.auth
 	}
-	info, err := replaceFile(s.cfg.TokenFile, secret)
+	info, err := s.cfg.TokenFile.Write(secret)
 	if err != nil {
 		if s.authEverKnown {
 			s.auth = old
@@ -152,28 +151,9 @@ func (s *awsServer) rotate() error {
 func (s *awsServer) forget() {
 	s.authMu.Lock()
 	defer s.authMu.Unlock()
-	if now, err := os.Lstat(s.cfg.TokenFile); err == nil && os.SameFile(now, s.authFile) {
-		_ = os.Remove(s.cfg.TokenFile)
+	if err := s.cfg.TokenFile.Remove(s.authFile); err != nil {
+		s.log.Error("removing the authorization token file of aws_container", "err", err)
 	}
-}
-
-// replaceFile puts a whole file in place, readable by its owner alone.
-func replaceFile(path, content string) (_ os.FileInfo, err error) {
-	f, err := os.CreateTemp(filepath.Dir(path), ".dayfly-") // 0600
-	if err != nil {
-		return nil, err
-	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, os.Remove(f.Name()))
-		}
-	}()
-	_, err = io.WriteString(f, content)
-	info, statErr := f.Stat()
-	if err := errors.Join(err, statErr, f.Sync(), f.Close()); err != nil {
-		return nil, err
-	}
-	return info, os.Rename(f.Name(), path)
 }
 
 func (s *awsServer) authorized(sent string) bool {

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/dayflyhq/dayfly/agent"
+	"github.com/dayflyhq/dayfly/agent/deliver"
 	"github.com/dayflyhq/dayfly/agent/sts"
 	"github.com/dayflyhq/dayfly/proto/revocation"
 	"google.golang.org/grpc/codes"
@@ -65,7 +66,7 @@ func startContainer(t *testing.T, b *broker, gate chan struct{}) *container {
 	}
 	c.url = "http://" + l.Addr().String() + agent.AWSPath
 	c.fixture = start(t, b.td, b, func(cfg *agent.Config) {
-		cfg.AWS = &agent.AWSContainer{Listener: l, Request: agent.Request{Audience: "sts"}, Role: sts.Role{Endpoint: service.URL, ARN: "arn:aws:iam::1:role/r"}, TokenFile: c.file}
+		cfg.AWS = &agent.AWSContainer{Listener: l, Request: agent.Request{Audience: "sts"}, Role: sts.Role{Endpoint: service.URL, ARN: "arn:aws:iam::1:role/r"}, TokenFile: deliver.Secret{Path: c.file}}
 		cfg.Now = func() time.Time { return time.Now().Add(time.Duration(c.now.Load()) * time.Second) }
 	})
 	c.ready()

@@ -36,11 +36,9 @@ const (
 	// idleAfter is how long a credential that nobody asks for is kept fresh: twice
 	// the default life.
 	idleAfter = 10 * time.Minute
-	// issueTimeout bounds a call for somebody who waits: shorter than a client's own
-	// default, so that the reason reaches them.
+	// issueTimeout bounds a call: shorter than a client's own default, so that the reason
+	// reaches whoever waits; and it is how soon a broker that doesn't answer is known for it.
 	issueTimeout = 5 * time.Second
-	// prefetchTimeout is for one that nobody waits for yet.
-	prefetchTimeout = time.Minute
 	// maxDead bounds how often in a row the broker may give what the feed says is dead.
 	maxDead = 3
 )
@@ -127,8 +125,20 @@ type entry struct {
 	waiting int
 	asked   time.Time // when somebody last asked
 
-	idempotency string // of the fetch under way; only fetch touches it
+	attempt attempt // the one under way; only fetch touches it
 }
+
+// An attempt is a call and its repetitions: they have one idempotency key, and the answer
+// may be what the first of them made, so its life is counted from then.
+type attempt struct {
+	key   string
+	asked time.Time
+	boot  feed.Instant
+}
+
+// attemptFor is how long a call is repeated as the same. What the broker makes for a later
+// one is new.
+const attemptFor = issueTimeout
 
 // held is the newest credential and what it says of itself.
 type held struct {
@@ -248,14 +258,10 @@ func (c *cache) pin(requests []Request) error {
 func (c *cache) add(r Request, pinned bool) (*entry, error) {
 	e := &entry{req: r, pinned: pinned, asked: c.now()}
 	e.ctx, e.cancel = context.WithCancel(c.ctx)
-	timeout := issueTimeout
-	if pinned {
-		timeout = prefetchTimeout
-	}
 	source, err := sdk.NewTokenSource(sdk.SourceConfig{
 		Fetch:     func(ctx context.Context) (*sdk.Credential, error) { return c.fetch(ctx, e) },
 		RenewFrom: renewFrom, RenewTo: renewTo,
-		Timeout: timeout, Now: c.now, Boot: c.boot, Jitter: c.jitter,
+		Timeout: issueTimeout, Now: c.now, Boot: c.boot, Jitter: c.jitter,
 		Log: c.log.With("audience", r.Audience),
 	})
 	if err != nil {
@@ -471,35 +477,35 @@ func (c *cache) outdated(claims *token.Claims) bool {
 	return err == nil && len(svid.Certificates) > 0 && sha256.Sum256(svid.Certificates[0].Raw) != claims.Certificate
 }
 
-// fetch gets a new credential from the broker. While the same attempt is repeated after
-// an outage it carries the same idempotency key.
+// fetch gets a new credential from the broker.
 func (c *cache) fetch(ctx context.Context, e *entry) (*sdk.Credential, error) {
-	if e.idempotency == "" {
-		e.idempotency = rand.Text()
-	}
-	asked, boot := c.now(), c.boot()
-	if err := c.limit(asked); err != nil {
+	now, boot := c.now(), c.boot()
+	if err := c.limit(now); err != nil {
 		return nil, err
 	}
+	if e.attempt.key == "" || max(now.Sub(e.attempt.asked), boot.Sub(e.attempt.boot)) > attemptFor {
+		e.attempt = attempt{rand.Text(), now, boot}
+	}
+	asked, attempted := e.attempt.asked, e.attempt.boot
 	c.counts.fetches.Add(1)
-	resp, err := c.tokens.Issue(ctx, e.req.message(e.idempotency), grpc.WaitForReady(true))
-	c.counts.latency.observe(c.now().Sub(asked))
+	resp, err := c.tokens.Issue(ctx, e.req.message(e.attempt.key), grpc.WaitForReady(true))
+	c.counts.latency.observe(c.now().Sub(now))
 	c.contacted(err)
 	if err != nil {
 		c.counts.renewals.add("", outcome(sdk.FromRPC(err)))
 		c.heed(err)
 		if refusal := sdk.FromRPC(err); !temporary(refusal) {
-			e.idempotency = ""
+			e.attempt = attempt{}
 		}
 		return nil, err
 	}
-	e.idempotency = ""
+	e.attempt = attempt{}
 	cred, claims, err := read(resp.GetCredential(), asked)
 	c.counts.renewals.add("", outcome(err))
 	if err != nil {
 		return nil, err
 	}
-	e.latest.Store(&held{grant: cred.Grant, claims: claims, cred: cred, asked: asked, boot: boot, life: cred.Expires.Sub(asked)})
+	e.latest.Store(&held{grant: cred.Grant, claims: claims, cred: cred, asked: asked, boot: attempted, life: cred.Expires.Sub(asked)})
 	c.ring()
 	return cred, nil
 }

@@ -59,6 +59,10 @@ var errShow = errors.New("the broker's log lacks a signed head that one below ha
 // errRebound ends a stream that stated another bound.
 var errRebound = errors.New("the bound was changed")
 
+// errSlept ends a stream that the machine slept under: the other end has given it up,
+// perhaps, and it would take long to find that out.
+var errSlept = errors.New("the machine slept under the stream")
+
 // errRotated ends a stream that was made with an older SVID.
 var errRotated = errors.New("the SVID was rotated")
 
@@ -123,7 +127,7 @@ func (f *follower) pause(err error, denied bool) time.Duration {
 	}
 	f.k.mu.Unlock()
 	switch {
-	case errors.Is(err, errRotated), errors.Is(err, errShow), errors.Is(err, errRebound):
+	case errors.Is(err, errRotated), errors.Is(err, errShow), errors.Is(err, errSlept), errors.Is(err, errRebound):
 		return 0
 	case denied:
 		longest = deniedPause
@@ -195,7 +199,7 @@ func (f *follower) begin(stream upstream, w *dayflyv1.Welcome, relay bool) *sess
 	k.welcome, k.relays, k.refused = w, relay, nil
 	k.ring()
 	f.log.Info("following the feed", "issuer", w.GetIssuer(), "position", k.relay.View.Position().String(), "relay", relay)
-	return &session{follower: f, stream: stream, heard: k.boot(), issuer: w.GetIssuer()}
+	return &session{follower: f, stream: stream, made: time.Now(), madeBoot: k.boot(), heard: k.boot(), issuer: w.GetIssuer()}
 }
 
 // session is one welcomed stream. send is its only sender, receive its only receiver.
@@ -207,6 +211,9 @@ type session struct {
 	issuer string        // of the welcome
 	sweep  bool          // an answer let records through; of receive alone
 	shown  feed.Position // the signed head that this stream began with
+
+	made     time.Time // with the monotonic clock, which sleeps with the machine
+	madeBoot feed.Instant
 }
 
 // send reports, acknowledges and pings until ctx ends.
@@ -254,6 +261,8 @@ func (s *session) flush() (time.Duration, error) {
 	wait := s.k.relay.Due(s.bound(), now)
 	s.k.mu.Unlock()
 	switch {
+	case now.Sub(s.madeBoot)-time.Since(s.made) > minSilence:
+		return 0, errSlept
 	case silent:
 		return 0, errors.New("the broker no longer answers on this stream")
 	case wait > 0:

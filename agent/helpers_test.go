@@ -66,8 +66,9 @@ type broker struct {
 	refuse  error // of Issue
 	follow  error // of a Follow
 	norelay bool
-	silent  bool   // no pongs
-	below   string // the instance that it refuses behind a relay
+	minted  func(secret string) // hears of each, if not nil
+	silent  bool                // no pongs
+	below   string              // the instance that it refuses behind a relay
 	age     time.Duration
 	gate    chan struct{} // Issue waits for it, if not nil
 	server  *grpc.Server
@@ -247,6 +248,12 @@ func (b *broker) mint(audience string, scopes []string) *dayflyv1.Credential {
 		b.t.Error(err)
 		return nil
 	}
+	b.mu.Lock()
+	minted := b.minted
+	b.mu.Unlock()
+	if minted != nil {
+		minted(secret.Reveal())
+	}
 	return &dayflyv1.Credential{
 		Token: secret.Reveal(), Grant: grant.String(), Audience: audience, Scopes: scopes, Binding: wire.Binding(binding),
 		IssuedAt: timestamppb.New(now), ExpiresAt: timestamppb.New(now.Add(ttl)),
@@ -395,14 +402,7 @@ func newDomain(t *testing.T) *spiffetest.TrustDomain {
 }
 
 // start runs an agent for payments. With no broker, nobody is at its broker's address.
-func start(t *testing.T, td *spiffetest.TrustDomain, b *broker, change func(*agent.Config)) *fixture {
-	t.Helper()
-	var a *agent.Agent
-	return startAgent(t, td, b, change, &a)
-}
-
-// startAgent is start for a test that needs the agent itself.
-func startAgent(t *testing.T, td *spiffetest.TrustDomain, b *broker, change func(*agent.Config), out **agent.Agent) *fixture {
+func start(t *testing.T, td *spiffetest.TrustDomain, b *broker, change func(*agent.Config), made ...func(*agent.Agent)) *fixture {
 	t.Helper()
 	addr, err := td.Workload(payments)
 	if err != nil {
@@ -426,7 +426,9 @@ func startAgent(t *testing.T, td *spiffetest.TrustDomain, b *broker, change func
 	if err != nil {
 		t.Fatal(err)
 	}
-	*out = a
+	for _, hear := range made {
+		hear(a)
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	f.cancel = cancel
 	var wg sync.WaitGroup

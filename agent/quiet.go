@@ -17,8 +17,8 @@ const (
 
 // QuietLog returns a handler that passes on what a failure says the first time, and from
 // then on at most once a minute, with the number of those kept back meanwhile as
-// "repeated". Two warnings are the same if their message and their texts are; numbers,
-// times and durations may differ.
+// "repeated". Two warnings are the same if their message and their texts are, but for
+// digits; numbers, times and durations may differ.
 func QuietLog(next slog.Handler) slog.Handler {
 	return &quiet{next: next, said: &said{at: map[string]*saying{}}}
 }
@@ -89,9 +89,17 @@ func (s *said) may(key string, now time.Time) (repeated int, speak bool) {
 func text(a slog.Attr) string {
 	switch v := a.Value.Resolve(); v.Kind() {
 	case slog.KindString, slog.KindAny, slog.KindGroup:
-		return "\x00" + a.Key + "=" + v.String()
+		return "\x00" + a.Key + "=" + strings.Map(undigit, v.String())
 	}
 	return ""
+}
+
+// undigit makes ports and pids of one kind.
+func undigit(r rune) rune {
+	if r >= '0' && r <= '9' {
+		return '0'
+	}
+	return r
 }
 
 func (q *quiet) WithAttrs(attrs []slog.Attr) slog.Handler {

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -15,6 +17,7 @@ import (
 	"github.com/dayflyhq/dayfly/sdk"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/test/bufconn"
 	"google.golang.org/protobuf/proto"
 )
@@ -203,4 +206,78 @@ func TestRetryAfterOfOneAudience(t *testing.T) {
 			t.Errorf("another audience: %v", err)
 		}
 	})
+}
+
+// A call whose answer was lost is repeated with its key, and what the broker made for the
+// first one isn't thought to be younger than that. A later one is a new call.
+func TestRepeatedCallIsOfItsFirstAge(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := &losing{direct: direct{b: unservedBroker(t, newDomain(t))}, lost: true}
+		began := time.Now()
+		a := runAgent(t, agent.Config{
+			Upstream: l, Source: l.b.td.Source(payments), NoFeed: true, Prefetch: []agent.Request{{Audience: "orders"}},
+			Jitter: func() float64 { return 0 },
+			Boot:   func() feed.Instant { return feed.Instant(time.Since(began)) },
+		})
+		time.Sleep(3 * time.Second)
+		l.set(false)
+		time.Sleep(3 * time.Second)
+		got, err := a.Token(t.Context(), agent.Request{Audience: "orders"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if left := got.Expires.Sub(began); left > 5*time.Minute {
+			t.Errorf("what was made at first is said to live %v from then, want at most 5m", left)
+		}
+		keys := l.keys()
+		if len(keys) != 1 {
+			t.Errorf("%d keys for one call", len(keys))
+		}
+		l.set(true)
+		time.Sleep(4 * time.Minute) // it's renewed again and again
+		if n := len(l.keys()) - 1; n < 3 {
+			t.Errorf("%d keys for calls over half a minute", n)
+		}
+	})
+}
+
+// losing makes credentials by idempotency key, and loses its answers.
+type losing struct {
+	direct
+	lmu  sync.Mutex
+	lost bool
+	made map[string]*dayflyv1.IssueResponse
+}
+
+func (l *losing) set(lost bool) {
+	l.lmu.Lock()
+	defer l.lmu.Unlock()
+	l.lost = lost
+}
+
+func (l *losing) keys() []string {
+	l.lmu.Lock()
+	defer l.lmu.Unlock()
+	return slices.Collect(maps.Keys(l.made))
+}
+
+func (l *losing) Invoke(ctx context.Context, _ string, args, reply any, _ ...grpc.CallOption) error {
+	m := args.(*dayflyv1.IssueRequest)
+	l.lmu.Lock()
+	defer l.lmu.Unlock()
+	if l.made == nil {
+		l.made = map[string]*dayflyv1.IssueResponse{}
+	}
+	if l.made[m.GetIdempotencyKey()] == nil {
+		resp, err := tokenServer{b: l.b}.Issue(ctx, m)
+		if err != nil {
+			return err
+		}
+		l.made[m.GetIdempotencyKey()] = resp
+	}
+	if l.lost {
+		return sdk.FromRPC(status.Error(codes.Unavailable, "lost"))
+	}
+	proto.Merge(reply.(*dayflyv1.IssueResponse), l.made[m.GetIdempotencyKey()])
+	return nil
 }

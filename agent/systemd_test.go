@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/dayflyhq/dayfly/agent"
+	"github.com/dayflyhq/dayfly/agent/deliver"
 	"google.golang.org/grpc/codes"
 )
 
@@ -128,7 +129,7 @@ func TestHelperConfigRefused(t *testing.T) {
 	}
 	defer l.Close()
 	_, err = agent.New(agent.Config{
-		AWS: &agent.AWSContainer{Listener: l, TokenFile: "authorization"},
+		AWS: &agent.AWSContainer{Listener: l, TokenFile: deliver.Secret{Path: "authorization"}},
 		Systemd: &agent.Systemd{Credentials: []agent.UnitCredential{
 			{Unit: "payments", Name: "a", Request: agent.Request{Audience: "orders"}}, {Unit: "p.service", Name: "a/b", Request: agent.Request{Audience: "orders"}},
 			{Unit: "q.service", Name: "a"}, {Unit: "q.service", Name: "a", Request: agent.Request{Audience: "orders"}},

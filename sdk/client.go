@@ -399,7 +399,7 @@ func (c *Client) keeps(cred *Credential) bool {
 	return cred.Binding != token.BindingX5T || c.cfg.Source != nil
 }
 
-func (c *Client) now() moment { return moment{c.cfg.Now(), c.cfg.Boot()} }
+func (c *Client) now() moment { return readClocks(c.cfg.Now, c.cfg.Boot) }
 
 // outdated reports whether the connection was made with an SVID that is no longer the
 // current one, or slept. Where there is no telling, it was not.

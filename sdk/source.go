@@ -94,6 +94,7 @@ type SourceConfig struct {
 // be called from any goroutine.
 type TokenSource struct {
 	cfg    SourceConfig
+	now    func() moment
 	ctx    context.Context // ends with Close; what fetches run under
 	cancel context.CancelFunc
 
@@ -157,6 +158,7 @@ func NewTokenSource(cfg SourceConfig) (*TokenSource, error) {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	s := &TokenSource{cfg: cfg, changed: make(chan struct{})}
+	s.now = func() moment { return readClocks(cfg.Now, cfg.Boot) }
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	return s, nil
 }
@@ -261,10 +263,14 @@ func (s *TokenSource) pausing(now moment, empty bool) bool {
 // A moment is read from all clocks at once.
 type moment struct {
 	time time.Time // with the monotonic clock, which stands still while the machine sleeps
+	wall time.Time // without, so that what it says is told even if it was set
 	boot feed.Instant
 }
 
-func (s *TokenSource) now() moment { return moment{s.cfg.Now(), s.cfg.Boot()} }
+func readClocks(now func() time.Time, boot func() feed.Instant) moment {
+	t := now()
+	return moment{t, t.Round(0), boot()}
+}
 
 // since is how long ago a moment was by the clocks that nobody sets.
 func (m moment) since(then moment) time.Duration {
@@ -273,7 +279,7 @@ func (m moment) since(then moment) time.Duration {
 
 // apart is how long ago a moment was by whichever clock says most.
 func (m moment) apart(then moment) time.Duration {
-	return max(m.since(then), m.time.Round(0).Sub(then.time.Round(0)))
+	return max(m.since(then), m.wall.Sub(then.wall))
 }
 
 // fetch begins a flight; mu is held.
@@ -370,7 +376,8 @@ func (s *TokenSource) failure(now moment, err error) {
 	if errors.As(err, &refusal) {
 		least = max(least, min(refusal.RetryAfter(), maxRetryAfter))
 	}
-	wait = max(wait, least+time.Duration(float64(least-minBackoff)*s.cfg.Jitter()/4))
+	// Never before the hint, and not all at once after it.
+	wait = max(wait, least+time.Duration(float64(max(minBackoff, least/4))*s.cfg.Jitter()))
 	s.soonest, s.retry = least, wait
 	if s.ctx.Err() == nil {
 		s.cfg.Log.Warn("renewing credential", "err", err, "retry_in", wait, "still_valid", s.valid(now) != nil)

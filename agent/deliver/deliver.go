@@ -109,17 +109,7 @@ func (t *Target) Validate() error {
 
 func (t *Target) compile() (renders []func(credentials) ([]byte, error), err error) {
 	var errs []error
-	if !filepath.IsAbs(t.Path) || filepath.Clean(t.Path) != t.Path || t.Path == "/" {
-		errs = append(errs, wrong("path", "must be absolute and plain"))
-	} else if err := plainName(filepath.Base(t.Path)); err != nil {
-		errs = append(errs, wrong("path", "its last part %v", err))
-	}
-	if t.Mode&^WidestMode != 0 || t.Mode != 0 && t.Mode&0o400 == 0 {
-		errs = append(errs, wrong("mode", "must be within %04o, and its owner may read", WidestMode))
-	}
-	if t.Mode&0o040 != 0 && t.GID == nil {
-		errs = append(errs, wrong("group", "must be named where it may read"))
-	}
+	errs = append(errs, checkPath(t.Path), checkAccess(t.Mode, t.GID))
 	if n := len(t.Files); n < 1 || n > MaxFiles || n > 1 && !t.Directory {
 		errs = append(errs, wrong("files", "are %d, and must be one, or up to %d in a folder", n, MaxFiles))
 	}
@@ -143,6 +133,27 @@ func (t *Target) compile() (renders []func(credentials) ([]byte, error), err err
 		errs = append(errs, within("on_change", t.Change.validate()))
 	}
 	return renders, errors.Join(errs...)
+}
+
+func checkPath(path string) error {
+	if !filepath.IsAbs(path) || filepath.Clean(path) != path || path == "/" {
+		return wrong("path", "must be absolute and plain")
+	}
+	if err := plainName(filepath.Base(path)); err != nil {
+		return wrong("path", "its last part %v", err)
+	}
+	return nil
+}
+
+func checkAccess(mode fs.FileMode, gid *int) error {
+	var errs []error
+	if mode&^WidestMode != 0 || mode != 0 && mode&0o400 == 0 {
+		errs = append(errs, wrong("mode", "must be within %04o, and its owner may read", WidestMode))
+	}
+	if mode&0o040 != 0 && gid == nil {
+		errs = append(errs, wrong("group", "must be named where it may read"))
+	}
+	return errors.Join(errs...)
 }
 
 // Config says what to deliver and where it comes from. All but Log and Now must be set.

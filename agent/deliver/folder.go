@@ -86,6 +86,20 @@ type access struct {
 	uid, gid int // -1 for this user's
 }
 
+func newAccess(mode fs.FileMode, uid, gid *int) access {
+	a := access{mode, -1, -1}
+	if mode == 0 {
+		a.mode = DefaultMode
+	}
+	if uid != nil {
+		a.uid = *uid
+	}
+	if gid != nil {
+		a.gid = *gid
+	}
+	return a
+}
+
 // folderMode lets whom the files are for come as far as them.
 func (a *access) folderMode() fs.FileMode {
 	switch {

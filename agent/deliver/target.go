@@ -63,16 +63,7 @@ type target struct {
 func newTarget(cfg Config, spec Target, renders []func(credentials) ([]byte, error), counts *Counts) *target {
 	t := &target{
 		spec: spec, cfg: cfg, renders: renders, counts: counts, log: cfg.Log.With("path", spec.Path),
-		access: access{mode: spec.Mode, uid: -1, gid: -1}, shown: Status{Path: spec.Path}, wake: make(chan struct{}, 1),
-	}
-	if t.access.mode == 0 {
-		t.access.mode = DefaultMode
-	}
-	if spec.UID != nil {
-		t.access.uid = *spec.UID
-	}
-	if spec.GID != nil {
-		t.access.gid = *spec.GID
+		access: newAccess(spec.Mode, spec.UID, spec.GID), shown: Status{Path: spec.Path}, wake: make(chan struct{}, 1),
 	}
 	for i, f := range spec.Files {
 		for _, name := range slices.Sorted(maps.Keys(f.Credentials)) {

@@ -167,6 +167,7 @@ const devText = `A whole dayfly is running; Ctrl-C ends it, or: kill %[17]d. In 
   export DAYFLY_SVIDS=%[21]s  # SVIDs in files, written anew every minute
   export BOB=%[16]s                     # for a second person
   export PAYMENTS=%[22]s  # Workload API of payments, for an agent of your own
+  export WEB=%[6]s              # a service that takes bearers; orders and ledger want mTLS
   export HOST=%[23]s  # Workload API of a host with two workloads, payments and reports
   export BREAK_GLASS=unix://%[15]s
   export AGENT_PID=%[19]d               # kill -STOP freezes payments' agent, kill -CONT thaws it
@@ -174,9 +175,9 @@ const devText = `A whole dayfly is running; Ctrl-C ends it, or: kill %[17]d. In 
 As the workload payments, through its agent:
 
   dayfly token get --audience web | dayfly token inspect
-  curl -H "Authorization: Bearer $(dayfly token get --audience web)" %[6]s/
+  curl -H "Authorization: Bearer $(dayfly token get --audience web)" $WEB/
   curl --unix-socket %[18]s 'http://agent/v1/token?audience=web'
-  dayfly exec --audience web -- sh -c 'curl -s -H "Authorization: Bearer $DAYFLY_TOKEN" %[6]s/'
+  dayfly exec --audience web -- sh -c 'curl -s -H "Authorization: Bearer $DAYFLY_TOKEN" $WEB/'
 
 As orders, exchange payments' token for one of ledger:
 

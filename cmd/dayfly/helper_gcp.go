@@ -3,12 +3,10 @@ package main
 import (
 	"context"
 	"encoding/json"
-	"errors"
-	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
 
+	"github.com/google/renameio/v2"
 	"github.com/spf13/cobra"
 )
 
@@ -94,23 +92,10 @@ func (a *app) helperGCP(ctx context.Context, flags *requestFlags) (*gcpAnswer, e
 }
 
 // writeAnswer puts a whole file in place, readable by its owner alone.
-func writeAnswer(path string, answer *gcpAnswer) (err error) {
+func writeAnswer(path string, answer *gcpAnswer) error {
 	raw, err := json.Marshal(answer)
 	if err != nil {
 		return err
 	}
-	f, err := os.CreateTemp(filepath.Dir(path), ".dayfly-") // 0600
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, os.Remove(f.Name()))
-		}
-	}()
-	_, err = f.Write(append(raw, '\n'))
-	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	return os.Rename(f.Name(), path)
+	return renameio.WriteFile(path, append(raw, '\n'), 0o600, renameio.IgnoreUmask())
 }

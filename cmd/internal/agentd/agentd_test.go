@@ -60,8 +60,8 @@ func TestConfigurationRefused(t *testing.T) {
 		"too many audiences":      {file: "feed:\n  audiences: [" + strings.Repeat("a,", 65) + "]\n", want: []string{":2: feed.audiences: are at most 64"}},
 		"too much to prefetch":    {file: "prefetch: [" + strings.Repeat("{audience: a},", 513) + "]\n", want: []string{":1: prefetch: are at most 512"}},
 		"bad helpers": {
-			file: "aws_container: {listen: \"192.0.2.1:1\", role_arn: x, duration: 1s, session_name: s, sts_endpoint: \"http://sts.example.org\"}\nsystemd:\n  credentials:\n    - {unit: a, credential: b, audience: c d}\n",
-			want: []string{":1: aws_container.listen: must be a loopback", "aws_container.audience", "aws_container.authorization_token_file", "aws_container.role_arn: must be an ARN", "aws_container.duration: is 15m", "aws_container.session_name", "aws_container.sts_endpoint", ":4: systemd.credentials[0].unit", "systemd.credentials[0].audience"},
+			file: "aws_container: {listen: \"192.0.2.1:1\", role_arn: x, duration: 1s, session_name: s, sts_endpoint: \"http://sts.example.org\", authorization_token_file_mode: \"0644\", authorization_token_file_group: nobody-of-this-name}\nsystemd:\n  credentials:\n    - {unit: a, credential: b, audience: c d}\n",
+			want: []string{":1: aws_container.listen: must be a loopback", "aws_container.audience", "aws_container.authorization_token_file: must be absolute", "aws_container.authorization_token_file_mode: must be within 0640", "aws_container.authorization_token_file_group: no group", "aws_container.role_arn: must be an ARN", "aws_container.duration: is 15m", "aws_container.session_name", "aws_container.sts_endpoint", ":4: systemd.credentials[0].unit", "systemd.credentials[0].audience"},
 		},
 		"a socket for nobody": {file: "systemd: {socket: /run/x.sock}\n", want: []string{":1: systemd.credentials: and socket go together"}},
 		"half a helper":       {file: "aws_container: {role_arn: x}\n", want: []string{":1: aws_container.listen: is missing"}},

@@ -81,19 +81,20 @@ func (p *Prefetch) request() sdk.Request {
 
 // target reads a file's configuration; an owner that isn't on this host is an error.
 func (f *File) target() (deliver.Target, error) {
-	t := deliver.Target{
-		Path: f.Path, Mode: fs.FileMode(f.Mode), Change: f.OnChange.change(),
+	uid, gid, err := owners("", f.Owner, f.Group)
+	return deliver.Target{
+		Path: f.Path, Mode: fs.FileMode(f.Mode), UID: uid, GID: gid, Change: f.OnChange.change(),
 		Files: []deliver.File{content("", f.Format, f.Variable, f.Template, f.Credential, f.Credentials)},
-	}
-	return t, setOwner(&t, f.Owner, f.Group)
+	}, err
 }
 
 func (d *Directory) target() (deliver.Target, error) {
-	t := deliver.Target{Path: d.Path, Directory: true, Mode: fs.FileMode(d.Mode), Change: d.OnChange.change()}
+	uid, gid, err := owners("", d.Owner, d.Group)
+	t := deliver.Target{Path: d.Path, Directory: true, Mode: fs.FileMode(d.Mode), UID: uid, GID: gid, Change: d.OnChange.change()}
 	for i := range d.Files {
 		t.Files = append(t.Files, d.Files[i].content())
 	}
-	return t, setOwner(&t, d.Owner, d.Group)
+	return t, err
 }
 
 func (f *DirectoryFile) content() deliver.File {
@@ -107,23 +108,25 @@ func (o *OnChange) change() *deliver.Change {
 	return &deliver.Change{Command: o.Command, Timeout: o.Timeout, PIDFile: o.PIDFile, Signal: o.Signal, MinInterval: o.MinInterval}
 }
 
-func setOwner(t *deliver.Target, owner, group string) error {
+// owners looks up whose files are, by the keys owner and group after prefix; nil for what
+// isn't given.
+func owners(prefix, owner, group string) (uid, gid *int, err error) {
 	var errs []error
 	if owner != "" {
-		uid, err := userID(owner)
+		n, err := userID(owner)
 		if err != nil {
-			errs = append(errs, config.Wrong("owner", "%v", err))
+			errs = append(errs, config.Wrong(prefix+"owner", "%v", err))
 		}
-		t.UID = &uid
+		uid = &n
 	}
 	if group != "" {
-		gid, err := groupID(group)
+		n, err := groupID(group)
 		if err != nil {
-			errs = append(errs, config.Wrong("group", "%v", err))
+			errs = append(errs, config.Wrong(prefix+"group", "%v", err))
 		}
-		t.GID = &gid
+		gid = &n
 	}
-	return errors.Join(errs...)
+	return uid, gid, errors.Join(errs...)
 }
 
 // userID reads a number or looks up a name.

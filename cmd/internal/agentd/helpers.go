@@ -2,16 +2,19 @@ package agentd
 
 import (
 	"errors"
+	"io/fs"
 	"net"
 	"net/netip"
-	"path/filepath"
 	"time"
 
 	"github.com/dayflyhq/dayfly/agent"
+	"github.com/dayflyhq/dayfly/agent/deliver"
 	"github.com/dayflyhq/dayfly/agent/sts"
 	"github.com/dayflyhq/dayfly/cmd/internal/config"
 	"github.com/dayflyhq/dayfly/proto/token"
 )
+
+const tokenFileKey = "authorization_token_file"
 
 // AWSContainer is where AWS's SDKs find a session; off without an address.
 type AWSContainer struct {
@@ -23,10 +26,20 @@ type AWSContainer struct {
 	Endpoint  string         `yaml:"sts_endpoint"`
 	Duration  time.Duration  `yaml:"duration"`
 	TokenFile string         `yaml:"authorization_token_file"`
+	// Whom the file is for, as of Files.
+	TokenMode  config.Mode `yaml:"authorization_token_file_mode"`
+	TokenOwner string      `yaml:"authorization_token_file_owner"`
+	TokenGroup string      `yaml:"authorization_token_file_group"`
 }
 
 func (c *AWSContainer) role() sts.Role {
 	return sts.Role{Endpoint: c.Endpoint, ARN: c.RoleARN, Session: c.Session, Duration: c.Duration}
+}
+
+// tokenFile reads whom the file is for; an owner that isn't on this host is an error.
+func (c *AWSContainer) tokenFile() (deliver.Secret, error) {
+	uid, gid, err := owners(tokenFileKey+"_", c.TokenOwner, c.TokenGroup)
+	return deliver.Secret{Path: c.TokenFile, Mode: fs.FileMode(c.TokenMode), UID: uid, GID: gid}, err
 }
 
 // Validate checks all of it, if there is any.
@@ -43,8 +56,14 @@ func (c *AWSContainer) Validate() error {
 	}
 	request := Prefetch{Audience: c.Audience, Scopes: c.Scopes}
 	errs = append(errs, request.Validate())
-	if !filepath.IsAbs(c.TokenFile) {
-		errs = append(errs, config.Wrong("authorization_token_file", "must be an absolute path"))
+	file, err := c.tokenFile()
+	errs = append(errs, err)
+	for _, p := range deliver.Problems(file.Validate()) {
+		key := tokenFileKey
+		if p.Key != "path" {
+			key += "_" + p.Key
+		}
+		errs = append(errs, config.Wrong(key, "%s", p.Message))
 	}
 	role := c.role()
 	keys := map[string]string{"endpoint": "sts_endpoint", "role": "role_arn", "session": "session_name", "duration": "duration"}
@@ -64,8 +83,9 @@ func (c *AWSContainer) agent(l net.Listener) *agent.AWSContainer {
 	if l == nil {
 		return nil
 	}
+	file, _ := c.tokenFile() // was checked by Validate
 	return &agent.AWSContainer{
-		Listener: l, Role: c.role(), TokenFile: c.TokenFile,
+		Listener: l, Role: c.role(), TokenFile: file,
 		Request: agent.Request{Audience: c.Audience, Scopes: c.Scopes, Binding: token.BindingNone},
 	}
 }
