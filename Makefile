@@ -12,6 +12,7 @@ FUZZTIME ?= 10s
 SIMULATION ?= 10m
 POWERLOSS ?= 10m
 FAULTS ?= 10m
+SOAK ?= 1h
 BASELINE := proto/testdata/baseline.binpb
 
 .PHONY: help
@@ -72,6 +73,11 @@ powerloss: need-go ## power losses in new histories, for POWERLOSS (10m) each of
 e2e-faults: need ## faults in network namespaces one by one, then random ones for FAULTS (10m)
 	DAYFLY_FAULTS=$(FAULTS) CGO_ENABLED=1 $(GO) test -race -count=1 -timeout 0 -v ./e2e/faults
 
+# Without the race detector: memory is looked at too.
+.PHONY: soak
+soak: need-go ## a whole dayfly with tokens of 60s under faults for SOAK (1h); SOAK_SEED of an earlier one repeats its plan, SOAK_JSON=FILE
+	$(GO) test -count=1 -timeout 0 -v -run '^TestSoak$$' ./e2e/soak -soak.for=$(SOAK) -soak.life=60s $(if $(SOAK_SEED),-soak.seed=$(SOAK_SEED)) $(if $(SOAK_JSON),-soak.json=$(abspath $(SOAK_JSON)))
+
 # Go minimises every new input for up to a minute, if it isn't told otherwise, and
 # tries nothing else meanwhile.
 .PHONY: fuzz
@@ -96,7 +102,7 @@ gofmt: need-go
 
 .PHONY: generate
 generate: need-go ## the Go code of proto/*.proto
-	rm -f proto/dayfly/*/*.pb.go
+	rm -f proto/dayfly/*/*.pb.go proto/dayfly/*/*/*.pb.go
 	$(BUF) generate --template proto/buf.gen.yaml
 
 .PHONY: generate-check

@@ -8,11 +8,13 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"os/exec"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/dayflyhq/dayfly/agent/deliver"
+	"github.com/dayflyhq/dayfly/agent/outgoing"
 	"github.com/dayflyhq/dayfly/proto/boottime"
 	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
 	"github.com/dayflyhq/dayfly/proto/feed"
@@ -69,6 +71,8 @@ type Config struct {
 	// GRPC and HTTP are the listening sockets, from Listen. The agent closes them. One
 	// of them may be nil.
 	GRPC, HTTP net.Listener
+	// NoSockets says that both may be nil: the agent is for its own process, by Newest.
+	NoSockets bool
 	// Relay is the TCP listener for verifiers on other hosts, by mTLS with this
 	// workload's SVID; nil: there is none. The agent closes it. Bundles must be set, and
 	// RelayAllow names who may follow there: identities, subtrees and trust domains.
@@ -88,6 +92,17 @@ type Config struct {
 	// LoadCredential= of systemd; nil: there is none.
 	AWS     *AWSContainer
 	Systemd *Systemd
+
+	// Incoming are proxies before services on this host that have no SDK, and Envoy what
+	// Envoys before such services ask. The agent closes their listeners.
+	Incoming []Incoming
+	Envoy    []Envoy
+	// Outgoing are proxies that add tokens to requests for upstreams. Bundles must be set
+	// for those upstreams that prove a SPIFFE ID.
+	Outgoing []outgoing.Listener
+	// Run runs the commands that tell of files, for a process that reaps more than what it
+	// started. Nil: (*exec.Cmd).Run.
+	Run func(*exec.Cmd) error
 
 	// NoFeed leaves the feed alone: nothing is relayed, and a revoked credential is
 	// given out until it expires, to be refused by every verifier.
@@ -130,7 +145,7 @@ func (c *Config) validate() error {
 	if c.Relay != nil && (c.Bundles == nil || len(c.RelayAllow) == 0 || c.NoFeed) {
 		errs = append(errs, errors.New("relay: bundles and whom to allow must be set, and the feed be followed"))
 	}
-	if c.GRPC == nil && c.HTTP == nil {
+	if c.GRPC == nil && c.HTTP == nil && !c.NoSockets {
 		errs = append(errs, errors.New("sockets: at least one must be set"))
 	}
 	if c.MaxStaleness < wire.MinBound || c.MaxStaleness > wire.MaxBound {
@@ -142,7 +157,7 @@ func (c *Config) validate() error {
 	if len(c.Prefetch) > MaxPrefetch {
 		errs = append(errs, fmt.Errorf("prefetch: at most %d, those of files included", MaxPrefetch))
 	}
-	errs = append(errs, c.Allow.Validate(), c.AWS.validate(), c.Systemd.validate())
+	errs = append(errs, c.Allow.Validate(), c.AWS.validate(), c.Systemd.validate(), c.validateGuards())
 	for _, a := range c.Audiences {
 		if err := token.ValidateAudience(a); err != nil {
 			errs = append(errs, fmt.Errorf("audiences: %w", err))
@@ -184,7 +199,9 @@ type Agent struct {
 	cache    *cache
 	follower *follower
 	files    *deliver.Deliverer
+	outgoing *outgoing.Proxy
 	door     *door // of GRPC and HTTP
+	guards   *guards
 	counts   counters
 	health   *health.Server
 	grpc     *grpc.Server
@@ -231,6 +248,12 @@ func New(cfg Config) (*Agent, error) {
 	if a.files, err = a.deliverer(); err != nil {
 		return nil, fmt.Errorf("configuring agent: files: %w", err)
 	}
+	if a.guards, err = a.newGuards(); err != nil {
+		return nil, fmt.Errorf("configuring agent: %w", err)
+	}
+	if a.outgoing, err = a.outgoingProxy(); err != nil {
+		return nil, fmt.Errorf("configuring agent: %w", err)
+	}
 	a.serveGRPC()
 	a.serveRemote()
 	a.serveHTTP()
@@ -248,6 +271,7 @@ func (a *Agent) serveGRPC() {
 		grpc.WaitForHandlers(true),
 	)
 	dayflyv1.RegisterTokenServiceServer(a.grpc, &tokenService{agent: a})
+	dayflyv1.RegisterWatchServiceServer(a.grpc, &watchService{agent: a})
 	if !a.cfg.NoFeed {
 		dayflyv1.RegisterFeedServiceServer(a.grpc, &feedService{k: a.k, maxStreams: int64(a.cfg.MaxStreams), stopping: a.stopping, counts: &a.counts})
 	}
@@ -309,6 +333,8 @@ func (a *Agent) Run(ctx context.Context) error {
 		s := newSystemd(a.cfg.Systemd, a.cache, a.cfg.Log)
 		group.Go(func() error { return s.run(ctx) })
 	}
+	group.Go(func() error { return a.guards.run(ctx) })
+	group.Go(func() error { return a.outgoing.Run(ctx) })
 	group.Go(func() error { a.files.Run(ctx); return nil })
 	group.Go(func() error { a.look(ctx); return nil })
 	group.Go(func() error { <-ctx.Done(); a.stop(); return nil })
@@ -324,6 +350,15 @@ func (a *Agent) closeListeners() error {
 	}
 	if a.cfg.Systemd != nil {
 		all = append(all, a.cfg.Systemd.Listener)
+	}
+	for _, c := range a.cfg.Incoming {
+		all = append(all, c.Listener)
+	}
+	for _, c := range a.cfg.Envoy {
+		all = append(all, c.Listener)
+	}
+	for _, l := range a.cfg.Outgoing {
+		all = append(all, l.Listener)
 	}
 	var errs []error
 	for _, l := range all {

@@ -3,8 +3,6 @@ package agent
 import (
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 	"slices"
 	"time"
 
@@ -70,7 +68,7 @@ func (a *Agent) Apply(s Settings) error {
 // files, but for those at these paths, and of its authorization token file.
 func (a *Agent) Try(except []string) error {
 	if a.cfg.AWS != nil {
-		if _, err := os.Stat(filepath.Dir(a.cfg.AWS.TokenFile.Path)); err != nil {
+		if err := a.cfg.AWS.TokenFile.Try(); err != nil {
 			return fmt.Errorf("the authorization token file of aws_container: %w", err)
 		}
 	}

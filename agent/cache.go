@@ -31,8 +31,10 @@ const (
 	// MaxPrefetch bounds Config.Prefetch: it leaves room for what is asked for.
 	MaxPrefetch = maxEntries / 2
 	// renewFrom and renewTo are between which fractions of a credential's life the agent
-	// renews it, at random.
-	renewFrom, renewTo = sdk.RenewFrom, sdk.RenewTo
+	// renews it, at random: earlier than an SDK does. A workload counts on its agent to have
+	// used every moment in the second half of a credential's life in which the broker could
+	// be reached; whoever first tries later than at its half has missed some.
+	renewFrom, renewTo = 0.35, 0.50
 	// idleAfter is how long a credential that nobody asks for is kept fresh: twice
 	// the default life.
 	idleAfter = 10 * time.Minute
@@ -120,6 +122,7 @@ type entry struct {
 	ctx    context.Context
 
 	latest atomic.Pointer[held]
+	failed atomic.Pointer[sdk.Error] // why the last fetch did, nil after one that didn't
 
 	// Guarded by cache.mu.
 	waiting int
@@ -259,7 +262,12 @@ func (c *cache) add(r Request, pinned bool) (*entry, error) {
 	e := &entry{req: r, pinned: pinned, asked: c.now()}
 	e.ctx, e.cancel = context.WithCancel(c.ctx)
 	source, err := sdk.NewTokenSource(sdk.SourceConfig{
-		Fetch:     func(ctx context.Context) (*sdk.Credential, error) { return c.fetch(ctx, e) },
+		Fetch: func(ctx context.Context) (*sdk.Credential, error) {
+			cred, err := c.fetch(ctx, e)
+			e.failed.Store(refusalOf(err))
+			c.ring()
+			return cred, err
+		},
 		RenewFrom: renewFrom, RenewTo: renewTo,
 		Timeout: issueTimeout, Now: c.now, Boot: c.boot, Jitter: c.jitter,
 		Log: c.log.With("audience", r.Audience),
@@ -457,9 +465,7 @@ func (c *cache) dead(e *entry, cred *sdk.Credential) bool {
 // judged reports whether claims are dead: revoked, of an identity that the Workload API no
 // longer gives this workload, or bound to a certificate that it has no longer.
 func (c *cache) judged(claims *token.Claims) bool {
-	switch c.judge(revocation.SubjectOf(claims)).Reason {
-	case revocation.Alive, revocation.Ahead:
-	default:
+	if c.revoked(claims) {
 		return true
 	}
 	if svid, err := c.svids.GetX509SVID(); disowned(svid, err, claims) {
@@ -506,7 +512,6 @@ func (c *cache) fetch(ctx context.Context, e *entry) (*sdk.Credential, error) {
 		return nil, err
 	}
 	e.latest.Store(&held{grant: cred.Grant, claims: claims, cred: cred, asked: asked, boot: attempted, life: cred.Expires.Sub(asked)})
-	c.ring()
 	return cred, nil
 }
 
@@ -557,9 +562,8 @@ func read(m *dayflyv1.Credential, asked time.Time) (*sdk.Credential, *token.Clai
 	if err != nil {
 		return nil, nil, fmt.Errorf("reading the broker's credential: %w", err)
 	}
-	life := m.GetExpiresAt().AsTime().Sub(m.GetIssuedAt().AsTime())
 	return &sdk.Credential{
 		Token: token.NewSecret(m.GetToken()), Grant: m.GetGrant(), Audience: m.GetAudience(), Scopes: m.GetScopes(),
-		Binding: binding, IssuedAt: asked, Expires: asked.Add(life),
+		Binding: binding, IssuedAt: asked, Expires: asked.Add(wire.Life(m)),
 	}, &t.Claims, nil
 }

@@ -12,7 +12,7 @@
 //
 // What it keeps to:
 //
-//   - A credential is renewed at a random point of 60 to 75 % of its life, before
+//   - A credential is renewed at a random point of 35 to 50 % of its life, before
 //     anyone asks, one call at a time; while the broker is away, what is still valid
 //     is served.
 //   - What the feed says is revoked is not served from the moment that the agent has

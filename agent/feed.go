@@ -56,12 +56,12 @@ type upstream = grpc.BidiStreamingClient[dayflyv1.FollowRequest, dayflyv1.Follow
 // the next one shows it.
 var errShow = errors.New("the broker's log lacks a signed head that one below has kept")
 
-// errRebound ends a stream that stated another bound.
-var errRebound = errors.New("the bound was changed")
-
 // errSlept ends a stream that the machine slept under: the other end has given it up,
 // perhaps, and it would take long to find that out.
 var errSlept = errors.New("the machine slept under the stream")
+
+// errRebound ends a stream that stated another bound.
+var errRebound = errors.New("the bound was changed")
 
 // errRotated ends a stream that was made with an older SVID.
 var errRotated = errors.New("the SVID was rotated")

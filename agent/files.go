@@ -6,7 +6,6 @@ import (
 	"time"
 
 	"github.com/dayflyhq/dayfly/agent/deliver"
-	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/dayflyhq/dayfly/sdk"
 )
 
@@ -31,16 +30,14 @@ func fileRequest(r sdk.Request) Request {
 func (a *Agent) deliverer() (*deliver.Deliverer, error) {
 	return deliver.New(deliver.Config{
 		Targets: a.live.Load().Files,
-		Newest: func(r sdk.Request) *sdk.Credential {
-			want := fileRequest(r)
-			if want.normalize() != nil { // was checked at the start
-				return nil
-			}
-			return a.cache.newest(want)
-		},
-		Changed: a.cache.whenChanged,
-		Alive:   func(c *token.Claims) bool { return !a.cache.judged(c) },
-		Now:     a.cfg.Now, Log: a.cfg.Log,
+		Newest:  a.Newest,
+		Changed: a.Changed,
+		Alive:   a.Alive,
+		Run:     a.cfg.Run,
+
+		Delivered: a.cache.ring,
+
+		Now: a.cfg.Now, Log: a.cfg.Log,
 	})
 }
 

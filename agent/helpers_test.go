@@ -381,6 +381,7 @@ type fixture struct {
 	*testing.T
 	td         *spiffetest.TrustDomain
 	broker     *broker
+	agent      *agent.Agent
 	dir        string
 	grpc, http string
 	cancel     context.CancelFunc
@@ -426,6 +427,7 @@ func start(t *testing.T, td *spiffetest.TrustDomain, b *broker, change func(*age
 	if err != nil {
 		t.Fatal(err)
 	}
+	f.agent = a
 	for _, hear := range made {
 		hear(a)
 	}
@@ -529,7 +531,7 @@ func noLeaks(t *testing.T) {
 	t.Cleanup(func() {
 		eventually(t, "all goroutines to end", func() error {
 			for g := range strings.SplitSeq(stacks(), "\n\n") {
-				if strings.Contains(g, "dayflyhq/dayfly/agent.") || strings.Contains(g, "dayflyhq/dayfly/sdk.") {
+				if strings.Contains(g, "dayflyhq/dayfly/agent.") || strings.Contains(g, "dayflyhq/dayfly/agent/incoming.") || strings.Contains(g, "dayflyhq/dayfly/sdk.") {
 					return errors.New(g)
 				}
 			}

@@ -285,6 +285,7 @@ func (a *Agent) Metrics() Metrics {
 		counter("dayfly_agent_relay_messages_total", "Messages sent to verifiers.", c.relayed.Load()),
 		gauge("dayfly_agent_relay_verifiers", "Verifiers that learn from here, those gone and not yet closed included.", float64(a.k.len())),
 	)
+	m = append(m, a.outgoingFamilies()...)
 	if age, known := a.k.age(); known {
 		m = append(m, gauge("dayfly_agent_feed_age_seconds", "How old the newest proof is.", age.Seconds()))
 	}

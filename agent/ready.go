@@ -36,7 +36,7 @@ func worse(a, b State) State {
 
 // A Check is one thing that the agent needs to be ready.
 type Check struct {
-	Name    string `json:"name"` // "identity", "prefetch", "files" or "feed"
+	Name    string `json:"name"` // "identity", "prefetch", "files", "feed" or "incoming"
 	OK      bool   `json:"ok"`   // State is Ready
 	State   State  `json:"state"`
 	Message string `json:"message,omitempty"`
@@ -84,6 +84,9 @@ func (a *Agent) Status() Status {
 	}
 	if !a.cfg.NoFeed {
 		s.Checks = append(s.Checks, a.checkFeed())
+	}
+	if len(a.cfg.Incoming)+len(a.cfg.Envoy) > 0 {
+		s.Checks = append(s.Checks, a.guards.check())
 	}
 	for i := range s.Checks {
 		c := &s.Checks[i]

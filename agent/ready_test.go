@@ -4,16 +4,19 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/dayflyhq/dayfly/agent"
+	"github.com/dayflyhq/dayfly/proto/boottime"
 	"github.com/dayflyhq/dayfly/proto/feed"
 	"google.golang.org/grpc/codes"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
@@ -249,4 +252,27 @@ func TestProbes(t *testing.T) {
 		}
 		return serving("dayfly.v1.TokenService")
 	})
+}
+
+// A stream that the machine slept under is made anew at once, however seldom the bound
+// would have it ask.
+func TestFeedAfterSuspend(t *testing.T) {
+	noLeaks(t)
+	td := newDomain(t)
+	b := newBroker(t, td)
+	var slept atomic.Int64
+	f := start(t, td, b, func(c *agent.Config) {
+		c.MaxStaleness = time.Hour
+		c.Boot = func() feed.Instant { return boottime.Now() + feed.Instant(slept.Load()) }
+	})
+	f.ready()
+	before := b.streams.Load() // the first SVID may have made a second one
+	slept.Add(int64(time.Minute))
+	eventually(t, "another stream", func() error {
+		if b.streams.Load() == before {
+			return errors.New("still the one that slept")
+		}
+		return nil
+	})
+	f.ready()
 }

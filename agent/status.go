@@ -2,6 +2,7 @@ package agent
 
 import (
 	"cmp"
+	"errors"
 	"net"
 	"net/http"
 	"runtime/debug"
@@ -11,6 +12,7 @@ import (
 	"time"
 
 	"github.com/dayflyhq/dayfly/agent/deliver"
+	"github.com/dayflyhq/dayfly/sdk"
 )
 
 // A Report is all that the agent says of itself to those who may ask it for credentials:
@@ -125,11 +127,12 @@ type contact struct{ answered, unreachable time.Time }
 func (c *cache) contacted(err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	var refusal *sdk.Error
 	switch {
 	case outcome(err) == noIdentity: // it wasn't called
-	case outcome(err) != unreachable:
+	case err == nil, errors.As(sdk.FromRPC(err), &refusal) && refusal.Reason != "":
 		c.upstream = contact{answered: c.now()}
-	case c.upstream.unreachable.IsZero():
+	case outcome(err) == unreachable && c.upstream.unreachable.IsZero():
 		c.upstream.unreachable = c.now()
 	}
 }
@@ -277,6 +280,9 @@ func (a *Agent) listenerInfos() []ListenerInfo {
 		if l.at != nil {
 			out = append(out, ListenerInfo{Name: l.name, Address: l.at.Addr().String()})
 		}
+	}
+	for _, l := range a.cfg.Outgoing {
+		out = append(out, ListenerInfo{Name: ListenerOutgoing, Address: l.Listener.Addr().String()})
 	}
 	a.counts.requests.each(func(listener, outcome string, n uint64) {
 		i := slices.IndexFunc(out, func(l ListenerInfo) bool { return l.Name == listener })

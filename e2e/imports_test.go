@@ -69,6 +69,7 @@ var (
 // a row here, and a sentence that no existing room could truthfully carry.
 var house = []room{
 	{path: "proto/dayfly/v1"},
+	{path: "proto/dayfly/extauthz/v1"}, // Envoy's questions and answers
 	{path: "proto/token", direct: noIO, closure: ground, except: spiffeID},
 	{path: "proto/revocation", direct: noIO, closure: ground, except: spiffeID},
 	{path: "proto/feed", direct: noIO, closure: ground, except: spiffeID},
@@ -85,7 +86,9 @@ var house = []room{
 	{path: "broker/web", direct: adapters},
 	{path: "policy", direct: []ban{{grpc, apart}, {bbolt, apart}, {module + "/broker/keys", apart}}},
 	{path: "agent", closure: sidecar},
-	{path: "agent/deliver", closure: append(slices.Clip(sidecar), ban{module + "/agent", "whoever keeps credentials fresh hands them in"})}, // credentials in files
+	{path: "agent/deliver", closure: append(slices.Clip(sidecar), ban{module + "/agent", "whoever keeps credentials fresh hands them in"})},                                                         // credentials in files
+	{path: "agent/outgoing", closure: append(slices.Clip(sidecar), ban{module + "/agent", "whoever keeps credentials fresh hands them in"})},                                                        // requests that get a token on their way
+	{path: "agent/incoming", closure: append(slices.Clip(sidecar), ban{module + "/agent", "whoever has a feed hands it in"}, ban{"github.com/envoyproxy", "its types weigh a fifth of a sidecar"})}, // requests for services without SDK
 	{path: "agent/sts", closure: []ban{{grpc, "it knows one POST"}, {generated, "it knows one POST"}, {module + "/sdk", "it knows one POST"}, {"github.com/aws", "a trade is one unsigned POST"}}},
 	{path: "sdk", closure: light},
 	{path: "sdk/verify", closure: light},
@@ -96,6 +99,7 @@ var house = []room{
 	{path: "cmd/internal/brokerd"},
 	{path: "cmd/internal/agentd"},
 	{path: "cmd/internal/config"},
+	{path: "cmd/internal/supervise", closure: sidecar}, // a program beside its credentials
 	{path: "tools/mutants", direct: []ban{{module, "it plants mistakes in the code, and must build whatever the code is"}}}, // mistakes, and who finds them
 }
 

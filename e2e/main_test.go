@@ -13,7 +13,12 @@ import (
 // bin is where the built commands are.
 var bin string
 
-func TestMain(m *testing.M) { os.Exit(testMain(m)) }
+func TestMain(m *testing.M) {
+	if os.Getenv(signalCounter) != "" {
+		os.Exit(countSignals())
+	}
+	os.Exit(testMain(m))
+}
 
 func testMain(m *testing.M) int {
 	dir, err := os.MkdirTemp("", "dayfly-bin")

@@ -96,7 +96,7 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 		}
 		resp, err = t.over(cred).RoundTrip(authorized(req, cred))
 	}
-	if err != nil || !invalidToken(resp) || !t.Source.refused(cred) {
+	if err != nil || !invalidToken(resp) || !t.Source.Refused(cred.Grant) {
 		return resp, err
 	}
 	again, ok := replay(req)

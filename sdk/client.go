@@ -294,9 +294,9 @@ func (c *Client) credential(m *dayflyv1.Credential, asked moment) (*Credential, 
 	// A broker's answer is new, so its life begins no earlier than the call: our own
 	// clock may be off by any amount. An agent's answer may come from its memory, but
 	// its clock is ours.
-	out.left = out.Expires.Sub(out.IssuedAt)
+	out.left = wire.Life(m)
 	if c.cfg.unix() {
-		out.left = min(out.left, out.Expires.Sub(asked.time))
+		out.left = min(out.Expires.Sub(out.IssuedAt), out.Expires.Sub(asked.time))
 	}
 	return out, nil
 }
@@ -313,13 +313,15 @@ type connection struct {
 	presented atomic.Pointer[[]byte]
 	calls     int // guarded by Client.mu
 	made      moment
+	reads     atomic.Uint64 // how often anything came
+	silent    atomic.Bool   // a call ran out of time, and nothing came meanwhile
 }
 
 func (c *Client) dial() (*connection, error) {
 	conn := &connection{made: c.now()}
 	target, creds := c.cfg.Address, insecure.NewCredentials()
 	if !c.cfg.unix() {
-		target, creds = "dns:///"+c.cfg.Address, credentials.NewTLS(c.tls(conn))
+		target, creds = "dns:///"+c.cfg.Address, listening{credentials.NewTLS(c.tls(conn)), conn}
 	}
 	options := []grpc.DialOption{
 		grpc.WithTransportCredentials(creds),
@@ -340,6 +342,33 @@ func (c *Client) dial() (*connection, error) {
 	}
 	conn.cc = cc
 	return conn, nil
+}
+
+// listening counts what is read from below TLS.
+type listening struct {
+	credentials.TransportCredentials
+	conn *connection
+}
+
+func (l listening) ClientHandshake(ctx context.Context, authority string, raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	return l.TransportCredentials.ClientHandshake(ctx, authority, &counted{raw, l.conn})
+}
+
+func (l listening) Clone() credentials.TransportCredentials {
+	return listening{l.TransportCredentials.Clone(), l.conn}
+}
+
+type counted struct {
+	net.Conn
+	conn *connection
+}
+
+func (c *counted) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	if n > 0 {
+		c.conn.reads.Add(1)
+	}
+	return n, err
 }
 
 // jwtSVID shows a JWT-SVID in each call.
@@ -402,13 +431,14 @@ func (c *Client) keeps(cred *Credential) bool {
 func (c *Client) now() moment { return readClocks(c.cfg.Now, c.cfg.Boot) }
 
 // outdated reports whether the connection was made with an SVID that is no longer the
-// current one, or slept. Where there is no telling, it was not.
+// current one, or slept, or is silent: whatever stands between has forgotten it, perhaps,
+// and gRPC's own keepalive takes long to notice. Where there is no telling, it is not.
 func (c *Client) outdated(conn *connection) bool {
 	if c.cfg.unix() {
 		return false
 	}
 	now := c.now()
-	if now.boot.Sub(conn.made.boot)-now.time.Sub(conn.made.time) > maxSleep {
+	if now.boot.Sub(conn.made.boot)-now.time.Sub(conn.made.time) > maxSleep || conn.silent.Load() {
 		return true
 	}
 	leaf := conn.presented.Load()
@@ -477,7 +507,12 @@ func (r *rotating) Invoke(ctx context.Context, method string, args, reply any, o
 		return wrapf(err, "calling %s", method)
 	}
 	defer (*Client)(r).release(conn)
-	return FromRPC(conn.cc.Invoke(ctx, method, args, reply, opts...))
+	before := conn.reads.Load()
+	err = conn.cc.Invoke(ctx, method, args, reply, opts...)
+	if status.Code(err) == codes.DeadlineExceeded && before > 0 && conn.reads.Load() == before {
+		conn.silent.Store(true)
+	}
+	return FromRPC(err)
 }
 
 // fits refuses here what would be refused there: far beyond its limit a server can't say

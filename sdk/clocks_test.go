@@ -305,6 +305,34 @@ func TestClientRedialsAfterSuspend(t *testing.T) {
 	}
 }
 
+// A connection on which a call runs out of time while nothing comes isn't trusted either:
+// the next one goes over a new one. Where something came, the broker is slow, and a new
+// connection would only be more work for it.
+func TestClientLeavesSilentConnection(t *testing.T) {
+	td, s := newTrustDomain(t), &tokenServer{}
+	way := newWay(t, startBroker(t, td, brokerID, s))
+	client := newClient(t, sdk.Config{Address: way.address, Source: td.Source(payments), BrokerID: brokerID, Timeout: 30 * time.Second})
+	issue := func(within time.Duration) error {
+		ctx, cancel := context.WithTimeout(t.Context(), within)
+		defer cancel()
+		_, err := client.Issue(ctx, sdk.Request{Audience: "orders"})
+		return err
+	}
+	if err := issue(30 * time.Second); err != nil {
+		t.Fatal(err)
+	}
+	way.swallow()
+	if err := issue(100 * time.Millisecond); err == nil {
+		t.Fatal("an answer on a connection that swallows")
+	}
+	if err := issue(30 * time.Second); err != nil {
+		t.Errorf("after a call without a word: %v", err)
+	}
+	if n := way.swallow(); n != 2 {
+		t.Errorf("%d connections, want 2", n)
+	}
+}
+
 // A way leads to an address, until it swallows what comes.
 type way struct {
 	address string

@@ -447,16 +447,16 @@ func (s *TokenSource) Status() SourceStatus {
 	return out
 }
 
-// refused drops a credential that a service called invalid, and reports whether another
-// one can be had. A service that calls each one invalid causes fetches with growing
+// Refused drops the credential of a grant that a service called invalid, and reports
+// whether another one can be had. A service that calls each one invalid causes fetches with growing
 // pauses between them.
-func (s *TokenSource) refused(cred *Credential) bool {
+func (s *TokenSource) Refused(grant string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.current != cred {
+	if s.current == nil || s.current.Grant != grant {
 		return true // dropped or renewed meanwhile
 	}
-	age := s.now().since(cred.asked)
+	age := s.now().since(s.current.asked)
 	if age > 2*maxBackoff {
 		s.spared = 0
 	}

@@ -80,14 +80,14 @@ func (c *Change) interval() time.Duration {
 }
 
 // tell does it once.
-func (c *Change) tell(ctx context.Context, path, what string, log *slog.Logger) error {
+func (c *Change) tell(ctx context.Context, path, what string, run func(*exec.Cmd) error, log *slog.Logger) error {
 	if len(c.Command) == 0 {
 		return c.signal(log)
 	}
-	return c.run(ctx, path, what, log)
+	return c.run(ctx, path, what, run, log)
 }
 
-func (c *Change) run(ctx context.Context, path, what string, log *slog.Logger) error {
+func (c *Change) run(ctx context.Context, path, what string, run func(*exec.Cmd) error, log *slog.Logger) error {
 	timeout := c.Timeout
 	if timeout == 0 {
 		timeout = DefaultTimeout
@@ -106,7 +106,7 @@ func (c *Change) run(ctx context.Context, path, what string, log *slog.Logger) e
 	cmd.Stdout, cmd.Stderr = &out, &out
 	cmd.WaitDelay = time.Second
 	inGroup(cmd)
-	err := cmd.Run()
+	err := run(cmd)
 	if errors.Is(err, exec.ErrWaitDelay) && ctx.Err() == nil {
 		err = nil // it went well, and left somebody behind with its output
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"os/exec"
 	"path/filepath"
 	"reflect"
 	"slices"
@@ -156,7 +157,8 @@ func checkAccess(mode fs.FileMode, gid *int) error {
 	return errors.Join(errs...)
 }
 
-// Config says what to deliver and where it comes from. All but Log and Now must be set.
+// Config says what to deliver and where it comes from. Targets, Newest,
+// Changed and Alive must be set.
 type Config struct {
 	Targets []Target
 	// Newest returns the newest credential of a request that may be given out now, nil if
@@ -167,6 +169,13 @@ type Config struct {
 	Changed func() <-chan struct{}
 	// Alive says whether a credential of these claims may be used, as far as is known.
 	Alive func(*token.Claims) bool
+
+	// Delivered is called when what Status says of what is on disk has changed. It must be
+	// quick. Nil: nobody is.
+	Delivered func()
+	// Run runs the command of a Change, for a process that reaps more than what it started.
+	// Nil: (*exec.Cmd).Run.
+	Run func(*exec.Cmd) error
 
 	// Now is the clock that credentials are aged with. Nil means time.Now.
 	Now func() time.Time
@@ -187,6 +196,8 @@ type Status struct {
 	// Present says that it is on disk, until Until at the longest.
 	Present bool
 	Until   time.Time
+	// Grants are the credentials that are on disk.
+	Grants []string
 	// Err is why it can't be written or removed now, ChangeErr why the program can't be
 	// told; nil if they can.
 	Err, ChangeErr error
@@ -213,6 +224,12 @@ func New(cfg Config) (*Deliverer, error) {
 	}
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	if cfg.Delivered == nil {
+		cfg.Delivered = func() {}
+	}
+	if cfg.Run == nil {
+		cfg.Run = (*exec.Cmd).Run
 	}
 	d := &Deliverer{cfg: cfg, started: make(chan struct{})}
 	var err error

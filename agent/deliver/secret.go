@@ -22,6 +22,15 @@ func (s *Secret) Validate() error {
 	return errors.Join(checkPath(s.Path), checkAccess(s.Mode, s.GID))
 }
 
+// Try looks at the folder that it goes to.
+func (s *Secret) Try() error {
+	root, err := openFolder(filepath.Dir(s.Path))
+	if err != nil {
+		return err
+	}
+	return root.Close()
+}
+
 // Write puts a whole file in place of what is there, and says which it is.
 func (s *Secret) Write(content string) (fs.FileInfo, error) {
 	root, err := openFolder(filepath.Dir(s.Path))

@@ -72,7 +72,7 @@ func newTarget(cfg Config, spec Target, renders []func(credentials) ([]byte, err
 	}
 	if c := spec.Change; c != nil {
 		t.teller = &teller{
-			tell:     func(ctx context.Context, what string) error { return c.tell(ctx, spec.Path, what, t.log) },
+			tell:     func(ctx context.Context, what string) error { return c.tell(ctx, spec.Path, what, cfg.Run, t.log) },
 			interval: c.interval(), now: cfg.Now, log: t.log, counts: counts, wake: make(chan struct{}, 1),
 		}
 	}
@@ -243,15 +243,13 @@ func (t *target) open() (*os.Root, error) {
 
 // remove takes the target from the disk because it has died.
 func (t *target) remove() {
-	if err := t.clear(); err != nil {
+	if err := t.clearShown(); err != nil {
 		t.removing.failed(t.cfg.Now())
-		t.show(fmt.Errorf("removing what is dead: %w", err))
 		t.log.Error("removing dead credentials", "err", err, "retry_in", t.removing.pause)
 		return
 	}
 	t.counts.Removed.Add(1)
 	t.removing.reset()
-	t.show(nil)
 	t.log.Info("removed dead credentials")
 	t.told("removed")
 }
@@ -319,16 +317,34 @@ func (t *target) wait() time.Duration {
 
 // told leaves word for the program.
 func (t *target) told(what string) {
+	t.cfg.Delivered()
 	if t.teller != nil {
 		t.teller.changed(what)
 	}
+}
+
+// clearShown is clear and show in one: nobody who misses the file is told that it is there.
+func (t *target) clearShown() error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	err := t.clear()
+	if err != nil {
+		err = fmt.Errorf("removing what is dead: %w", err)
+	}
+	t.shownNow(err)
+	return err
 }
 
 // show makes the target's state known.
 func (t *target) show(err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.shown.Err, t.shown.Present, t.shown.Until = err, len(t.disk) > 0, time.Time{}
+	t.shownNow(err)
+}
+
+// shownNow is show; mu is held.
+func (t *target) shownNow(err error) {
+	t.shown.Err, t.shown.Present, t.shown.Until, t.shown.Grants = err, len(t.disk) > 0, time.Time{}, grants(t.disk)
 	for _, m := range t.disk {
 		if t.shown.Until.IsZero() || m.expires.Before(t.shown.Until) {
 			t.shown.Until = m.expires

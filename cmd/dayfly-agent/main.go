@@ -16,7 +16,7 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	err := agentd.Run(ctx, os.Args[1:], os.Stdout, os.Stderr)
-	if err != nil {
+	if err != nil && err.Error() != "" {
 		fmt.Fprintln(os.Stderr, "dayfly-agent:", err)
 	}
 	os.Exit(config.ExitCode(err))

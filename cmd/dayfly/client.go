@@ -48,14 +48,20 @@ func (a *app) dialTokens(ctx context.Context) (*sdk.Client, error) {
 	if c.agent != "" && c.broker != "" {
 		return nil, usagef("give one of the two", "both --agent and --broker are given")
 	}
-	agent := c.agent
-	if agent == "" && c.broker == "" {
-		agent = a.env("DAYFLY_AGENT")
-	}
-	if agent != "" {
+	if agent := a.agent(); agent != "" {
 		return a.dialSocket("the agent's socket", agent)
 	}
-	return a.dialBroker(ctx, "name an agent (DAYFLY_AGENT or --agent), or a broker with its SPIFFE ID (DAYFLY_BROKER and DAYFLY_BROKER_ID)")
+	return a.dialBroker(ctx, tokensHint)
+}
+
+const tokensHint = "name an agent (DAYFLY_AGENT or --agent), or a broker with its SPIFFE ID (DAYFLY_BROKER and DAYFLY_BROKER_ID)"
+
+// agent is the agent's socket, "" where the broker is to be asked.
+func (a *app) agent() string {
+	if a.conn.agent == "" && a.conn.broker == "" {
+		return a.env("DAYFLY_AGENT")
+	}
+	return a.conn.agent
 }
 
 // dialOperator connects to the broker, as an operator or through the break-glass
@@ -80,32 +86,50 @@ func (a *app) sameWay() string {
 }
 
 func (a *app) dialSocket(what, address string) (*sdk.Client, error) {
-	path, ok := strings.CutPrefix(address, "unix://")
-	if !ok || !strings.HasPrefix(path, "/") {
-		return nil, usagef("write unix:// and an absolute path: unix:///run/dayfly/agent.sock", "%s can't be %q", what, address)
+	client, err := a.socketClient(what, address)
+	if err != nil {
+		return nil, err
 	}
 	// gRPC would say the same only after all its attempts.
+	path := strings.TrimPrefix(address, "unix://")
 	switch _, err := os.Stat(path); {
 	case errors.Is(err, fs.ErrNotExist):
 		return nil, failf(exitUnavailable, "is the path right, and does its owner run?", "%s isn't there: %s", what, path)
 	case errors.Is(err, fs.ErrPermission):
 		return nil, failf(exitRefused, "who may use a socket is its folder's and its own permissions", "%s may not be used by you: %s", what, path)
 	}
+	return client, nil
+}
+
+// socketClient connects at the first call: who owns the socket may come later.
+func (a *app) socketClient(what, address string) (*sdk.Client, error) {
+	if path, ok := strings.CutPrefix(address, "unix://"); !ok || !strings.HasPrefix(path, "/") {
+		return nil, usagef("write unix:// and an absolute path: unix:///run/dayfly/agent.sock", "%s can't be %q", what, address)
+	}
 	return sdk.New(sdk.Config{Address: address, Timeout: a.timeout, Now: a.now})
 }
 
-func (a *app) dialBroker(ctx context.Context, hint string) (*sdk.Client, error) {
+// broker is the address of the broker, and whom it must prove to be.
+func (a *app) broker(hint string) (string, spiffeid.ID, error) {
 	c := &a.conn
 	address, id := a.or(c.broker, "DAYFLY_BROKER"), a.or(c.brokerID, "DAYFLY_BROKER_ID")
 	if address == "" {
-		return nil, usagef(hint, "no broker is named")
+		return "", spiffeid.ID{}, usagef(hint, "no broker is named")
 	}
 	if id == "" {
-		return nil, usagef("set DAYFLY_BROKER_ID or --broker-id: without it any workload of the trust domain could pose as the broker", "the broker's SPIFFE ID isn't given")
+		return "", spiffeid.ID{}, usagef("set DAYFLY_BROKER_ID or --broker-id: without it any workload of the trust domain could pose as the broker", "the broker's SPIFFE ID isn't given")
 	}
 	brokerID, err := spiffeid.FromString(id)
 	if err != nil {
-		return nil, usagef("it looks like spiffe://example.org/dayfly/broker", "the broker's SPIFFE ID %q: %v", id, err)
+		return "", spiffeid.ID{}, usagef("it looks like spiffe://example.org/dayfly/broker", "the broker's SPIFFE ID %q: %v", id, err)
+	}
+	return address, brokerID, nil
+}
+
+func (a *app) dialBroker(ctx context.Context, hint string) (*sdk.Client, error) {
+	address, brokerID, err := a.broker(hint)
+	if err != nil {
+		return nil, err
 	}
 	source, err := a.svidSource(ctx, brokerID.TrustDomain())
 	if err != nil {
@@ -135,16 +159,12 @@ type identity struct {
 // svidSource returns the caller's identity: PEM files where any is named, else the
 // Workload API.
 func (a *app) svidSource(ctx context.Context, td spiffeid.TrustDomain) (sdk.Source, error) {
-	c := &a.conn
-	if c.svidCert != "" || c.svidKey != "" || c.svidBundle != "" {
+	if a.conn.filesNamed() {
 		return a.fileSource(td)
 	}
-	address := a.or(c.svidSocket, "SPIFFE_ENDPOINT_SOCKET")
-	if address == "" {
-		return nil, usagef("set SPIFFE_ENDPOINT_SOCKET or --svid-socket, or name PEM files with --svid-cert, --svid-key and --svid-bundle", "there is no SVID to call the broker with")
-	}
-	if err := workloadapi.ValidateAddress(address); err != nil {
-		return nil, usagef("a socket is written unix:///path", "the Workload API can't be %q: %v", address, err)
+	address, err := a.workloadAPI()
+	if err != nil {
+		return nil, err
 	}
 	ctx, cancel := a.call(ctx)
 	defer cancel()
@@ -153,6 +173,22 @@ func (a *app) svidSource(ctx context.Context, td spiffeid.TrustDomain) (sdk.Sour
 		return nil, workloadError(address, err)
 	}
 	return identity{found.DefaultSVID(), found.Bundles}, nil
+}
+
+func (c *connFlags) filesNamed() bool {
+	return c.svidCert != "" || c.svidKey != "" || c.svidBundle != ""
+}
+
+// workloadAPI is the address of the Workload API.
+func (a *app) workloadAPI() (string, error) {
+	address := a.or(a.conn.svidSocket, "SPIFFE_ENDPOINT_SOCKET")
+	if address == "" {
+		return "", usagef("set SPIFFE_ENDPOINT_SOCKET or --svid-socket, or name PEM files with --svid-cert, --svid-key and --svid-bundle", "there is no SVID to call the broker with")
+	}
+	if err := workloadapi.ValidateAddress(address); err != nil {
+		return "", usagef("a socket is written unix:///path", "the Workload API can't be %q: %v", address, err)
+	}
+	return address, nil
 }
 
 func workloadError(address string, err error) error {

@@ -168,7 +168,9 @@ const devText = `A whole dayfly is running; Ctrl-C ends it, or: kill %[17]d. In 
   export BOB=%[16]s                     # for a second person
   export PAYMENTS=%[22]s  # Workload API of payments, for an agent of your own
   export WEB=%[6]s              # a service that takes bearers; orders and ledger want mTLS
-  export HOST=%[23]s  # Workload API of a host with two workloads, payments and reports
+  export ORDERS=%[8]s   # Workload API of orders
+  export ORDERS_URL=%[9]s       # the service orders, by its SVID
+  export WORKLOADS=%[23]s  # Workload API of a host with two workloads, payments and reports
   export BREAK_GLASS=unix://%[15]s
   export AGENT_PID=%[19]d               # kill -STOP freezes payments' agent, kill -CONT thaws it
 

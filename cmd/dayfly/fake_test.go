@@ -7,6 +7,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"net"
 	"net/http"
@@ -23,6 +24,7 @@ import (
 	"github.com/dayflyhq/dayfly/proto/revocation"
 	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/dayflyhq/dayfly/proto/wire"
+	"github.com/dayflyhq/dayfly/sdk"
 	"github.com/dayflyhq/dayfly/sdk/spiffetest"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
@@ -50,6 +52,7 @@ var (
 // chosen by the names in the request. It remembers every request that it got.
 type fake struct {
 	dayflyv1.UnimplementedTokenServiceServer
+	dayflyv1.UnimplementedWatchServiceServer
 	dayflyv1.UnimplementedGrantServiceServer
 	dayflyv1.UnimplementedRevocationServiceServer
 
@@ -107,6 +110,8 @@ func (f *fake) serve(l net.Listener, creds credentials.TransportCredentials, wit
 	dayflyv1.RegisterRevocationServiceServer(s, f)
 	if withGrants {
 		dayflyv1.RegisterGrantServiceServer(s, f)
+	} else {
+		dayflyv1.RegisterWatchServiceServer(s, f)
 	}
 	done := make(chan struct{})
 	go func() { defer close(done); _ = s.Serve(l) }()
@@ -344,9 +349,39 @@ func refuse(code codes.Code, reason, message, hint string) error {
 	return st.Err()
 }
 
-func (f *fake) Issue(_ context.Context, r *dayflyv1.IssueRequest) (*dayflyv1.IssueResponse, error) {
-	c, err := f.give(r.GetAudience(), r.GetBinding(), paymentsID)
+// Issue is for whom the connection is: by the agent's socket, payments.
+func (f *fake) Issue(ctx context.Context, r *dayflyv1.IssueRequest) (*dayflyv1.IssueResponse, error) {
+	id := paymentsID
+	if p, ok := peer.FromContext(ctx); ok {
+		if info, ok := p.AuthInfo.(credentials.TLSInfo); ok {
+			id = spiffeid.RequireFromURI(info.State.PeerCertificates[0].URIs[0])
+		}
+	}
+	c, err := f.give(r.GetAudience(), r.GetBinding(), id)
 	return &dayflyv1.IssueResponse{Credential: c}, err
+}
+
+// Watch gives one of each and no news.
+func (f *fake) Watch(r *dayflyv1.WatchRequest, stream grpc.ServerStreamingServer[dayflyv1.WatchResponse]) error {
+	f.see("Watch", r)
+	m := &dayflyv1.WatchResponse{}
+	for _, one := range r.GetWanted() {
+		if one.GetAudience() == "old" {
+			return status.Error(codes.Unimplemented, "unknown service")
+		}
+		c, err := f.give(one.GetAudience(), one.GetBinding(), paymentsID)
+		w := &dayflyv1.Watched{Credential: c}
+		var e *sdk.Error
+		if errors.As(sdk.FromRPC(err), &e) {
+			w.Refusal = &dayflyv1.Refusal{Code: int32(e.Code), Reason: e.Reason, Message: e.Message, Hint: e.Hint}
+		}
+		m.Watched = append(m.Watched, w)
+	}
+	if err := stream.Send(m); err != nil {
+		return err
+	}
+	<-stream.Context().Done()
+	return nil
 }
 
 func (f *fake) Exchange(_ context.Context, r *dayflyv1.ExchangeRequest) (*dayflyv1.ExchangeResponse, error) {

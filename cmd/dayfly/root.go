@@ -46,6 +46,10 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	if err == nil {
 		return exitOK
 	}
+	var of childCode
+	if errors.As(err, &of) {
+		return int(of)
+	}
 	if a.verb == "" {
 		a.verb = verbOf(root, args)
 	}
@@ -54,6 +58,9 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 		if wantsJSON(args) { // flags behind the wrong one weren't read
 			a.output = outputJSON
 		}
+	}
+	if a.verb == "exec" {
+		err = execFailure(err)
 	}
 	return a.fail(err)
 }
@@ -79,7 +86,9 @@ Exit codes:
   5  unavailable: the broker, the agent or the Workload API could not be reached,
      or has no capacity now
   6  proposed: nothing is done until a second person confirms
-  7  policy replay: decisions would change, and none newly be denied`
+  7  policy replay: decisions would change, and none newly be denied
+
+exec has its program's, and others of its own.`
 
 // root builds the tree of verbs. One more verb is one more line here.
 func (a *app) root() *cobra.Command {

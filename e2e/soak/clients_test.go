@@ -26,6 +26,10 @@ const (
 	askTimeout = 15 * time.Second
 )
 
+// spread is how long after its start a broker has no tokens for those who know the JWK
+// set only: twice the max-age that the sandbox's has, and a tenth.
+const spread = 2200 * time.Millisecond
+
 // A served is a credential that somebody got.
 type served struct {
 	raw     string // the token, if it is one
@@ -46,6 +50,7 @@ type stream struct {
 	copy bool // it reads a copy, which the agent takes away or can't: a file, or what an SDK keeps
 	file bool // it reads what is on disk
 	x5t  bool // what it gets dies with the SVID
+	keys bool // what it gets is for those who know the JWK set only
 
 	ask func(context.Context) ([]served, error)
 
@@ -169,8 +174,11 @@ func (s *stream) missed(start, end time.Time, err error) {
 	}
 	s.u.unserved.Add(1)
 	since := s.since()
-	open := s.u.reach.longest(since, start)
-	if open < s.w.notice {
+	open, notice := s.u.reach.longest(since, start), s.w.notice
+	if s.keys {
+		notice += spread
+	}
+	if open < notice {
 		n.away.Add(1)
 		s.w.log.unused(open)
 		return
@@ -270,7 +278,11 @@ func (w *world) asks(u *unit) {
 			return w.readSDK(u)(client.Issue(ctx, sdk.Request{Audience: goods}))
 		})
 	}
-	client := must(sdk.New(sdk.Config{Address: "unix://" + u.grpc}))(w.t)
+	cfg := sdk.Config{Address: "unix://" + u.grpc}
+	if u.clock != nil { // it is one machine
+		cfg.Now, cfg.Boot = u.clock.now, u.clock.boot
+	}
+	client := must(sdk.New(cfg))(w.t)
 	w.t.Cleanup(func() { client.Close() })
 	source := client.TokenSource(sdk.Request{Audience: goods, Scopes: []string{"read"}})
 	w.t.Cleanup(source.Close)
@@ -325,7 +337,7 @@ func (w *world) files(u *unit) string {
 		one, err := w.read(u, lines[0], goods)
 		two, err2 := w.read(u, lines[1], exchange)
 		return []served{one, two}, errors.Join(err, err2)
-	})
+	}).keys = true
 	s := w.stream(u, "folder of files", func(context.Context) ([]served, error) { return w.readFolder(u, dir+"/all") })
 	s.copy, s.file = true, true
 	return fmt.Sprintf(`
@@ -345,7 +357,7 @@ directories:
 `, dir, goods, exchange)
 }
 
-func (w *world) readFile(u *unit, kind, path string, read func([]byte) ([]served, error)) {
+func (w *world) readFile(u *unit, kind, path string, read func([]byte) ([]served, error)) *stream {
 	s := w.stream(u, kind, func(context.Context) ([]served, error) {
 		info, err := os.Stat(path)
 		if err != nil {
@@ -361,6 +373,7 @@ func (w *world) readFile(u *unit, kind, path string, read func([]byte) ([]served
 		return read(text)
 	})
 	s.copy, s.file = true, true
+	return s
 }
 
 // readFolder reads two files of one generation.
@@ -391,7 +404,7 @@ func (w *world) aws(u *unit) string {
 	file := filepath.Join(w.box.Dir, "aws-authorization")
 	client := &http.Client{Transport: &http.Transport{}}
 	for range 2 {
-		w.stream(u, "AWS session", func(ctx context.Context) ([]served, error) {
+		s := w.stream(u, "AWS session", func(ctx context.Context) ([]served, error) {
 			authorization, err := os.ReadFile(file)
 			if err != nil {
 				return nil, err
@@ -416,6 +429,7 @@ func (w *world) aws(u *unit) string {
 			}
 			return []served{{grant: said.AccessKeyID, issued: issued, life: said.Expiration.Sub(issued), expires: said.Expiration}}, nil
 		})
+		s.keys = true
 	}
 	return fmt.Sprintf("aws_container: {listen: %q, audience: %s, sts_endpoint: %q, authorization_token_file: %q}\n", at, exchange, w.sts.url, file)
 }

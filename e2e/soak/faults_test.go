@@ -50,30 +50,16 @@ func (w *world) inflict(ctx context.Context, f fault) (bool, error) {
 	switch f.Kind {
 	case restart, crash, handover, freeze:
 		return true, w.breakBroker(ctx, f)
-	case stall, forget, refuse:
-		u.reach.begin()
-		defer u.reach.end()
-		switch f.Kind {
-		case forget:
-			u.path.forget()
-			return true, nil
-		case stall:
-			u.path.stall(true)
-			defer u.path.stall(false)
-		case refuse:
-			u.path.refuse(true)
-			defer u.path.refuse(false)
-		}
-		pause(ctx, f.For)
+	case stall, deafen, forget, refuse:
+		w.breakPath(ctx, u, f)
 		return true, nil
 	case suspend:
 		return true, w.suspend(ctx, u, f.For)
 	case stopAgent, killAgent:
 		return true, w.restartAgent(ctx, u, f)
 	case jump:
-		u.reach.begin()
+		u.reach.breaks()
 		u.clock.jump(f.For)
-		u.reach.end()
 		return true, nil
 	case rotate:
 		return true, w.rotate(u)
@@ -85,13 +71,45 @@ func (w *world) inflict(ctx context.Context, f fault) (bool, error) {
 	return false, fmt.Errorf("unknown fault %q", f.Kind)
 }
 
+// hang is how long a call may take to notice that nobody answers on its connection, 5 s,
+// and another one to be made. What falls silent without a word is over that much later.
+const hang = 6 * time.Second
+
+// breakPath does something to the path of one agent.
+func (w *world) breakPath(ctx context.Context, u *unit, f fault) {
+	u.reach.begin()
+	switch f.Kind {
+	case forget:
+		u.path.forget()
+	case stall:
+		u.path.stall(true)
+		pause(ctx, f.For)
+		u.path.stall(false)
+	case deafen:
+		u.path.deafen(true)
+		pause(ctx, f.For)
+		u.path.deafen(false)
+	case refuse:
+		u.path.refuse(true)
+		pause(ctx, f.For)
+		u.path.refuse(false)
+		u.reach.end()
+		return
+	}
+	u.reach.endAfter(hang)
+}
+
 // breakBroker does something to the broker, which is in the way of all.
 func (w *world) breakBroker(ctx context.Context, f fault) error {
 	w.broker.Lock()
 	defer w.broker.Unlock()
 	for _, u := range w.units {
 		u.reach.begin()
-		defer u.reach.end()
+		if f.Kind == freeze {
+			defer u.reach.endAfter(hang)
+		} else {
+			defer u.reach.end()
+		}
 	}
 	switch f.Kind {
 	case freeze:
@@ -183,12 +201,12 @@ func (w *world) operate(ctx context.Context, u *unit, f fault) (bool, error) {
 		if grant == "" {
 			return false, nil
 		}
-		_, err := w.revoke(ctx, grant, &dayflyv1.Selector{Selector: &dayflyv1.Selector_Grant{Grant: grant}}, dayflyv1.LockMode_LOCK_MODE_NONE)
-		return true, unlessOver(ctx, err)
+		_, err := w.revoke(grant, &dayflyv1.Selector{Selector: &dayflyv1.Selector_Grant{Grant: grant}}, dayflyv1.LockMode_LOCK_MODE_NONE)
+		return true, err
 	}
-	number, err := w.revoke(ctx, u.id.String(), &dayflyv1.Selector{Selector: &dayflyv1.Selector_Identity{Identity: u.id.String()}}, dayflyv1.LockMode_LOCK_MODE_REISSUE)
+	number, err := w.revoke(u.id.String(), &dayflyv1.Selector{Selector: &dayflyv1.Selector_Identity{Identity: u.id.String()}}, dayflyv1.LockMode_LOCK_MODE_REISSUE)
 	if err != nil {
-		return false, unlessOver(ctx, err)
+		return false, err
 	}
 	pause(ctx, f.For)
 	if err := w.rotate(u); err != nil {
@@ -207,14 +225,6 @@ func (w *world) operate(ctx context.Context, u *unit, f fault) (bool, error) {
 			return true, fmt.Errorf("lifting: %w", err)
 		}
 	}
-}
-
-// unlessOver is no error where the soak ended meanwhile.
-func unlessOver(ctx context.Context, err error) error {
-	if ctx.Err() != nil {
-		return nil
-	}
-	return err
 }
 
 // checkStore has the broker's command look at the store, once nobody serves it.

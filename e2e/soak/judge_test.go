@@ -49,6 +49,15 @@ func (r *reach) end() {
 	r.changed = time.Now()
 }
 
+// endAfter is end, after a time.
+func (r *reach) endAfter(d time.Duration) { time.AfterFunc(d, r.end) }
+
+// breaks ends the window that is open, if there is one.
+func (r *reach) breaks() {
+	r.begin()
+	r.end()
+}
+
 // probed takes the result of a probe.
 func (r *reach) probed(start, end time.Time, ok bool) {
 	r.mu.Lock()

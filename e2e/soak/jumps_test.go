@@ -86,7 +86,7 @@ func (w *world) startJumping(u *unit, api string) {
 	file := must(os.OpenFile(u.log, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600))(w.t)
 	log := slog.New(slog.NewTextHandler(file, nil))
 	who := agent.NewIdentity(api, log)
-	client := must(sdk.New(sdk.Config{Address: u.path.addr(), Source: who, BrokerID: sandbox.Broker, Now: u.clock.now}))(w.t)
+	client := must(sdk.New(sdk.Config{Address: u.path.addr(), Source: who, BrokerID: sandbox.Broker, Now: u.clock.now, Boot: u.clock.boot}))(w.t)
 	dir := filepath.Join(w.box.Dir, "jumping")
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		w.t.Fatal(err)

@@ -14,6 +14,7 @@ type path struct {
 
 	mu      sync.Mutex
 	stalled bool
+	deaf    bool
 	refused bool
 	changed chan struct{} // closed when one of these changes
 	conns   map[*carried]struct{}
@@ -39,10 +40,16 @@ func newPath(target string) (*path, error) {
 func (p *path) addr() string { return p.listener.Addr().String() }
 
 // stall has nothing pass, and nobody told, until it is ended.
-func (p *path) stall(on bool) {
+func (p *path) stall(on bool) { p.set(&p.stalled, on) }
+
+// deafen has nothing come back, until it is ended: what is asked is done, and nobody
+// hears of it.
+func (p *path) deafen(on bool) { p.set(&p.deaf, on) }
+
+func (p *path) set(what *bool, on bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.stalled = on
+	*what = on
 	close(p.changed)
 	p.changed = make(chan struct{})
 }
@@ -84,6 +91,7 @@ func abort(c net.Conn) {
 func (p *path) close() {
 	p.listener.Close()
 	p.stall(false)
+	p.deafen(false)
 	p.refuse(true)
 	p.wg.Wait()
 }
@@ -134,7 +142,7 @@ func (p *path) pass(c *carried, to, from net.Conn) {
 	buf := make([]byte, 16<<10)
 	for {
 		n, err := from.Read(buf)
-		if forgotten := p.wait(c); err != nil {
+		if forgotten := p.wait(c, from == c.out); err != nil {
 			return
 		} else if forgotten {
 			continue
@@ -145,11 +153,12 @@ func (p *path) pass(c *carried, to, from net.Conn) {
 	}
 }
 
-// wait waits while the path is stalled, and reports whether it has forgotten the connection.
-func (p *path) wait(c *carried) bool {
+// wait waits while the path is stalled in a direction, and reports whether it has
+// forgotten the connection.
+func (p *path) wait(c *carried, back bool) bool {
 	for {
 		p.mu.Lock()
-		stalled, changed, forgotten := p.stalled, p.changed, c.forgotten
+		stalled, changed, forgotten := p.stalled || back && p.deaf, p.changed, c.forgotten
 		p.mu.Unlock()
 		if !stalled {
 			return forgotten

@@ -22,6 +22,7 @@ const (
 	freeze   kind = "broker paused"
 	// The path of one agent to it.
 	stall  kind = "path stalled"
+	deafen kind = "path deaf to the broker"
 	forget kind = "path forgot its connections"
 	refuse kind = "path refused"
 	// An agent's process.
@@ -56,7 +57,7 @@ var (
 
 	tracks = []track{
 		{kinds: []kind{restart, crash, handover, freeze}, gap: [2]float64{0.4, 1.8}, lasts: away},
-		{kinds: []kind{stall, forget, refuse}, gap: [2]float64{0.3, 1.2}, lasts: away, targets: map[kind][]string{"": everyUnit}},
+		{kinds: []kind{stall, deafen, forget, refuse}, gap: [2]float64{0.3, 1.2}, lasts: away, targets: map[kind][]string{"": everyUnit}},
 		{
 			kinds: []kind{suspend, stopAgent, killAgent, jump, jump}, gap: [2]float64{0.3, 1.2}, lasts: [][2]float64{{0.02, 0.3}, {0.3, 0.95}, {1.05, 1.5}},
 			targets: map[kind][]string{suspend: {unitSockets, unitRestarted, unitFiles, unitAWS}, "": {unitRestarted, unitRestarted, unitFiles, unitRelay}, jump: {unitJumps}},
@@ -151,7 +152,7 @@ func TestPlan(t *testing.T) {
 			}
 		}
 	}
-	for _, k := range []kind{restart, crash, freeze, stall, refuse, suspend, jump} {
+	for _, k := range []kind{restart, crash, freeze, stall, deafen, refuse, suspend, jump} {
 		if long[k] == 0 {
 			t.Errorf("%q never lasts longer than a life", k)
 		}

@@ -112,20 +112,22 @@ func (j *judged) judge(start, end time.Time, c served, of *unit, err error) {
 		}
 		n.served.Add(1)
 	case verify.VerifierStale, verify.KeyUnknown, verify.Ahead:
-		j.closed(n, start, end, refusal)
+		j.closed(n, start, end, c, refusal)
 	default:
 		wrong("refused")
 	}
 }
 
 // closed judges a verifier that doesn't know enough: it follows again within a third of its
-// bound once the broker is reachable, and is good for a bound after that.
-func (j *judged) closed(n *counts, start, end time.Time, refusal *verify.Refusal) {
-	from := start.Add(-j.w.bound)
+// bound once the broker is reachable, is good for a bound after that, and knows then what
+// was before.
+func (j *judged) closed(n *counts, start, end time.Time, c served, refusal *verify.Refusal) {
+	from, enough := start.Add(-j.w.bound), j.w.bound/3+j.w.notice
+	known := refusal.Reason == verify.VerifierStale || j.u.reach.longest(c.issued, start) >= enough
 	switch {
 	case j.u.down.meets(from, end), j.w.late.meets(from, end):
 		n.down.Add(1)
-	case !j.u.reach.fresh(start, j.w.bound/3+j.w.notice, j.w.bound/2):
+	case !known, !j.u.reach.fresh(start, enough, j.w.bound/2):
 		n.away.Add(1)
 	default:
 		n.lost.Add(1)

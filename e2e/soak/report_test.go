@@ -140,7 +140,9 @@ type took struct {
 	RSS     series `json:"rss_bytes"`
 	Own     series `json:"anonymous_bytes"`
 	FDs     series `json:"fds"`
-	Threads series `json:"threads"` // goroutines of this process
+	Threads series `json:"threads"`
+	// Goroutines are those of the broker and of this test.
+	Goroutines series `json:"goroutines"`
 }
 
 func (w *world) result(seed uint64, soaked, cpu time.Duration) result {
@@ -162,6 +164,7 @@ func (w *world) result(seed uint64, soaked, cpu time.Duration) result {
 		r.Processes[name] = took{
 			newSeries(s, func(s sample) float64 { return float64(s.rss) }), newSeries(s, func(s sample) float64 { return float64(s.own) }),
 			newSeries(s, func(s sample) float64 { return float64(s.fds) }), newSeries(s, func(s sample) float64 { return float64(s.threads) }),
+			newSeries(s, func(s sample) float64 { return float64(s.goroutines) }),
 		}
 	}
 	return r
@@ -188,13 +191,16 @@ func (r *result) String() string {
 		fmt.Fprintf(t, "%s\t%d\n", k, r.Faults[k])
 	}
 	fmt.Fprintf(t, "longest outage\t%s\nlongest without a request unserved\t%s\nlongest reachable and not used\t%s\n", r.Outage, r.Survived, r.Missed)
-	fmt.Fprintln(t, "\nquarters 1, 2, 4\tRSS MiB\tanonymous MiB\tMiB per hour\tfds\tthreads")
+	fmt.Fprintln(t, "\nquarters 1, 2, 4\tRSS MiB\tanonymous MiB\tMiB per hour\tfds\tthreads\tgoroutines")
 	three := func(s series, unit float64) string {
+		if s == (series{}) {
+			return "-"
+		}
 		return fmt.Sprintf("%.4g %.4g %.4g", s.First/unit, s.Second/unit, s.Last/unit)
 	}
 	for _, name := range slices.Sorted(maps.Keys(r.Processes)) {
 		p := r.Processes[name]
-		fmt.Fprintf(t, "%s\t%s\t%s\t%+.2f\t%s\t%s\n", name, three(p.RSS, 1<<20), three(p.Own, 1<<20), p.Own.PerHour/(1<<20), three(p.FDs, 1), three(p.Threads, 1))
+		fmt.Fprintf(t, "%s\t%s\t%s\t%+.2f\t%s\t%s\t%s\n", name, three(p.RSS, 1<<20), three(p.Own, 1<<20), p.Own.PerHour/(1<<20), three(p.FDs, 1), three(p.Threads, 1), three(p.Goroutines, 1))
 	}
 	t.Flush()
 	fmt.Fprintf(&out, "\nprocessor: %.0f %% of one core; store: %.1f MiB\n", 100*r.CPU, float64(r.StoreBytes)/(1<<20))

@@ -6,11 +6,14 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"math"
+	"net/http"
 	"os"
 	"runtime"
 	"slices"
 	"strconv"
 	"strings"
+	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -23,6 +26,8 @@ type sample struct {
 	own     uint64 // of these, what is no file: a broker's store is mapped
 	fds     int
 	threads int
+	// goroutines are known of this process and of the broker, which tells of its own.
+	goroutines int
 }
 
 // take looks at a process; false: it isn't there.
@@ -68,8 +73,11 @@ func (w *world) sampling(ctx context.Context, every time.Duration) {
 			if pid == 0 || !ok {
 				continue
 			}
-			if name == harness {
-				s.threads = runtime.NumGoroutine()
+			switch name {
+			case harness:
+				s.goroutines = runtime.NumGoroutine()
+			case "broker":
+				s.goroutines = w.brokerGoroutines(ctx)
 			}
 			w.log.sample(name, s)
 		}
@@ -79,6 +87,20 @@ func (w *world) sampling(ctx context.Context, every time.Duration) {
 		case <-tick.C:
 		}
 	}
+}
+
+// brokerGoroutines is what the broker tells of itself, 0 if it doesn't now.
+func (w *world) brokerGoroutines(ctx context.Context) int {
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	a, err := get(ctx, http.DefaultClient, "http://"+w.admin+"/metrics", "")
+	if err != nil {
+		return 0
+	}
+	_, rest, _ := strings.Cut(string(a.body), "\ngo_goroutines ")
+	line, _, _ := strings.Cut(rest, "\n")
+	n, _ := strconv.Atoi(line)
+	return n
 }
 
 // cpu is the processor time of this process and of its children that have ended, and of
@@ -117,7 +139,14 @@ type series struct {
 	PerHour float64 `json:"per_hour"` // by least squares
 }
 
-func newSeries(samples []sample, value func(sample) float64) series {
+// newSeries leaves out what is zero: it wasn't known then.
+func newSeries(all []sample, value func(sample) float64) series {
+	var samples []sample
+	for _, s := range all {
+		if value(s) > 0 {
+			samples = append(samples, s)
+		}
+	}
 	if len(samples) == 0 {
 		return series{}
 	}
@@ -145,3 +174,28 @@ func newSeries(samples []sample, value func(sample) float64) series {
 // flat is where a figure is judged: it may end at 1.15 times the second quarter, when all
 // is warm, and something.
 func (s series) flat(some float64) bool { return s.Last <= 1.15*s.Second+some }
+
+// TestSeries: what grows isn't flat, what only gets warm is.
+func TestSeries(t *testing.T) {
+	began := time.Now()
+	at := func(value func(minute int) int) series {
+		var samples []sample
+		for m := range 60 {
+			samples = append(samples, sample{at: began.Add(time.Duration(m) * time.Minute), fds: value(m)})
+		}
+		return newSeries(samples, func(s sample) float64 { return float64(s.fds) })
+	}
+	grows := at(func(m int) int { return 100 + m })
+	if want := (series{First: 107, Second: 122, Last: 152, PerHour: 60}); math.Abs(grows.PerHour-60) > 0.01 || grows.First != want.First || grows.Second != want.Second || grows.Last != want.Last {
+		t.Errorf("got %+v, want %+v", grows, want)
+	}
+	if grows.flat(10) || !grows.flat(20) {
+		t.Error("152 after 122 is flat within 20, and not within 10")
+	}
+	if warm := at(func(m int) int { return 100 + min(m, 10) }); !warm.flat(0) {
+		t.Errorf("%+v isn't flat", warm)
+	}
+	if unknown := at(func(int) int { return 0 }); unknown != (series{}) {
+		t.Errorf("of nothing: %+v", unknown)
+	}
+}

@@ -3,6 +3,7 @@
 package soak_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -164,6 +165,9 @@ func (u *unit) restarted() {
 	}
 }
 
+// askAgain is the longest pause of an agent that asks its Workload API for its first SVID.
+const askAgain = 3 * time.Second
+
 // apiBack is for whoever brings its Workload API back.
 func (u *unit) apiBack() {
 	u.mu.Lock()
@@ -171,7 +175,7 @@ func (u *unit) apiBack() {
 	u.noAPI, u.rotated = false, time.Now()
 	if u.waiting {
 		u.waiting = false
-		u.reach.end()
+		u.reach.endAfter(askAgain)
 	}
 }
 
@@ -181,7 +185,7 @@ type answer struct {
 	body   []byte
 }
 
-func (a *answer) Error() string { return fmt.Sprintf("%d: %.300s", a.status, a.body) }
+func (a *answer) Error() string { return fmt.Sprintf("%d: %.300s", a.status, bytes.TrimSpace(a.body)) }
 
 // overUnix returns a client of a socket; fresh: each request has a connection of its own.
 func overUnix(path string, fresh bool) *http.Client {

@@ -65,6 +65,14 @@ func Binding(b token.Binding) dayflyv1.Binding {
 	return dayflyv1.Binding_BINDING_UNSPECIFIED
 }
 
+// Life is how long a credential lived at the least when the broker had issued it: the
+// times that it tells are whole seconds, and it was issued at any moment of the first one.
+// Of a life of less than ten seconds a tenth must do.
+func Life(m *dayflyv1.Credential) time.Duration {
+	life := m.GetExpiresAt().AsTime().Sub(m.GetIssuedAt().AsTime())
+	return life - min(time.Second, life/10)
+}
+
 // ToBinding reads a binding; "" where it is left to policy.
 func ToBinding(m dayflyv1.Binding) (token.Binding, error) {
 	switch m {

@@ -146,7 +146,7 @@ func (s *watchedStream) RecvMsg(m any) error {
 // call verifies the token of a gRPC call.
 func (v *Verifier) call(ctx context.Context) (*Verified, error) {
 	md, _ := metadata.FromIncomingContext(ctx)
-	raw, err := bearer(md.Get("authorization"))
+	raw, err := Bearer(md.Get("authorization"))
 	if err != nil {
 		return nil, err
 	}
@@ -175,6 +175,11 @@ func toStatus(err error) error {
 	if err == nil || !errors.As(err, &r) {
 		return err
 	}
+	return r.GRPCStatus().Err()
+}
+
+// GRPCStatus is the refusal as gRPC tells it, with an ErrorInfo: status.FromError finds it.
+func (r *Refusal) GRPCStatus() *status.Status {
 	st := status.New(grpcCode(r.Reason), r.Message)
 	info := &errdetails.ErrorInfo{Domain: errorDomain, Reason: string(r.Reason), Metadata: map[string]string{}}
 	if r.Hint != "" {
@@ -186,7 +191,7 @@ func toStatus(err error) error {
 	if detailed, err := st.WithDetails(info); err == nil {
 		st = detailed
 	}
-	return st.Err()
+	return st
 }
 
 func grpcCode(reason Reason) codes.Code {

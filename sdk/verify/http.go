@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"strconv"
 	"strings"
@@ -67,7 +68,7 @@ func HTTPScope(next http.Handler, scopes ...string) http.Handler {
 }
 
 func (v *Verifier) request(r *http.Request, scopes []string) (*Verified, error) {
-	raw, err := bearer(r.Header.Values("Authorization"))
+	raw, err := Bearer(r.Header.Values("Authorization"))
 	if err != nil {
 		return nil, err
 	}
@@ -78,8 +79,9 @@ func (v *Verifier) request(r *http.Request, scopes []string) (*Verified, error) 
 	return t, t.RequireScope(scopes...)
 }
 
-// bearer returns the token of Authorization headers, or of gRPC metadata.
-func bearer(headers []string) (string, error) {
+// Bearer returns the token of a request's Authorization headers, or of gRPC metadata. Its
+// error is a *Refusal.
+func Bearer(headers []string) (string, error) {
 	switch len(headers) {
 	case 0:
 		return "", Because(TokenMissing)
@@ -100,22 +102,32 @@ func (v *Verifier) refuse(w http.ResponseWriter, err error, scopes []string) {
 	if !errors.As(err, &r) {
 		panic("internal error: a refusal that is none: " + err.Error())
 	}
-	code := httpCode(r.Reason)
-	header := w.Header()
-	header.Set("Content-Type", "application/json")
-	header.Set("Cache-Control", "no-store")
+	code, header, body := v.HTTPAnswer(r, scopes...)
+	maps.Copy(w.Header(), header)
+	w.WriteHeader(code)
+	_, _ = w.Write(body)
+}
+
+// HTTPAnswer returns the answer that HTTP gives to a refusal, for whoever writes it by
+// other means: scopes are those that the route demands.
+func (v *Verifier) HTTPAnswer(r *Refusal, scopes ...string) (code int, header http.Header, body []byte) {
+	code = httpCode(r.Reason)
+	header = http.Header{"Content-Type": {"application/json"}, "Cache-Control": {"no-store"}}
 	if challenge := challenge(code, r.Reason, r.Message, scopes); challenge != "" {
 		header.Set("WWW-Authenticate", challenge)
 	}
-	if code == http.StatusServiceUnavailable && v != nil && r.Reason == VerifierStale {
+	if v != nil && r.Reason == VerifierStale {
 		header.Set("Retry-After", strconv.Itoa(retryAfter(v.cfg.MaxStaleness)))
 	}
-	w.WriteHeader(code)
-	_ = json.NewEncoder(w).Encode(struct {
+	body, err := json.Marshal(struct {
 		Reason  Reason `json:"reason"`
 		Message string `json:"message"`
 		Hint    string `json:"hint,omitempty"`
 	}{r.Reason, r.Message, r.Hint})
+	if err != nil {
+		panic("internal error: marshalling a refusal: " + err.Error())
+	}
+	return code, header, append(body, '\n')
 }
 
 func httpCode(reason Reason) int {

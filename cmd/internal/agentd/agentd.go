@@ -43,6 +43,8 @@ type flags struct {
 	maxStaleness time.Duration
 	metrics      string
 	level        string
+
+	adjust func(*Config) // before the whole is checked; nil: as it stands
 }
 
 // Command is the agent as a cobra command.
@@ -75,11 +77,11 @@ func Command() *cobra.Command {
 				signal.Notify(hup, syscall.SIGHUP)
 				defer signal.Stop(hup)
 			}
-			return serve(cmd.Context(), cfg, load, hup, cmd.ErrOrStderr())
+			return serve(cmd.Context(), cfg, load, hup, cmd.ErrOrStderr(), nil)
 		},
 	}
 	f.add(cmd)
-	cmd.AddCommand(statusCommand(), checkCommand())
+	cmd.AddCommand(execCommand(), statusCommand(), checkCommand())
 	return cmd
 }
 
@@ -107,6 +109,9 @@ func (f *flags) load(cmd *cobra.Command) (*Config, error) {
 	}
 	if err := errors.Join(err, f.apply(cmd, &cfg)); err != nil {
 		return nil, err
+	}
+	if f.adjust != nil {
+		f.adjust(&cfg)
 	}
 	if err := cfg.complete(); err != nil {
 		return nil, fmt.Errorf("the configuration is incomplete or wrong:\n%w", err)

@@ -279,3 +279,34 @@ directories:
 		}
 	}
 }
+
+// A template may be in a file of its own.
+func TestTemplateFile(t *testing.T) {
+	dir := tempDir(t)
+	for name, text := range map[string]string{"good": `{{ token "credential" }}`, "bad": "\n{{ nothing }}", "empty": ""} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	run := func(key, value string) error {
+		one := fmt.Sprintf("format: template, credential: {audience: a}, %s: %q", key, value)
+		file := write(t, fmt.Sprintf("files:\n  - {path: /run/x, %s}\ndirectories:\n  - path: /run/y\n    files: [{name: n, %s}]\n", one, one))
+		return agentd.Run(t.Context(), []string{"--config", file}, io.Discard, io.Discard)
+	}
+	for value, want := range map[string]string{
+		"relative": "must be an absolute path", dir + "/none": "no such file", dir + "/empty": "is empty", dir + "/bad": `function "nothing" not defined`,
+	} {
+		err := run("template_file", value)
+		for _, key := range []string{":2: files[0].template", ":5: directories[0].files[0].template"} {
+			if err == nil || !strings.Contains(err.Error(), key) || strings.Count(err.Error(), want) != 2 {
+				t.Errorf("%s: the error lacks %q at %s:\n%v", value, want, key, err)
+			}
+		}
+	}
+	if err := run("template_file", dir+"/good"); err == nil || strings.Contains(err.Error(), "template") {
+		t.Errorf("a good one: %v", err)
+	}
+	if err := run("template: x, template_file", dir+"/good"); err == nil || strings.Count(err.Error(), "template_file: and template exclude each other") != 2 {
+		t.Errorf("both: %v", err)
+	}
+}

@@ -42,17 +42,22 @@ type Broker struct {
 
 // Sockets are where and for whom the agent listens.
 type Sockets struct {
-	GRPC        string      `yaml:"grpc"`
-	HTTP        string      `yaml:"http"`
-	Mode        config.Mode `yaml:"mode"`
-	Group       string      `yaml:"group"`
-	AllowedUIDs []uint32    `yaml:"allowed_uids"`
-	AllowedGIDs []uint32    `yaml:"allowed_gids"`
-	Executables []string    `yaml:"allowed_executables"`
+	GRPC    string      `yaml:"grpc"`
+	HTTP    string      `yaml:"http"`
+	Mode    config.Mode `yaml:"mode"`
+	Group   string      `yaml:"group"`
+	Callers `yaml:",inline"`
 }
 
-func (s *Sockets) allow() agent.Allow {
-	return agent.Allow{UIDs: s.AllowedUIDs, GIDs: s.AllowedGIDs, Executables: s.Executables}
+// Callers are whom a unix socket lets in, beside its mode.
+type Callers struct {
+	AllowedUIDs []uint32 `yaml:"allowed_uids"`
+	AllowedGIDs []uint32 `yaml:"allowed_gids"`
+	Executables []string `yaml:"allowed_executables"`
+}
+
+func (c *Callers) allow() agent.Allow {
+	return agent.Allow{UIDs: c.AllowedUIDs, GIDs: c.AllowedGIDs, Executables: c.Executables}
 }
 
 // Prefetch is a credential that is kept fresh before anyone asks.
@@ -162,11 +167,15 @@ func (s *Sockets) Validate() error {
 			errs = append(errs, config.Wrong("group", "%v", err))
 		}
 	}
-	allow := s.allow()
+	return errors.Join(append(errs, s.Callers.check())...)
+}
+
+func (c *Callers) check() error {
+	allow := c.allow()
 	if err := allow.Validate(); err != nil {
-		errs = append(errs, config.Wrong("allowed_executables", "%v", err))
+		return config.Wrong("allowed_executables", "%v", err)
 	}
-	return errors.Join(errs...)
+	return nil
 }
 
 // Validate checks one request.
@@ -227,7 +236,7 @@ func (c *Config) Validate() error {
 			errs = append(errs, config.Wrong("workload_api", "%v", err))
 		}
 	}
-	errs = append(errs, c.checkWorkloads())
+	errs = append(errs, c.checkWorkloads(), c.checkGuards())
 	if c.Log.Format != "json" && c.Log.Format != "text" {
 		errs = append(errs, config.Wrong("log.format", "is json or text"))
 	}

@@ -33,8 +33,9 @@ type daemon struct {
 }
 
 // serve runs everything until ctx ends or a part of it fails. Each element of hup makes it
-// read its configuration anew.
-func serve(ctx context.Context, cfg *Config, load func() (*Config, error), hup <-chan os.Signal, stderr io.Writer) error {
+// read its configuration anew. beside, if there is one, runs with the only workload, and all
+// of it ends with beside.
+func serve(ctx context.Context, cfg *Config, load func() (*Config, error), hup <-chan os.Signal, stderr io.Writer, beside func(context.Context, *agent.Agent, *slog.Logger) error) error {
 	d := &daemon{load: load, level: new(slog.LevelVar), cfg: cfg, shelf: newShelf()}
 	d.level.Set(cfg.Log.Level)
 	d.log = newLog(cfg.Log, d.level, stderr)
@@ -62,6 +63,9 @@ func serve(ctx context.Context, cfg *Config, load func() (*Config, error), hup <
 		d.group.Go(func() error { return d.serveMetrics(metrics) })
 	}
 	d.group.Go(func() error { d.obey(hup); return nil })
+	if beside != nil {
+		d.group.Go(func() error { return beside(d.ctx, fresh[0].agent, d.log) })
+	}
 	return d.group.Wait()
 }
 

@@ -5,28 +5,31 @@ import (
 	"fmt"
 	"io/fs"
 	"os/user"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"time"
 
 	"github.com/dayflyhq/dayfly/agent/deliver"
 	"github.com/dayflyhq/dayfly/cmd/internal/config"
+	"github.com/dayflyhq/dayfly/cmd/internal/supervise"
 	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/dayflyhq/dayfly/sdk"
 )
 
 // File is one file with credentials in it.
 type File struct {
-	Path        string              `yaml:"path,required"`
-	Format      string              `yaml:"format"`
-	Variable    string              `yaml:"variable"`
-	Template    string              `yaml:"template"`
-	Credential  Prefetch            `yaml:"credential"`
-	Credentials map[string]Prefetch `yaml:"credentials"`
-	Mode        config.Mode         `yaml:"mode"`
-	Owner       string              `yaml:"owner"`
-	Group       string              `yaml:"group"`
-	OnChange    OnChange            `yaml:"on_change"`
+	Path         string              `yaml:"path,required"`
+	Format       string              `yaml:"format"`
+	Variable     string              `yaml:"variable"`
+	Template     string              `yaml:"template"`
+	TemplateFile string              `yaml:"template_file"`
+	Credential   Prefetch            `yaml:"credential"`
+	Credentials  map[string]Prefetch `yaml:"credentials"`
+	Mode         config.Mode         `yaml:"mode"`
+	Owner        string              `yaml:"owner"`
+	Group        string              `yaml:"group"`
+	OnChange     OnChange            `yaml:"on_change"`
 }
 
 // Directory is a folder of files that change together.
@@ -41,12 +44,13 @@ type Directory struct {
 
 // DirectoryFile is one of them.
 type DirectoryFile struct {
-	Name        string              `yaml:"name,required"`
-	Format      string              `yaml:"format"`
-	Variable    string              `yaml:"variable"`
-	Template    string              `yaml:"template"`
-	Credential  Prefetch            `yaml:"credential"`
-	Credentials map[string]Prefetch `yaml:"credentials"`
+	Name         string              `yaml:"name,required"`
+	Format       string              `yaml:"format"`
+	Variable     string              `yaml:"variable"`
+	Template     string              `yaml:"template"`
+	TemplateFile string              `yaml:"template_file"`
+	Credential   Prefetch            `yaml:"credential"`
+	Credentials  map[string]Prefetch `yaml:"credentials"`
 }
 
 // OnChange is how a program is told of a change: a command or a signal.
@@ -60,6 +64,30 @@ type OnChange struct {
 
 // single is the name of the one credential that needs none.
 const single = "credential"
+
+// readTemplate returns the template that is at a path, if one is given, and what is wrong
+// with that.
+func readTemplate(template, from string) (text, wrong string) {
+	switch {
+	case from == "":
+		return template, ""
+	case template != "":
+		return template, "and template exclude each other"
+	case !filepath.IsAbs(from):
+		return unread, "must be an absolute path"
+	}
+	text, err := supervise.ReadTemplate(from)
+	switch {
+	case err != nil:
+		return unread, err.Error()
+	case text == "":
+		return unread, from + " is empty"
+	}
+	return text, ""
+}
+
+// unread stands for a template that there is none of, so that this is said once.
+const unread = "unread"
 
 func content(name, format, variable, template string, one Prefetch, several map[string]Prefetch) deliver.File {
 	f := deliver.File{Name: name, Format: deliver.Format(format), Variable: variable, Template: template, Credentials: map[string]sdk.Request{}}
@@ -81,24 +109,30 @@ func (p *Prefetch) request() sdk.Request {
 
 // target reads a file's configuration; an owner that isn't on this host is an error.
 func (f *File) target() (deliver.Target, error) {
+	text, wrong := readTemplate(f.Template, f.TemplateFile)
 	uid, gid, err := owners("", f.Owner, f.Group)
+	if wrong != "" {
+		err = errors.Join(config.Wrong("template_file", "%s", wrong), err)
+	}
 	return deliver.Target{
 		Path: f.Path, Mode: fs.FileMode(f.Mode), UID: uid, GID: gid, Change: f.OnChange.change(),
-		Files: []deliver.File{content("", f.Format, f.Variable, f.Template, f.Credential, f.Credentials)},
+		Files: []deliver.File{content("", f.Format, f.Variable, text, f.Credential, f.Credentials)},
 	}, err
 }
 
 func (d *Directory) target() (deliver.Target, error) {
 	uid, gid, err := owners("", d.Owner, d.Group)
 	t := deliver.Target{Path: d.Path, Directory: true, Mode: fs.FileMode(d.Mode), UID: uid, GID: gid, Change: d.OnChange.change()}
+	errs := []error{err}
 	for i := range d.Files {
-		t.Files = append(t.Files, d.Files[i].content())
+		f := &d.Files[i]
+		text, wrong := readTemplate(f.Template, f.TemplateFile)
+		if wrong != "" {
+			errs = append(errs, config.Wrong(fmt.Sprintf("files[%d].template_file", i), "%s", wrong))
+		}
+		t.Files = append(t.Files, content(f.Name, f.Format, f.Variable, text, f.Credential, f.Credentials))
 	}
-	return t, err
-}
-
-func (f *DirectoryFile) content() deliver.File {
-	return content(f.Name, f.Format, f.Variable, f.Template, f.Credential, f.Credentials)
+	return t, errors.Join(errs...)
 }
 
 func (o *OnChange) change() *deliver.Change {

@@ -216,7 +216,7 @@ func (p *plan) apply(next *Config) error {
 func fixed(cfg *Config, w *Workload) any {
 	own, feed := *w, cfg.Feed
 	own.Prefetch, own.Files, own.Directories = nil, nil, nil
-	own.Sockets.AllowedUIDs, own.Sockets.AllowedGIDs, own.Sockets.Executables = nil, nil, nil
+	own.Sockets.Callers = Callers{}
 	feed.MaxStaleness, feed.Relay = 0, cfg.relayOf(w)
 	return struct {
 		Workload

@@ -8,6 +8,7 @@ import (
 	"net"
 
 	"github.com/dayflyhq/dayfly/agent"
+	"github.com/dayflyhq/dayfly/cmd/internal/supervise"
 	"github.com/dayflyhq/dayfly/sdk"
 )
 
@@ -53,7 +54,7 @@ func (d *daemon) newWorkload(cfg *Config, w *Workload) (_ *workload, err error) 
 		Prefetch: settings.Prefetch, Files: settings.Files, NoFeed: !cfg.Feed.Follow, MaxStaleness: settings.MaxStaleness,
 		Audiences: cfg.Feed.Audiences, MaxStreams: cfg.Feed.MaxStreams, Log: out.log,
 		BrokerID: cfg.Broker.ID, Bundles: identity, RelayAllow: allow,
-		Configuration: d.reloads.state,
+		Configuration: d.reloads.state, Run: supervise.RunOwn,
 	}
 	if err := out.listen(d.shelf, relay, &agentCfg); err != nil {
 		return nil, err
@@ -106,7 +107,7 @@ func (w *workload) listen(s *shelf, relay Relay, cfg *agent.Config) (err error) 
 		}
 		cfg.Systemd = w.w.Systemd.agent(l)
 	}
-	return nil
+	return errors.Join(w.listenOutgoing(s, cfg), w.listenIncoming(s, cfg))
 }
 
 // unix opens a socket with the mode and group of the workload's; nil for no path.

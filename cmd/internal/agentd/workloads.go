@@ -28,6 +28,9 @@ type Workload struct {
 	Directories []Directory  `yaml:"directories"`
 	AWS         AWSContainer `yaml:"aws_container"`
 	Systemd     Systemd      `yaml:"systemd"`
+	Incoming    []Incoming   `yaml:"incoming"`
+	Envoy       []Envoy      `yaml:"envoy"`
+	Outgoing    []Outgoing   `yaml:"outgoing"`
 }
 
 // SetDefaults is what the file and the flags change.
@@ -54,6 +57,15 @@ func (w *Workload) places() map[string]string {
 	}
 	if w.AWS.Listen.IsValid() {
 		out["aws_container.listen"] = w.AWS.Listen.String()
+	}
+	for i := range w.Incoming {
+		out[fmt.Sprintf("incoming[%d].listen", i)] = w.Incoming[i].Listen
+	}
+	for i := range w.Envoy {
+		out[fmt.Sprintf("envoy[%d].listen", i)] = w.Envoy[i].Listen
+	}
+	for i := range w.Outgoing {
+		w.Outgoing[i].places(fmt.Sprintf("outgoing[%d].", i), out)
 	}
 	return out
 }

@@ -13,14 +13,34 @@ type UsageError struct{ Err error }
 func (e UsageError) Error() string { return e.Err.Error() }
 func (e UsageError) Unwrap() error { return e.Err }
 
-// ExitCode says how a daemon that returned err should exit: 0 for none, 2 for a
-// UsageError, what an error with an ExitCode of its own says, 1 for everything else.
+// An ExitError is an exit code of one command alone. Err is nil where there is nothing to
+// say.
+type ExitError struct {
+	Code int
+	Err  error
+}
+
+func (e ExitError) Error() string {
+	if e.Err == nil {
+		return ""
+	}
+	return e.Err.Error()
+}
+
+func (e ExitError) Unwrap() error { return e.Err }
+
+// ExitCode says how a daemon that returned err should exit: 0 for none, the code of an
+// ExitError, 2 for a UsageError, what an error with an ExitCode of its own says, 1 for
+// everything else.
 func ExitCode(err error) int {
 	var usage UsageError
+	var exit ExitError
 	var coded interface{ ExitCode() int }
 	switch {
 	case err == nil:
 		return 0
+	case errors.As(err, &exit):
+		return exit.Code
 	case errors.As(err, &usage):
 		return 2
 	case errors.As(err, &coded):

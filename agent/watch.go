@@ -1,0 +1,220 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+
+	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
+	"github.com/dayflyhq/dayfly/proto/revocation"
+	"github.com/dayflyhq/dayfly/proto/token"
+	"github.com/dayflyhq/dayfly/sdk"
+	"google.golang.org/grpc"
+)
+
+const (
+	// MaxWatched bounds what one stream of WatchService keeps fresh.
+	MaxWatched = 64
+	// maxHeld bounds the tokens that a caller brings along: as many as 64 credentials may
+	// have had successors while they live.
+	maxHeld = 256
+)
+
+// Newest returns the newest credential of a request that may be given out now, nil for
+// none. The request must be among Config.Prefetch. It asks nobody.
+func (a *Agent) Newest(r sdk.Request) *sdk.Credential {
+	want := fileRequest(r)
+	if want.normalize() != nil { // was checked at the start
+		return nil
+	}
+	return a.cache.newest(want)
+}
+
+// Refusal is why the last attempt to fetch a credential failed, nil after one that didn't.
+func (a *Agent) Refusal(r sdk.Request) *sdk.Error {
+	want := fileRequest(r)
+	if want.normalize() != nil {
+		return nil
+	}
+	return a.cache.refusal(want)
+}
+
+// Changed returns a channel that is closed when Newest, Refusal, Alive or Revoked may
+// answer otherwise next, or files have changed, but for what expires.
+func (a *Agent) Changed() <-chan struct{} { return a.cache.whenChanged() }
+
+// Alive says whether a credential may be used as far as is known: it is neither revoked nor
+// bound to a certificate that this workload has no longer.
+func (a *Agent) Alive(c *token.Claims) bool { return !a.cache.judged(c) }
+
+// Revoked says whether the feed calls a credential dead.
+func (a *Agent) Revoked(c *token.Claims) bool { return a.cache.revoked(c) }
+
+// FilesThere says whether all of Config.Files are on disk.
+func (a *Agent) FilesThere() bool { return a.present() == uint64(len(a.live.Load().Files)) }
+
+// watchService is for those beside the agent who hold credentials for long.
+type watchService struct {
+	dayflyv1.UnimplementedWatchServiceServer
+	agent *Agent
+}
+
+// Watch is one holder's stream.
+func (s *watchService) Watch(m *dayflyv1.WatchRequest, stream grpc.ServerStreamingServer[dayflyv1.WatchResponse]) error {
+	w, err := s.agent.newWatch(m)
+	if err != nil {
+		return err
+	}
+	defer w.close()
+	for first := true; ; first = false {
+		changed := w.cache.whenChanged() // before anything is looked at
+		if resp, news := w.look(); news || first {
+			if err := stream.Send(resp); err != nil {
+				return err
+			}
+		}
+		select {
+		case <-changed:
+		case <-s.agent.stopping:
+			return stopping()
+		case <-stream.Context().Done():
+			return stream.Context().Err()
+		}
+	}
+}
+
+// A watch is what one holder wants and has.
+type watch struct {
+	cache   *cache
+	entries []*entry
+	sent    []watched
+	held    map[string]*token.Claims // by grant: all that the holder may still present
+}
+
+// watched is what the holder was last told of one credential.
+type watched struct {
+	grant   string
+	refusal *sdk.Error
+}
+
+func (a *Agent) newWatch(m *dayflyv1.WatchRequest) (*watch, error) {
+	if n := len(m.GetWanted()); n < 1 || n > MaxWatched {
+		return nil, invalid(fmt.Sprintf("wanted: are %d, not 1 to %d", n, MaxWatched))
+	}
+	if len(m.GetHeld()) > maxHeld {
+		return nil, invalid(fmt.Sprintf("held: are more than %d", maxHeld))
+	}
+	w := &watch{cache: a.cache, held: map[string]*token.Claims{}, sent: make([]watched, len(m.GetWanted()))}
+	for _, raw := range m.GetHeld() {
+		t, err := token.Inspect(raw)
+		if err != nil {
+			return nil, invalid("held: not a token")
+		}
+		w.held[t.Grant().String()] = &t.Claims
+	}
+	for i, one := range m.GetWanted() {
+		r, err := toRequest(one)
+		if err == nil {
+			if wrong := r.normalize(); wrong != nil {
+				err = invalid(fmt.Sprintf("wanted %d: %v", i+1, wrong))
+			}
+		}
+		var e *entry
+		if err == nil {
+			e, err = a.cache.acquire(r)
+		}
+		if err != nil {
+			w.close()
+			return nil, err
+		}
+		a.cache.watch(e)
+		w.entries = append(w.entries, e)
+	}
+	return w, nil
+}
+
+func (w *watch) close() {
+	for _, e := range w.entries {
+		w.cache.release(e, errUnwatched)
+	}
+}
+
+// errUnwatched lets go of an entry that nobody may want any more.
+var errUnwatched = errors.New("nobody watches")
+
+// look says what there is to tell, and whether any of it is news.
+func (w *watch) look() (*dayflyv1.WatchResponse, bool) {
+	resp, news := &dayflyv1.WatchResponse{}, false
+	for i, e := range w.entries {
+		now, cred := watched{refusal: e.failed.Load()}, w.cache.usableOf(e)
+		one := &dayflyv1.Watched{}
+		if cred != nil {
+			now.grant, one.Credential = cred.Grant, message(cred)
+			if t, err := token.Inspect(cred.Token.Reveal()); err == nil {
+				w.held[cred.Grant] = &t.Claims
+			}
+		}
+		if r := now.refusal; r != nil {
+			one.Refusal = &dayflyv1.Refusal{Code: int32(r.Code), Reason: r.Reason, Message: r.Message, Hint: r.Hint}
+		}
+		news = news || now != w.sent[i]
+		w.sent[i] = now
+		resp.Watched = append(resp.Watched, one)
+	}
+	for _, grant := range slices.Sorted(maps.Keys(w.held)) {
+		switch claims := w.held[grant]; {
+		case w.cache.revoked(claims):
+			resp.Revoked, news = append(resp.Revoked, grant), true
+			delete(w.held, grant)
+		case w.cache.now().After(claims.Expires.Add(token.Leeway)):
+			delete(w.held, grant)
+		}
+	}
+	return resp, news
+}
+
+// usableOf returns what may be given out of an entry now, nil for nothing.
+func (c *cache) usableOf(e *entry) *sdk.Credential {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.usable(e) {
+		return nil
+	}
+	return e.latest.Load().cred
+}
+
+// watch renews an entry ahead from now on: somebody waits for all it will ever hold.
+func (c *cache) watch(e *entry) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.keep(e)
+}
+
+// refusal is why the last fetch of a request that is kept failed.
+func (c *cache) refusal(r Request) *sdk.Error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if e, ok := c.entries[r.key()]; ok {
+		return e.failed.Load()
+	}
+	return nil
+}
+
+// refusalOf is an error of a fetch as callers hear it.
+func refusalOf(err error) *sdk.Error {
+	var refusal *sdk.Error
+	if err != nil {
+		errors.As(sdk.FromRPC(upstreamError(sdk.FromRPC(err))), &refusal)
+	}
+	return refusal
+}
+
+// revoked reports whether the feed calls claims dead.
+func (c *cache) revoked(claims *token.Claims) bool {
+	switch c.judge(revocation.SubjectOf(claims)).Reason {
+	case revocation.Alive, revocation.Ahead:
+		return false
+	}
+	return true
+}
