@@ -20,6 +20,7 @@ var recipes = map[string][]string{
 	"agent/files.md":        {"spiffe://dayfly.test/ns/shop/payments", `"service":"web"`},
 	"agent/health.md":       {`dayfly_agent_state{state="ready"} 1`, `"state":"ready"`, "exit code 4"},
 	"agent/outgoing.md":     {`"service":"orders","sub":"spiffe://dayfly.test/ns/shop/payments"`, `"service":"web"`, "PROXY_AUTHORIZATION_INVALID", "UPSTREAM_NOT_CONFIGURED", `details="CONNECT_NOT_SUPPORTED"`, "IDENTITY_LOCKED"},
+	"agent/workloads.md":    {"workloads: payments, reports", `"audience":"web"`, `"audience":"orders"`, "PEER_NOT_ALLOWED", "reload_failed_since"},
 	"helpers/aws.md":        {`"AccessKeyId":"ASIADEV"`, "the SDK has ASIADEV", `"Version":1`},
 	"helpers/docker.md":     {`"Username":"dayfly"`, "credentials not found"},
 	"helpers/gcp.md":        {`"success":true`, `"success":false`},
