@@ -134,8 +134,9 @@ type held struct {
 }
 
 func (c *cache) open() {
+	c.mu.Lock() // somebody may watch already
+	defer c.mu.Unlock()
 	c.ctx, c.cancel = context.WithCancel(context.Background())
-	c.entries, c.changed = map[string]*entry{}, make(chan struct{})
 }
 
 // ring wakes those who keep copies.
