@@ -178,8 +178,9 @@ func (c *cache) told(h *held) *sdk.Credential {
 const maxDrift = time.Second
 
 func (c *cache) open() {
+	c.mu.Lock() // somebody may watch already
+	defer c.mu.Unlock()
 	c.ctx, c.cancel = context.WithCancel(context.Background())
-	c.entries, c.changed = map[string]*entry{}, make(chan struct{})
 }
 
 // ring wakes those who keep copies.

@@ -143,3 +143,15 @@ func TestWatchRefused(t *testing.T) {
 		t.Errorf("the broker was asked %d times", n)
 	}
 }
+
+// Whoever watches in the agent's own process may begin before the agent does.
+func TestChangedBeforeRun(t *testing.T) {
+	td := newDomain(t)
+	a, err := agent.New(agent.Config{Upstream: &grpc.ClientConn{}, Source: td.Source(payments), NoSockets: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if a.Changed() == nil {
+		t.Error("there is no word of what comes")
+	}
+}
