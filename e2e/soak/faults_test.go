@@ -58,6 +58,9 @@ func (w *world) inflict(ctx context.Context, f fault) (bool, error) {
 	case stopAgent, killAgent:
 		return true, w.restartAgent(ctx, u, f)
 	case jump:
+		if u.clock.now().Add(f.For).After(time.Now().Add(maxAhead)) {
+			return false, nil
+		}
 		u.reach.breaks()
 		u.clock.jump(f.For)
 		return true, nil
@@ -70,6 +73,10 @@ func (w *world) inflict(ctx context.Context, f fault) (bool, error) {
 	}
 	return false, fmt.Errorf("unknown fault %q", f.Kind)
 }
+
+// maxAhead is how far a clock may jump in all: by then an SVID, of an hour and half gone at
+// the most, has nearly expired by it.
+const maxAhead = 25 * time.Minute
 
 // hang is how long a call may take to notice that nobody answers on its connection, 5 s,
 // and another one to be made. What falls silent without a word is over that much later.

@@ -164,7 +164,7 @@ func (w *world) addUnit(name string) {
 // probe asks the broker for a credential on the agent's own way, with its SVID, on a new
 // connection each time: what it gets the agent could have had.
 func (w *world) probe(ctx context.Context, u *unit) {
-	every := time.NewTicker(min(w.notice/10, 500*time.Millisecond))
+	every := time.NewTicker(w.notice / 6)
 	defer every.Stop()
 	asked := slices.ContainsFunc(w.streams, func(s *stream) bool { return s.u == u })
 	last, away, unserved := time.Now(), false, u.unserved.Load()
