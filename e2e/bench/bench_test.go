@@ -176,7 +176,7 @@ func TestSave(t *testing.T) {
 		f.Row, f.Unit, f.Series, f.X = "revoke", inSeconds, "revoke", float64(n)
 		return f
 	}
-	for _, figures := range [][]*Figure{{figure("1 caller", 0.5, nil), plotted(1000, 1)}, {figure("1 caller", 0.75, nil), plotted(1_000_000, 1.5)}} {
+	for _, figures := range [][]*Figure{{figure("1 caller", 0.5, nil), figure("a row that was", 0.3, nil), plotted(1000, 1)}, {figure("1 caller", 0.75, nil), plotted(1_000_000, 1.5)}} {
 		if err := (&Report{Command: "bench", Figures: figures}).save(dir); err != nil {
 			t.Fatal(err)
 		}
@@ -191,7 +191,7 @@ func TestSave(t *testing.T) {
 			t.Errorf("the page lacks %q:\n%s", want, text)
 		}
 	}
-	for _, gone := range []string{"old", "0.50"} {
+	for _, gone := range []string{"old", "0.50", "a row that was"} {
 		if strings.Contains(text, gone) {
 			t.Errorf("the page still says %q:\n%s", gone, text)
 		}

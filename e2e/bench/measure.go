@@ -113,25 +113,35 @@ func insist(ctx context.Context, call func() error) (refused int, err error) {
 // patience is for what should come by itself, on a machine that may be doing anything.
 const patience = 3 * time.Minute
 
-// repeat runs f in batches in this process, and tells what one run of it takes: the median
-// of the batches, and how often it allocates. It calls f(0) to f(batches*batch-1).
-func repeat(batches, batch int, f func(i int) error) (sample, error) {
-	took := make([]time.Duration, 0, batches)
+// batchTime is about how long a batch takes whose time is measured: long enough for the
+// clock, and no longer on one side than on the other, since whatever else runs on the
+// machine is likelier to come in between the longer it is.
+const batchTime = 50 * time.Microsecond
+
+// repeat runs f n times in this process, and tells what one run of it takes: the median of
+// short batches, and how often it allocates. It calls f(0) to f(n-1).
+func repeat(n int, f func(i int) error) (sample, error) {
+	var took []time.Duration
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
-	for b := range batches {
-		at := time.Now()
-		for i := range batch {
-			if err := f(b*batch + i); err != nil {
+	batch := 1
+	for i := 0; i < n; {
+		at, from := time.Now(), i
+		for ; i < min(from+batch, n); i++ {
+			if err := f(i); err != nil {
 				return sample{}, err
 			}
 		}
-		took = append(took, time.Since(at)/time.Duration(batch))
+		each := max(time.Since(at)/time.Duration(i-from), 1)
+		took = append(took, each)
+		if len(took) <= 10 { // the first may be slow
+			batch = max(batch, min(int(batchTime/each), n/20))
+		}
 	}
 	runtime.ReadMemStats(&after)
 	s := summarise(took)
 	s.value = s.p50.Seconds()
-	s.allocs = float64(after.Mallocs-before.Mallocs) / float64(batches*batch)
+	s.allocs = float64(after.Mallocs-before.Mallocs) / float64(n)
 	return s, nil
 }
 

@@ -24,8 +24,13 @@ import (
 // profileDir is the daemons' environment variable (cmd/internal/profile).
 const profileDir = "DAYFLY_PROFILE_DIR"
 
-// kinds of profiles of a daemon: what is added up from the start is that of the run alone.
-var kinds = []string{"cpu", "allocs", "block", "mutex"}
+// kinds of profiles. Of a daemon they are those of the run alone, but for the heap, which is
+// what is in use towards its end.
+var kinds = []string{"cpu", "allocs", "block", "mutex", "heap"}
+
+// beforeEnd is when the heap is looked at, which collects garbage first: without a
+// collection the runtime wouldn't know what the run has allocated.
+const beforeEnd = 500 * time.Millisecond
 
 func profileCommand() *cobra.Command {
 	var (
@@ -36,7 +41,7 @@ func profileCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "profile", Short: "Write profiles of broker, agent and load for each row", Args: cobra.NoArgs,
 		Long: "profile runs our side of each row alone, with daemons that are built to show profiles, and writes\n" +
-			"OUT/ROW/PROCESS.KIND.pprof: CPU, allocations, blocking and contended locks. The load is this process:\n" +
+			"OUT/ROW/PROCESS.KIND.pprof: CPU, allocations, blocking, contended locks and the heap. The load is this process:\n" +
 			"its profiles are those of the SDK, of verifying and of policy.",
 		Example: "  bench profile --row '^issue/64'\n  go tool pprof -http : profiles/issue-64-callers/broker.cpu.pprof",
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -134,11 +139,16 @@ func (p *profiler) fetch(ctx context.Context, socket, kind, dir string) error {
 		return d.DialContext(ctx, "unix", socket)
 	}}
 	defer transport.CloseIdleConnections()
-	at := kind
-	if kind == "cpu" {
-		at = "profile"
+	seconds := max(1, int(p.length/time.Second))
+	at := fmt.Sprintf("%s?seconds=%d", kind, seconds)
+	switch kind {
+	case "cpu":
+		at = fmt.Sprintf("profile?seconds=%d", seconds)
+	case "heap":
+		at = "heap?gc=1"
+		settle(ctx, time.Duration(seconds)*time.Second-beforeEnd)
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("http://daemon/debug/pprof/%s?seconds=%d", at, max(1, int(p.length/time.Second))), nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://daemon/debug/pprof/"+at, nil)
 	if err != nil {
 		return err
 	}
@@ -170,6 +180,7 @@ func ownProfile(dir string) (stop func() error, err error) {
 	return func() error {
 		pprof.StopCPUProfile()
 		errs := []error{f.Close()}
+		runtime.GC() // as beforeEnd says
 		for _, kind := range kinds[1:] {
 			var b bytes.Buffer
 			errs = append(errs, pprof.Lookup(kind).WriteTo(&b, 0), os.WriteFile(filepath.Join(dir, "load."+kind+".pprof"), b.Bytes(), 0o644))

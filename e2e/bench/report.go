@@ -237,17 +237,20 @@ func (r *Report) merge(newer *Report) {
 			r.Figures[i] = f
 		}
 	}
-	order := map[string]int{}
+	// In the order of the table, and without rows that it no longer has.
+	rows, ids := map[string]int{}, map[string]bool{}
 	for _, name := range []string{"tiny", "normal", "large"} {
 		s := sizes[name]
 		s.name = name
 		for _, row := range rowsOf(s) {
-			if _, known := order[row.row]; !known {
-				order[row.row] = len(order)
+			ids[row.id()] = true
+			if _, known := rows[row.row]; !known {
+				rows[row.row] = len(rows)
 			}
 		}
 	}
-	slices.SortStableFunc(r.Figures, func(a, b *Figure) int { return order[a.Row] - order[b.Row] })
+	r.Figures = slices.DeleteFunc(r.Figures, func(f *Figure) bool { return !ids[f.id()] })
+	slices.SortStableFunc(r.Figures, func(a, b *Figure) int { return rows[a.Row] - rows[b.Row] })
 }
 
 // writePage replaces the table of a page.

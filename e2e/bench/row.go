@@ -104,7 +104,7 @@ var sizes = map[string]size{
 		rounds: 5, window: 700 * time.Millisecond,
 		callers: []int{1, 16, 64, 256}, depths: []int{1, 2, 3, 4, 5, 6}, jwtLogins: true, introspect: true, agent: []int{1, 64},
 		live: []int{1_000, 10_000, 100_000}, verifiers: []int{10, 100, 1_000}, bound: 30 * time.Second, tokens: 400, revocations: 10_000,
-		entitlements: []int{10, 1_000, 100_000}, stored: []int{100_000}, pruned: 100_000, prunes: 3, binaries: true, pings: 10 * time.Second,
+		entitlements: []int{10, 1_000, 100_000}, stored: []int{100_000}, pruned: 100_000, prunes: 3, binaries: true, pings: 5 * time.Second,
 	},
 	"large": {
 		rounds: 5, window: 700 * time.Millisecond,

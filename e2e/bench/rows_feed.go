@@ -154,6 +154,9 @@ func (b *blocks) block(ctx context.Context) error {
 		return err
 	}
 	b.keep(held, sample{value: (rss - b.idle) / float64(b.n)})
+	if b.size.pings == 0 {
+		return nil
+	}
 	return b.watchCPU(ctx)
 }
 
@@ -187,6 +190,7 @@ func (l *lab) fleets(ctx context.Context, n int) (ours, floor *blocks, err error
 		}
 		both[0] = &blocks{crowd: &fleet{box: b, n: n}, size: l.size, n: n}
 		both[1] = &blocks{crowd: &bareFleet{server: s, td: b.TD, control: control[0], n: n, changed: make(chan struct{})}, size: l.size, n: n}
+		both[1].size.pings = 0 // its streams have none
 		settle(ctx, l.size.rest())
 		for _, side := range both {
 			if side.idle, err = memoryOf(side.pid(), "VmRSS"); err != nil {

@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"sync"
 	"sync/atomic"
@@ -19,6 +20,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"go.etcd.io/bbolt"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 )
 
 // fillers write at once.
@@ -157,9 +159,10 @@ func (l *lab) revoking(ctx context.Context, live int) (side, error) {
 }
 
 // updating is one fsynced update of a bbolt file with the options of ours, in this process.
+// Its room is allocated ahead, as that of ours.
 func (l *lab) updating(ctx context.Context) (side, error) {
 	db, err := shared(l, "bbolt", func() (*bbolt.DB, error) {
-		db, err := bbolt.Open(filepath.Join(l.newDir("bbolt"), "db"), 0o600, &bbolt.Options{NoFreelistSync: true, FreelistType: bbolt.FreelistMapType, InitialMmapSize: 64 << 20})
+		db, err := bbolt.Open(filepath.Join(l.newDir("bbolt"), "db"), 0o600, &bbolt.Options{NoFreelistSync: true, FreelistType: bbolt.FreelistMapType, InitialMmapSize: allocation, OpenFile: allocated})
 		if err == nil {
 			l.onEnd(func() { db.Close() })
 		}
@@ -179,6 +182,15 @@ func (l *lab) updating(ctx context.Context) (side, error) {
 			return b.Put(fmt.Appendf(nil, "%020d", n), record)
 		})
 	}), nil
+}
+
+// allocated opens a file with room to come.
+func allocated(path string, flag int, mode os.FileMode) (*os.File, error) {
+	f, err := os.OpenFile(path, flag, mode)
+	if err != nil {
+		return nil, err
+	}
+	return f, unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_KEEP_SIZE, 0, allocation)
 }
 
 // storeRows: what grants take up, on disk and in a broker's memory.

@@ -23,11 +23,8 @@ import (
 	"golang.org/x/sync/errgroup"
 )
 
-// Batches of one round of what is measured in this process.
-const (
-	batches   = 50
-	batchSize = 20
-)
+// repeats of one round of what is measured in this process.
+const repeats = 1000
 
 // verifyRows: a resource server's local check, of a token that it has never seen, and of
 // one that it just saw.
@@ -64,7 +61,7 @@ func verifyRows(s size) []row {
 				return pair{
 					ours: ours,
 					floor: func(context.Context) (sample, error) {
-						return repeat(len(raw), 1, func(i int) error {
+						return repeat(len(raw), func(i int) error {
 							_, err := verifyJWT(key, raw[i])
 							return err
 						})
@@ -116,7 +113,7 @@ func (b *box) verifying(ctx context.Context, raw []string, depth int, again bool
 			if _, err := v.Verify(ctx, raw[0], peer); err != nil {
 				return sample{}, err
 			}
-			return repeat(batches, batchSize, func(int) error {
+			return repeat(repeats, func(int) error {
 				_, err := v.Verify(ctx, raw[0], peer)
 				return err
 			})
@@ -127,7 +124,7 @@ func (b *box) verifying(ctx context.Context, raw []string, depth int, again bool
 		if err != nil {
 			return sample{}, err
 		}
-		return repeat(len(raw), 1, func(i int) error {
+		return repeat(len(raw), func(i int) error {
 			_, err := v.Verify(ctx, raw[i], peer)
 			return err
 		})
@@ -316,10 +313,10 @@ func (l *lab) deciding(ctx context.Context, n int, do func(func() error) error) 
 	}
 	return pair{
 		ours: func(context.Context) (sample, error) {
-			return repeat(batches, batchSize, func(int) error { return do(decide) })
+			return repeat(repeats, func(int) error { return do(decide) })
 		},
 		floor: func(context.Context) (sample, error) {
-			return repeat(batches, batchSize, func(int) error { return do(sign) })
+			return repeat(repeats, func(int) error { return do(sign) })
 		},
 	}, nil
 }
