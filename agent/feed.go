@@ -45,7 +45,8 @@ type follower struct {
 	rebound   chan struct{}          // has an element when the bound has changed
 	rotated   func() <-chan struct{} // closed when the SVID changes; nil channel: never
 	applied   func(context.Context)
-	distrusts bool // a relay on another host is above: only what the broker signed counts
+	reached   func() // the broker is heard again, and could not be perhaps
+	distrusts bool   // a relay on another host is above: only what the broker signed counts
 	log       *slog.Logger
 	counts    *counters
 }
@@ -164,6 +165,9 @@ func (f *follower) follow(ctx context.Context, relay bool) error {
 		return fmt.Errorf("%w: the first message is no Welcome", feed.ErrMalformed)
 	}
 	s := f.begin(stream, first.GetWelcome(), relay)
+	if !f.distrusts {
+		f.reached()
+	}
 	s.shown = kept.Head
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error {
