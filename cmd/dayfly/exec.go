@@ -34,7 +34,7 @@ because a token was revoked or expired, 124 --wait has passed, 125 anything else
 isn't the program's doing, 126 it can't be run, 127 it isn't there.`,
 		Example: `  dayfly exec --audience orders -- ./nightly-job --full
   dayfly exec --env REGISTRY_TOKEN=registry=push --binding none -- ./push.sh
-  dayfly exec --file orders.jwt=orders=orders:read --on-renew HUP -- ./server
+  dayfly exec --file orders.jwt=orders=orders.read --on-renew HUP -- ./server
   dayfly exec --env TOKEN=orders --on-renew restart --on-revoke restart -- ./server`,
 		Args: func(cmd *cobra.Command, args []string) error {
 			if len(args) == 0 {

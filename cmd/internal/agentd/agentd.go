@@ -62,7 +62,7 @@ func Command() *cobra.Command {
 			"  dayfly-agent check --config /etc/dayfly/agent.yaml && systemctl reload dayfly-agent\n" +
 			"  dayfly-agent status\n" +
 			"  dayfly-agent --broker broker:8443 --broker-id spiffe://example.org/dayfly/broker \\\n" +
-			"    --grpc-socket /run/dayfly/agent.sock --prefetch orders=orders:read",
+			"    --grpc-socket /run/dayfly/agent.sock --prefetch orders=orders.read",
 		Args:          cobra.NoArgs,
 		SilenceUsage:  true,
 		SilenceErrors: true,
