@@ -285,7 +285,7 @@ func (s *session) flush() (time.Duration, error) {
 	}
 	s.k.mu.Lock()
 	now := s.k.boot()
-	silent := now.Sub(s.heard) > max(s.k.relay.Bound(s.bound()), minSilence)
+	silent := now.Sub(s.heard) > max(s.k.relay.Bound(s.bound())/2, minSilence) // another stream can be heard before the bound
 	wait := s.k.relay.Due(s.bound(), now)
 	s.k.mu.Unlock()
 	switch {
