@@ -168,13 +168,12 @@ func (c *cache) describe(e *entry) CredentialInfo {
 		reason, message := reasonOf(source.Err)
 		out.Failure = &Failure{reason, message, source.Since.UTC().Truncate(time.Second), source.Failures}
 	}
-	if c.usable(e) {
-		h := e.latest.Load()
+	if h := c.usable(e); h != nil {
 		told := c.told(h)
 		expires := told.Expires.UTC().Truncate(time.Second)
 		out.Held, out.Grant, out.ExpiresAt = true, h.grant, &expires
 		out.Scopes, out.Binding = told.Scopes, string(told.Binding)
-		out.age, out.left = c.age(h), c.left(h)
+		out.age, out.left = c.since(h.asked), c.left(h)
 		out.AgeS, out.ExpiresInS = seconds(out.age), seconds(out.left)
 	}
 	if out.Scopes == nil {
@@ -188,7 +187,7 @@ func (c *cache) holds() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, e := range c.entries {
-		if c.usable(e) {
+		if c.usable(e) != nil {
 			return true
 		}
 	}
