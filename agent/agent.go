@@ -247,7 +247,8 @@ func New(cfg Config) (*Agent, error) {
 	}
 	a.follower = &follower{
 		client: dayflyv1.NewFeedServiceClient(above), distrusts: cfg.Feed != nil, k: a.k, instance: rand.Text(), audiences: cfg.Audiences,
-		bound: func() time.Duration { return a.live.Load().MaxStaleness }, rebound: make(chan struct{}, 1), rotated: cfg.Changed, applied: a.cache.sweep, log: cfg.Log, counts: &a.counts,
+		bound: func() time.Duration { return a.live.Load().MaxStaleness }, rebound: make(chan struct{}, 1), source: cfg.Source, rotated: cfg.Changed,
+		applied: a.cache.sweep, reached: a.cache.reached, log: cfg.Log, counts: &a.counts,
 	}
 	var err error
 	if a.files, err = a.deliverer(); err != nil {

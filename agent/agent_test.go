@@ -197,6 +197,11 @@ func TestStartOrder(t *testing.T) {
 		}
 		return err
 	})
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if len(b.subs) != 1 {
+		t.Errorf("followed %d times: the first SVID is no rotation", len(b.subs))
+	}
 }
 
 // A credential that the feed revokes is gone at once: once the agent has acknowledged the

@@ -439,6 +439,16 @@ func (c *cache) sweep(ctx context.Context) {
 	}
 }
 
+// reached ends the pauses of what could not be fetched: the broker is heard again. A fleet
+// hears it at moments that are spread as its streams' reconnects are.
+func (c *cache) reached() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, e := range c.entries {
+		e.source.Reached()
+	}
+}
+
 func (c *cache) len() int {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -117,8 +117,8 @@ func TestHerdOutage(t *testing.T) {
 		h.spread(t, "the outage", at.Add(time.Minute), at.Add(2*time.Minute), 60)
 		h.b.set(func(b *broker) { b.refuse = nil })
 		at = time.Now()
-		time.Sleep(16 * time.Second) // the longest pause
-		h.spread(t, "the recovery", at, at.Add(15*time.Second), 15)
+		time.Sleep(5 * time.Second) // the longest pause is a twentieth of a life
+		h.spread(t, "the recovery", at, at.Add(life/20), 3)
 		for _, a := range h.agents {
 			if s := a.Status(); s.State != agent.Ready {
 				t.Fatalf("not recovered: %+v", s)

@@ -6,12 +6,15 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/dayflyhq/dayfly/agent"
+	"github.com/dayflyhq/dayfly/proto/boottime"
 	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
 	"github.com/dayflyhq/dayfly/proto/feed"
 	"github.com/dayflyhq/dayfly/sdk"
@@ -280,4 +283,41 @@ func (l *losing) Invoke(ctx context.Context, _ string, args, reply any, _ ...grp
 	}
 	proto.Merge(reply.(*dayflyv1.IssueResponse), l.made[m.GetIdempotencyKey()])
 	return nil
+}
+
+// A broker that is heard again on the feed ends the pause after a failure. The clocks stand
+// still at half of that pause: by itself it would never be over.
+func TestReachedAgain(t *testing.T) {
+	noLeaks(t)
+	td := newDomain(t)
+	b := newBroker(t, td)
+	b.stop()
+	base, boot := time.Now(), boottime.Now()
+	var passed atomic.Int64
+	f := start(t, td, b, func(c *agent.Config) {
+		c.Prefetch = []agent.Request{{Audience: "orders"}}
+		c.Now = func() time.Time { return base.Add(time.Duration(passed.Load())) }
+		c.Boot = func() feed.Instant { return boot.Add(time.Duration(passed.Load())) }
+		c.Jitter = func() float64 { return 0.999 }
+	})
+	eventually(t, "a failure", func() error {
+		if _, body, _ := f.get("/readyz"); !strings.Contains(fmt.Sprint(body), "BROKER_UNREACHABLE") {
+			return fmt.Errorf("%v", body)
+		}
+		return nil
+	})
+	b.restart()
+	eventually(t, "the feed", func() error {
+		if b.streams.Load() == 0 {
+			return errors.New("no stream")
+		}
+		return nil
+	})
+	passed.Store(int64(700 * time.Millisecond))
+	eventually(t, "a credential", func() error {
+		if _, body, _ := f.get("/readyz"); strings.Contains(fmt.Sprint(body), "no credential yet") {
+			return fmt.Errorf("%v", body)
+		}
+		return nil
+	})
 }

@@ -311,7 +311,9 @@ func (a *Agent) systemd() net.Listener {
 	return a.cfg.Systemd.Listener
 }
 
-// version names this build.
+// Version names this build.
+func Version() string { return version() }
+
 var version = sync.OnceValue(func() string {
 	info, ok := debug.ReadBuildInfo()
 	if !ok {

@@ -10,7 +10,7 @@
 //	if err != nil { ... }
 //	defer client.Close()
 //
-//	orders := client.TokenSource(sdk.Request{Audience: "orders", Scopes: []string{"orders:read"}})
+//	orders := client.TokenSource(sdk.Request{Audience: "orders", Scopes: []string{"orders.read"}})
 //	defer orders.Close()
 //	web := &http.Client{Transport: &sdk.Transport{Source: orders}}
 //

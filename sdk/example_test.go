@@ -31,7 +31,7 @@ func Example() {
 	}
 	defer client.Close()
 
-	orders := client.TokenSource(sdk.Request{Audience: "orders", Scopes: []string{"orders:read"}})
+	orders := client.TokenSource(sdk.Request{Audience: "orders", Scopes: []string{"orders.read"}})
 	defer orders.Close()
 	web := &http.Client{Transport: &sdk.Transport{Source: orders}}
 	resp, err := web.Get("https://orders.example.org/orders")

@@ -22,8 +22,7 @@ const (
 
 	minBackoff = 500 * time.Millisecond
 	maxBackoff = 15 * time.Second
-	// pauseParts keeps pauses short beside a short life: a twentieth of it at the longest,
-	// while it lasts.
+	// pauseParts keeps pauses short beside a short life: a twentieth of it at the longest.
 	pauseParts = 20
 	// maxRetryAfter is the longest pause that a broker's retry_after makes: limits are
 	// raised, and revoked credentials make room, before that is over.
@@ -117,6 +116,7 @@ type TokenSource struct {
 	retry   time.Duration // not before, after the failure
 	soonest time.Duration // not before, for whoever has nothing
 	pause   time.Duration
+	life    time.Duration // that the newest credential had
 	revoked moment        // when Revoked dropped what there was,
 	spread  time.Duration // and how long Run leaves it at that
 	passing bool          // the last credential was not to be kept
@@ -352,7 +352,7 @@ func (s *TokenSource) land(f *flight, cred *Credential, err error, asked moment)
 		f.cred, s.current, s.passing = cred, nil, true
 	default:
 		s.succeeded()
-		s.current, s.passing = cred, false
+		s.current, s.passing, s.life = cred, false, cred.left
 		s.renewAt = time.Duration(float64(cred.left) * (s.cfg.RenewFrom + (s.cfg.RenewTo-s.cfg.RenewFrom)*s.cfg.Jitter()))
 	}
 	close(f.done)
@@ -381,8 +381,8 @@ func (s *TokenSource) failure(now moment, err error) {
 	s.failed, s.at = err, now
 	s.fails++
 	longest := maxBackoff
-	if cred := s.valid(now); cred != nil {
-		longest = min(max(cred.left/pauseParts, minBackoff), maxBackoff)
+	if s.life > 0 {
+		longest = min(max(s.life/pauseParts, minBackoff), maxBackoff)
 	}
 	s.pause = min(max(2*s.pause, minBackoff), longest)
 	wait := time.Duration(float64(s.pause) * (0.5 + s.cfg.Jitter()/2))
@@ -429,6 +429,17 @@ func (s *TokenSource) Revoked(grant string) {
 	}
 	s.mu.Unlock()
 	s.Invalidate(grant)
+}
+
+// Reached ends the pause after a failure, for whoever learns that what Fetch asks can be
+// reached again: Run tries at once, or as soon as the failure's own hint lets it.
+func (s *TokenSource) Reached() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.failed != nil && s.soonest < s.retry {
+		s.retry = s.soonest
+		s.notify()
+	}
 }
 
 // A SourceStatus is how a TokenSource is.

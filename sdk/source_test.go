@@ -159,8 +159,8 @@ func TestSourceOutage(t *testing.T) {
 		}
 		time.Sleep(10 * time.Minute)
 		m.set(func() {
-			// The pauses grow to 15 s and are jittered down to half of it.
-			if most := 20 + 11*60/7; m.calls > most {
+			// The pauses grow to a twentieth of the life and are jittered down to half of it.
+			if most := 20 + 11*60*2/5; m.calls > most {
 				t.Errorf("%d fetches in 11 minutes of outage", m.calls)
 			}
 			m.err = nil
@@ -281,6 +281,40 @@ func TestSourceAsksAgainForTheEmptyHanded(t *testing.T) {
 		stop()
 		<-done
 	})
+}
+
+// However long an outage lasts, also beyond the credential's end, it is over for a source
+// soon: a pause is a twentieth of the life that there was, and less for whoever is told.
+func TestSourceOutageEnds(t *testing.T) {
+	for i := range 20 {
+		told := i%2 == 0
+		synctest.Test(t, func(t *testing.T) {
+			m := &mint{life: 2 * time.Minute}
+			s := newSource(t, m)
+			if _, err := s.Token(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			m.set(func() { m.err = errors.New("away") })
+			ctx, stop := context.WithCancel(t.Context())
+			done := make(chan struct{})
+			go func() { defer close(done); s.Run(ctx) }()
+			time.Sleep(10*time.Minute + time.Duration(i)*time.Second)
+			m.set(func() { m.err = nil })
+			synctest.Wait()
+			calls, within := m.calls, 6*time.Second
+			if told {
+				within = 500 * time.Millisecond
+				s.Reached()
+			}
+			time.Sleep(within)
+			synctest.Wait()
+			if m.calls == calls || s.Status().Err != nil {
+				t.Errorf("told %v: nothing was fetched within %v of the outage's end: %+v", told, within, s.Status())
+			}
+			stop()
+			<-done
+		})
+	}
 }
 
 // A broker that says how long a limit stands is not asked before, neither ahead of need

@@ -17,7 +17,7 @@ func (a *app) policyCmd() *cobra.Command {
 	return group("policy", "Write, check and try out policy", `Policy is a folder of Rego rules and of data that anyone can edit, or an OPA bundle made
 of one. These verbs work on that alone and call no broker. docs/policy.md describes its format.`, `  dayfly policy init ./policy
   dayfly policy check ./policy
-  dayfly policy explain --dir ./policy --as spiffe://example.org/payments --audience orders --scope orders:read
+  dayfly policy explain --dir ./policy --as spiffe://example.org/payments --audience orders --scope orders.read
   dayfly policy replay ./policy --audit /var/log/dayfly/audit.jsonl`,
 		a.policyInitCmd(), a.policyCheckCmd(), a.policyTestCmd(), a.policyExplainCmd(), a.policyReplayCmd())
 }
@@ -120,7 +120,7 @@ func (a *app) policyExplainCmd() *cobra.Command {
 		Long: `Ask a policy folder one question and say how the answer came about. Locks, caps and
 the lineage of a presented token come on top, in the broker. Exit code 0 says that it
 would be allowed, 4 that it would be refused.`,
-		Example: `  dayfly policy explain --dir ./policy --as spiffe://example.org/payments --audience orders --scope orders:read
+		Example: `  dayfly policy explain --dir ./policy --as spiffe://example.org/payments --audience orders --scope orders.read
   dayfly policy explain --dir ./policy --as spiffe://example.org/ops/ann --action revoke`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return a.policyExplain(cmd.Context(), &q) },

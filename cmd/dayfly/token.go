@@ -79,7 +79,7 @@ func (a *app) tokenGetCmd() *cobra.Command {
 else there is to say goes to stderr. It is good for minutes: fetch it where it is
 used, and store it nowhere.`,
 		Example: `  dayfly token get --audience orders
-  curl -H "Authorization: Bearer $(dayfly token get -a orders -s orders:read)" https://orders.example.org/
+  curl -H "Authorization: Bearer $(dayfly token get -a orders -s orders.read)" https://orders.example.org/
   dayfly token get --audience orders --ttl 1m --output json`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return a.tokenGet(cmd.Context(), &flags) },

@@ -17,8 +17,10 @@ import (
 
 // recipes are what each page's recipe must print, beside ending well.
 var recipes = map[string][]string{
+	"agent/exec.md":         {`"service":"web"`, "grant ", "told", "exit code 123", "exit code 125", "IDENTITY_LOCKED", "eyJ"},
 	"agent/files.md":        {"spiffe://dayfly.test/ns/shop/payments", `"service":"web"`},
 	"agent/health.md":       {`dayfly_agent_state{state="ready"} 1`, `"state":"ready"`, "exit code 4"},
+	"agent/incoming.md":     {"X-Dayfly-Subject: spiffe://dayfly.test/ns/shop/payments", "PRESENTER_MISMATCH", "TOKEN_MISSING", "TOKEN_REVOKED"},
 	"agent/outgoing.md":     {`"service":"orders","sub":"spiffe://dayfly.test/ns/shop/payments"`, `"service":"web"`, "PROXY_AUTHORIZATION_INVALID", "UPSTREAM_NOT_CONFIGURED", `details="CONNECT_NOT_SUPPORTED"`, "IDENTITY_LOCKED"},
 	"agent/workloads.md":    {"workloads: payments, reports", `"audience":"web"`, `"audience":"orders"`, "PEER_NOT_ALLOWED", "reload_failed_since"},
 	"helpers/aws.md":        {`"AccessKeyId":"ASIADEV"`, "the SDK has ASIADEV", `"Version":1`},
@@ -28,6 +30,9 @@ var recipes = map[string][]string{
 	"helpers/kubernetes.md": {`"sub":"spiffe://dayfly.test/ns/shop/payments"`},
 	"helpers/systemd.md":    {"eyJ"},
 }
+
+// elsewhere are the pages whose recipe needs what isn't here, and the test that holds them.
+var elsewhere = map[string]string{"agent/envoy.md": "TestEnvoyPage"}
 
 // recipeTime bounds one recipe; it is for one that hangs.
 const recipeTime = 3 * time.Minute
@@ -49,6 +54,9 @@ func TestRecipes(t *testing.T) {
 		}
 	}
 	for _, page := range pages {
+		if elsewhere[page] != "" {
+			continue
+		}
 		t.Run(page, func(t *testing.T) {
 			text := string(must(os.ReadFile("../../docs/" + page))(t))
 			recipe := shellOf(section(text, "## With `dayfly dev`"))

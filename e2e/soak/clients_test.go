@@ -51,12 +51,14 @@ type stream struct {
 	file bool // it reads what is on disk
 	x5t  bool // what it gets dies with the SVID
 	keys bool // what it gets is for those who know the JWK set only
+	sdk  bool // it is a TokenSource of the SDK, which asks the agent when it renews
 
 	ask func(context.Context) ([]served, error)
 
 	mu   sync.Mutex
 	last *served   // what was valid and served last
-	at   time.Time // when that was
+	got  time.Time // when that was first served
+	at   time.Time // and when last
 	own  time.Time // when it first was, by the agent's clock
 }
 
@@ -126,7 +128,7 @@ func (s *stream) took(start, end time.Time, got []served, err error) {
 		if first.issued.After(end) {
 			first.issued = end
 		}
-		s.last, s.own = &first, s.u.now()
+		s.last, s.own, s.got = &first, s.u.now(), end
 	}
 	s.at = end
 	if c := s.u.clock; c != nil && !s.copy {
@@ -204,12 +206,13 @@ func (s *stream) since() time.Time {
 			half = c.real(s.own.Add(s.last.life / 2))
 		}
 		if r, ok := s.w.book.of(*s.last, s.u.id.String()); ok {
-			half = r.ended
-			if half.IsZero() {
-				half = time.Now() // under way
-			}
+			half = r.heard(s.u.id.String())
 		}
 		later(half)
+		if s.sdk && s.u.down.since().After(s.got) {
+			// Nobody has asked the agent that runs now before the source renews.
+			later(s.got.Add(time.Duration(sdk.RenewTo * float64(s.last.expires.Sub(s.got)))))
+		}
 	}
 	if s.x5t {
 		s.u.mu.Lock()
@@ -286,7 +289,8 @@ func (w *world) asks(u *unit) {
 	w.t.Cleanup(func() { client.Close() })
 	source := client.TokenSource(sdk.Request{Audience: goods, Scopes: []string{"read"}})
 	w.t.Cleanup(source.Close)
-	w.stream(u, "SDK token source", func(ctx context.Context) ([]served, error) { return w.readSDK(u)(source.Token(ctx)) }).copy = true
+	s := w.stream(u, "SDK token source", func(ctx context.Context) ([]served, error) { return w.readSDK(u)(source.Token(ctx)) })
+	s.copy, s.sdk = true, true
 	w.stream(u, "bound to the SVID", func(ctx context.Context) ([]served, error) {
 		return w.readSDK(u)(client.Issue(ctx, sdk.Request{Audience: goods, Binding: token.BindingX5T}))
 	}).x5t = true

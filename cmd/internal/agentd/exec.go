@@ -39,7 +39,7 @@ func execCommand() *cobra.Command {
 			"be run, 127 it isn't there.",
 		Example: "  dayfly-agent exec --config /etc/dayfly/agent.yaml -- ./server\n" +
 			"  dayfly-agent exec --broker broker:8443 --broker-id spiffe://example.org/dayfly/broker \\\n" +
-			"    --file orders.jwt=orders=orders:read --on-renew HUP -- ./server --port 8080",
+			"    --file orders.jwt=orders=orders.read --on-renew HUP -- ./server --port 8080",
 		Args: func(cmd *cobra.Command, args []string) error {
 			if len(args) == 0 || cmd.ArgsLenAtDash() != 0 {
 				return errors.New("the program is missing: dayfly-agent exec [flags] -- PROGRAM [ARG...]")
