@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strings"
 
+	"github.com/dayflyhq/dayfly/agent/hop"
 	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/dayflyhq/dayfly/sdk"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
@@ -81,6 +82,8 @@ type Listener struct {
 	Secret string
 	// Open lets in whoever reaches the TCP socket.
 	Open bool
+	// MaxConnections is how many there are at a time; 0: hop.MaxConnections.
+	MaxConnections int
 	// Upstreams are at least one.
 	Upstreams []Upstream
 }
@@ -184,7 +187,7 @@ var taken = map[string]bool{
 
 func (u *Upstream) validateHeader() error {
 	var errs []error
-	if u.Header != "" && (!httpguts.ValidHeaderFieldName(u.Header) || taken[fold(u.Header)]) {
+	if u.Header != "" && (!httpguts.ValidHeaderFieldName(u.Header) || taken[hop.Fold(u.Header)]) {
 		errs = append(errs, wrong("header", "is no header that a token can be in"))
 	}
 	if u.Scheme != "" && !httpguts.ValidHeaderFieldName(u.Scheme) {

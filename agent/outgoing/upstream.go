@@ -18,6 +18,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/dayflyhq/dayfly/agent/hop"
 	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/dayflyhq/dayfly/sdk"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
@@ -303,7 +304,7 @@ func (u *upstream) try(x *exchange, req *http.Request, body *replay, h *held, d 
 	if body != nil {
 		out.Body = body.current
 	}
-	if d.plainHTTP2 != nil && isGRPC(req) {
+	if d.plainHTTP2 != nil && hop.IsGRPC(req) {
 		return d.plainHTTP2.RoundTrip(&out)
 	}
 	return d.web.RoundTrip(&out)
