@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"net/url"
 	"path/filepath"
+	"strconv"
 	"strings"
 
 	"github.com/dayflyhq/dayfly/agent/hop"
@@ -254,13 +255,18 @@ func (l *Listener) validateListener() error {
 			errs = append(errs, wrong("listen", "must be a loopback address"))
 		}
 		for i := range l.Upstreams {
-			if target, err := url.Parse(l.Upstreams[i].URL); err == nil && target.Host == addr.String() {
+			if target, err := url.Parse(l.Upstreams[i].URL); err == nil && target.Port() == strconv.Itoa(addr.Port) && isAt(target.Hostname(), addr.IP) {
 				errs = append(errs, wrong(fmt.Sprintf("upstreams[%d].url", i), "is this listener's own address"))
 			}
 		}
 		return errors.Join(errs...)
 	}
 	return wrong("listen", "is neither TCP nor a unix socket")
+}
+
+// isAt reports whether a host is an address, or may be.
+func isAt(host string, ip net.IP) bool {
+	return strings.EqualFold(host, "localhost") || net.ParseIP(host).Equal(ip)
 }
 
 func (c *Config) validate() error {

@@ -11,7 +11,9 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"net/http/httputil"
+	"net/textproto"
 	"net/url"
 	"slices"
 	"sync"
@@ -294,7 +296,12 @@ func (u *upstream) try(x *exchange, req *http.Request, body *replay, h *held, d 
 		return nil, errRevoked
 	}
 	x.secret = h.cred.Token
-	out := *req
+	out := *req.WithContext(httptrace.WithClientTrace(req.Context(), &httptrace.ClientTrace{
+		Got1xxResponse: func(_ int, header textproto.MIMEHeader) error { // before it is passed on
+			hide(http.Header(header), h.cred.Token.Reveal())
+			return nil
+		},
+	}))
 	out.Header = req.Header.Clone()
 	value := h.cred.Token.Reveal()
 	if u.cfg.Scheme != "" {
