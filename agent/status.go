@@ -50,7 +50,7 @@ type ConfigurationInfo struct {
 
 // An UpstreamInfo is about the broker.
 type UpstreamInfo struct {
-	// Reachable says that it answered the last call, or answers on the feed.
+	// Reachable says that it answered the last call, or since then on the feed.
 	Reachable bool `json:"reachable"`
 	// AnsweredAt is when it last answered a call for a credential, UnreachableSince the first
 	// call after that which it didn't.
@@ -216,7 +216,10 @@ func (a *Agent) Report() Report {
 	}
 	r.Upstream = a.cache.upstreamInfo()
 	if a.cfg.Feed == nil && r.Status.state("feed") == Ready && r.Feed != nil {
-		r.Upstream.Reachable, r.Upstream.UnreachableSince = true, nil
+		proof := now.Add(-time.Duration(r.Feed.AgeMS) * time.Millisecond)
+		if since := r.Upstream.UnreachableSince; since == nil || proof.After(*since) {
+			r.Upstream.Reachable, r.Upstream.UnreachableSince = true, nil
+		}
 	}
 	return r
 }
@@ -282,6 +285,12 @@ func (a *Agent) listenerInfos() []ListenerInfo {
 	}
 	for _, l := range a.cfg.Outgoing {
 		out = append(out, ListenerInfo{Name: ListenerOutgoing, Address: l.Listener.Addr().String()})
+	}
+	for _, p := range a.cfg.Incoming {
+		out = append(out, ListenerInfo{Name: ListenerIncoming, Address: p.Listener.Addr().String()})
+	}
+	for _, e := range a.cfg.Envoy {
+		out = append(out, ListenerInfo{Name: ListenerEnvoy, Address: e.Listener.Addr().String()})
 	}
 	a.counts.requests.each(func(listener, outcome string, n uint64) {
 		i := slices.IndexFunc(out, func(l ListenerInfo) bool { return l.Name == listener })
