@@ -302,6 +302,9 @@ func (a *Agent) Run(ctx context.Context) error {
 	// Before anything that takes time, and after all that may end the start: what it finds
 	// alive has somebody to remove it.
 	if err := a.files.Open(); err != nil {
+		if a.cfg.AWS != nil {
+			aws.forget()
+		}
 		return errors.Join(err, a.closeListeners())
 	}
 	group, ctx := errgroup.WithContext(ctx)

@@ -103,7 +103,7 @@ func TestApply(t *testing.T) {
 	}
 }
 
-// Whatever ends the start, no socket is left.
+// Whatever ends the start, no socket is left, and no secret.
 func TestRunFailsEarly(t *testing.T) {
 	td := newDomain(t)
 	dir := tempDir(t)
@@ -112,8 +112,13 @@ func TestRunFailsEarly(t *testing.T) {
 		must(t, err)
 		c.AWS = &agent.AWSContainer{Listener: l, Request: agent.Request{Audience: "a"}, Role: sts.Role{Endpoint: "http://127.0.0.1:1"}, TokenFile: deliver.Secret{Path: filepath.Join(dir, "none", "token")}}
 	}
+	both := func(c *agent.Config) {
+		aws(c)
+		c.AWS.TokenFile.Path = filepath.Join(dir, "token")
+		c.Files = []deliver.Target{fileTarget(filepath.Join(dir, "none", "other"), 0)}
+	}
 	files := func(c *agent.Config) { c.Files = []deliver.Target{fileTarget(filepath.Join(dir, "none", "file"), 0)} }
-	for name, change := range map[string]func(*agent.Config){"the authorization token file": aws, "delivering to": files} {
+	for name, change := range map[string]func(*agent.Config){"the authorization token file": aws, "delivering to": files, "none/other": both} {
 		path := filepath.Join(dir, "s")
 		l, err := agent.Listen(agent.SocketConfig{Path: path})
 		must(t, err)
@@ -127,6 +132,9 @@ func TestRunFailsEarly(t *testing.T) {
 		}
 		if _, err := os.Lstat(path); !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("%s: the socket is left: %v", name, err)
+		}
+		if _, err := os.Lstat(filepath.Join(dir, "token")); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s: the authorization token is left: %v", name, err)
 		}
 		if _, err := l.Accept(); !errors.Is(err, net.ErrClosed) {
 			t.Errorf("%s: the listener isn't closed: %v", name, err)

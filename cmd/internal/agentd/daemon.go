@@ -20,7 +20,8 @@ import (
 type daemon struct {
 	load       func() (*Config, error) // reads the configuration anew
 	level      *slog.LevelVar
-	log        *slog.Logger
+	log        *slog.Logger // which keeps back what repeats itself
+	loud       *slog.Logger // of answers to an operator, who waits for each
 	identities *agent.Identities
 	shelf      *shelf
 	group      *errgroup.Group
@@ -38,7 +39,8 @@ type daemon struct {
 func serve(ctx context.Context, cfg *Config, load func() (*Config, error), hup <-chan os.Signal, stderr io.Writer, beside func(context.Context, *agent.Agent, *slog.Logger) error) error {
 	d := &daemon{load: load, level: new(slog.LevelVar), cfg: cfg, shelf: newShelf()}
 	d.level.Set(cfg.Log.Level)
-	d.log = newLog(cfg.Log, d.level, stderr)
+	d.loud = newLog(cfg.Log, d.level, stderr)
+	d.log = slog.New(agent.QuietLog(d.loud.Handler()))
 	d.identities = agent.NewIdentities(cfg.WorkloadAPI, d.log)
 	d.reloads.began = time.Now()
 	fresh, err := d.open(cfg, cfg.all())
@@ -120,9 +122,9 @@ func (d *daemon) workloads() (all []*workload, several bool) {
 func newLog(cfg Log, level slog.Leveler, w io.Writer) *slog.Logger {
 	options := &slog.HandlerOptions{Level: level, ReplaceAttr: durations}
 	if cfg.Format == "text" {
-		return slog.New(agent.QuietLog(slog.NewTextHandler(w, options)))
+		return slog.New(slog.NewTextHandler(w, options))
 	}
-	return slog.New(agent.QuietLog(slog.NewJSONHandler(w, options)))
+	return slog.New(slog.NewJSONHandler(w, options))
 }
 
 // durations writes how long something takes as people do, 57s, where JSON has nanoseconds.

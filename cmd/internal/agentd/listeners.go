@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -14,11 +15,16 @@ import (
 // A shelf has what the workloads listen on. One that starts anew goes on with the listeners
 // of the one before: who connects meanwhile waits, and isn't refused.
 type shelf struct {
+	most int64 // connections of one unix socket at once
 	mu   sync.Mutex
 	held map[string]*shared // by address
 }
 
-func newShelf() *shelf { return &shelf{held: map[string]*shared{}} }
+// maxConnections is of one unix socket: whoever may connect, though no list lets him call,
+// could have all the descriptors there are, and so take them from other workloads.
+const maxConnections = 1024
+
+func newShelf() *shelf { return &shelf{most: maxConnections, held: map[string]*shared{}} }
 
 // unix listens on a socket, or goes on with it, with this mode and group.
 func (s *shelf) unix(cfg agent.SocketConfig) (*lease, error) {
@@ -67,6 +73,7 @@ type shared struct {
 	key    string
 	leases int // guarded by shelf.mu
 	conns  chan net.Conn
+	open   atomic.Int64  // connections of a unix socket
 	closed chan struct{} // with the last lease
 	failed chan struct{} // when err was set
 	err    error
@@ -79,7 +86,9 @@ func (s *shared) accept() {
 	for {
 		conn, err := s.Listener.Accept()
 		if err == nil {
-			s.offer(conn)
+			if conn = s.admit(conn); conn != nil {
+				s.offer(conn)
+			}
 			continue
 		}
 		passes := false
@@ -93,6 +102,32 @@ func (s *shared) accept() {
 		}
 		time.Sleep(50 * time.Millisecond)
 	}
+}
+
+// admit counts a connection of a unix socket until it is closed, and closes at once one that
+// is too many.
+func (s *shared) admit(conn net.Conn) net.Conn {
+	unix, ok := conn.(*net.UnixConn)
+	if !ok {
+		return conn
+	}
+	if s.open.Add(1) > s.shelf.most {
+		s.open.Add(-1)
+		_ = conn.Close()
+		return nil
+	}
+	return &counted{UnixConn: unix, gone: sync.OnceFunc(func() { s.open.Add(-1) })}
+}
+
+// counted is a connection that is counted. Who is at its other end can be asked as ever.
+type counted struct {
+	*net.UnixConn
+	gone func()
+}
+
+func (c *counted) Close() error {
+	defer c.gone()
+	return c.UnixConn.Close()
 }
 
 // offer waits until somebody takes the connection.

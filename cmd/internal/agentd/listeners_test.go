@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -109,5 +110,71 @@ func TestShelf(t *testing.T) {
 	}
 	if _, err := now.Accept(); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("accepted after the end: %v", err)
+	}
+}
+
+// Who holds on to as many connections as a socket takes gets no more, until he lets go; and
+// the kernel still says who he is.
+func TestManyConnections(t *testing.T) {
+	dir, err := os.MkdirTemp("", "df")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	s := newShelf()
+	s.most = 2
+	path := filepath.Join(dir, "s")
+	l, err := s.unix(agent.SocketConfig{Path: path})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	taken := make(chan net.Conn, 8)
+	go func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			if _, err := conn.Write([]byte("x")); err != nil {
+				t.Error(err)
+			}
+			taken <- conn
+		}
+	}()
+	connect := func() bool {
+		t.Helper()
+		conn, err := net.Dial("unix", path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = conn.Close() })
+		_ = conn.SetReadDeadline(time.Now().Add(30 * time.Second))
+		_, err = conn.Read(make([]byte, 1))
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Fatal("it is neither taken nor closed")
+		}
+		return err == nil
+	}
+	for range 2 {
+		if !connect() {
+			t.Fatal("refused")
+		}
+	}
+	for range 3 {
+		if connect() {
+			t.Error("one more is taken")
+		}
+	}
+	first := <-taken
+	if _, ok := first.(syscall.Conn); !ok {
+		t.Error("nobody can ask who called")
+	}
+	_, _ = first.Close(), first.Close() // counted once
+	if !connect() {
+		t.Error("refused though there is room")
+	}
+	if connect() {
+		t.Error("one more is taken, for one that was closed twice")
 	}
 }

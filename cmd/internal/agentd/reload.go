@@ -78,9 +78,9 @@ func (d *daemon) obey(hup <-chan os.Signal) {
 		d.reloads.ended(err, time.Now())
 		switch {
 		case err != nil:
-			d.log.ErrorContext(d.ctx, "the configuration was not reloaded: what was in force still is", "error", err)
+			d.loud.ErrorContext(d.ctx, "the configuration was not reloaded: what was in force still is", "error", err)
 		default:
-			d.log.InfoContext(d.ctx, "the configuration was reloaded", "changed", changed)
+			d.loud.InfoContext(d.ctx, "the configuration was reloaded", "changed", changed)
 		}
 	}
 }
