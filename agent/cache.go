@@ -149,9 +149,23 @@ func (c *cache) since(m mark) time.Duration {
 	return max(c.now().Sub(m.time), c.boot().Sub(m.boot))
 }
 
-// attemptFor is how long a call is repeated as the same. What the broker makes for a later
-// one is new.
-const attemptFor = issueTimeout
+// longestAttempt is how long a call is repeated as the same, at the longest: a broker that
+// is slower than one call's time has an answer for the next. What it makes for a later one
+// is new.
+const longestAttempt = 4 * issueTimeout
+
+// attemptFor is how long the entry's call is repeated as the same: a third of the life that
+// the answer has, which is counted from the first call.
+func (e *entry) attemptFor() time.Duration {
+	life := e.req.TTL
+	if h := e.latest.Load(); h != nil {
+		life = h.life
+	}
+	if life == 0 {
+		return longestAttempt
+	}
+	return min(max(life/3, issueTimeout), longestAttempt)
+}
 
 // held is the newest credential and what it says of itself.
 type held struct {
@@ -500,7 +514,7 @@ func (c *cache) fetch(ctx context.Context, e *entry) (*sdk.Credential, error) {
 		return nil, err
 	}
 	began := c.now()
-	if e.attempt.key == "" || c.since(e.attempt.asked) > attemptFor {
+	if e.attempt.key == "" || c.since(e.attempt.asked) > e.attemptFor() {
 		e.attempt = attempt{rand.Text(), c.mark()}
 	}
 	asked := e.attempt.asked

@@ -244,6 +244,49 @@ func TestRepeatedCallIsOfItsFirstAge(t *testing.T) {
 	})
 }
 
+// A broker that takes longer for a call than a call may take is heard all the same: it has
+// the answer when the call is repeated, and makes no second credential.
+func TestSlowBroker(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := &slow{direct: direct{b: unservedBroker(t, newDomain(t))}, begun: map[string]time.Time{}}
+		began := time.Now()
+		a := runAgent(t, agent.Config{
+			Upstream: l, Source: l.b.td.Source(payments), NoFeed: true, Prefetch: []agent.Request{{Audience: "orders"}},
+			Boot: func() feed.Instant { return feed.Instant(time.Since(began)) },
+		})
+		time.Sleep(30 * time.Second)
+		if _, err := a.Token(t.Context(), agent.Request{Audience: "orders"}); err != nil {
+			t.Error(err)
+		}
+		if n := len(l.begun); n != 1 {
+			t.Errorf("%d keys for one credential", n)
+		}
+	})
+}
+
+// slow answers what is asked with a key 8 s after it was first asked.
+type slow struct {
+	direct
+	smu   sync.Mutex
+	begun map[string]time.Time
+}
+
+func (l *slow) Invoke(ctx context.Context, method string, args, reply any, opts ...grpc.CallOption) error {
+	key := args.(*dayflyv1.IssueRequest).GetIdempotencyKey()
+	l.smu.Lock()
+	if l.begun[key].IsZero() {
+		l.begun[key] = time.Now()
+	}
+	left := time.Until(l.begun[key].Add(8 * time.Second))
+	l.smu.Unlock()
+	select {
+	case <-time.After(left):
+		return l.direct.Invoke(ctx, method, args, reply, opts...)
+	case <-ctx.Done():
+		return status.FromContextError(ctx.Err()).Err()
+	}
+}
+
 // losing makes credentials by idempotency key, and loses its answers.
 type losing struct {
 	direct
