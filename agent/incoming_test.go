@@ -913,6 +913,99 @@ func TestProxyRefusesAtOnce(t *testing.T) {
 	})
 }
 
+// TestProxyAnswersEarly: an answer of the service's comes while the request is still being
+// sent, also over HTTP/1, and what is sent after it is no request.
+func TestProxyAnswersEarly(t *testing.T) {
+	noLeaks(t)
+	b := newBroker(t, newDomain(t))
+	service := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_ = http.NewResponseController(w).EnableFullDuplex()
+		if r.URL.Path == "/any/no" {
+			w.WriteHeader(http.StatusRequestEntityTooLarge)
+			return
+		}
+		_ = http.NewResponseController(w).Flush()
+		_, _ = io.Copy(w, io.LimitReader(r.Body, 6))
+	}))
+	defer service.Close()
+	f := startFront(t, b, newService(t), func(c *agent.Config) {
+		for i := range c.Incoming {
+			c.Incoming[i].Upstream = service.URL
+		}
+	})
+	bearer := b.mintFor(minting{id: ordersID, binding: token.BindingNone})
+	for path, want := range map[string]int{"/any/no": 413, "/any/echo": 200} {
+		conn, err := net.Dial("tcp", f.plain)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		_ = conn.SetDeadline(time.Now().Add(patience))
+		fmt.Fprintf(conn, "POST %s HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n", path, bearer)
+		resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err != nil {
+			t.Fatalf("%s: %v", path, err)
+		}
+		if resp.StatusCode != want || !resp.Close {
+			t.Errorf("%s: %d, the last one: %v", path, resp.StatusCode, resp.Close)
+		}
+		if want == 200 {
+			fmt.Fprint(conn, "3\r\ndef\r\n")
+			if body, err := io.ReadAll(resp.Body); err != nil || string(body) != "abcdef" {
+				t.Errorf("the echo: %q, %v", body, err)
+			}
+		}
+	}
+}
+
+// TestProxyCutsWhoDoesntRead: nor does it help against a revocation to leave an answer unread.
+func TestProxyCutsWhoDoesntRead(t *testing.T) {
+	noLeaks(t)
+	b := newBroker(t, newDomain(t))
+	var written atomic.Int64
+	service := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		for {
+			n, err := w.Write(make([]byte, 32<<10))
+			if err != nil {
+				return
+			}
+			written.Add(int64(n))
+		}
+	}))
+	defer service.Close()
+	f := startFront(t, b, newService(t), func(c *agent.Config) {
+		for i := range c.Incoming {
+			c.Incoming[i].Upstream = service.URL
+		}
+	})
+	bearer := b.mintFor(minting{id: ordersID, binding: token.BindingNone})
+	conn, err := net.Dial("unix", f.socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	fmt.Fprintf(conn, "GET /any/flood HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\n\r\n", bearer)
+	if _, err := conn.Read(make([]byte, 1)); err != nil {
+		t.Fatal(err)
+	}
+	before := int64(-1)
+	eventually(t, "everything on the way to be full", func() error {
+		now := written.Load()
+		defer func() { before = now }()
+		if now != before {
+			return errors.New("more was written")
+		}
+		return nil
+	})
+	b.revoke(revocation.Identity(ordersID))
+	eventually(t, "the connection to be closed", func() error {
+		if _, err := conn.Write([]byte("x")); err == nil {
+			return errors.New("it is open")
+		}
+		return nil
+	})
+}
+
 // TestProxyPassesTheToken where it is told to, and admits by uid.
 func TestProxyPassesTheToken(t *testing.T) {
 	noLeaks(t)

@@ -16,8 +16,8 @@ import (
 // MaxConnections is how many connections a listener has at a time, if nothing else is said.
 const MaxConnections = 4096
 
-// refusedWithin is how long one that is refused may go on to send its body.
-const refusedWithin = 5 * time.Second
+// refusedWithin is how long one that is refused may go on to send its body, or not to read.
+var refusedWithin = 5 * time.Second
 
 // Fold is a header's name as CGI, WSGI and their like make a variable of it: whatever is no
 // letter or digit is one and the same.
@@ -66,6 +66,23 @@ func Refusing(w http.ResponseWriter, r *http.Request) {
 	_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(refusedWithin))
 	if r.ProtoMajor == 1 && r.ContentLength != 0 {
 		w.Header().Set("Connection", "close") // so it doesn't, and what is left is no request
+	}
+}
+
+// Ends makes a context's end the end of what is written to a caller who doesn't read, too:
+// a write that waits for that doesn't look at the context. A refusal still has time. The
+// handler calls the function when it is done.
+func Ends(ctx context.Context, w http.ResponseWriter) (done func()) {
+	c := http.NewResponseController(w)
+	set := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(set)
+		_ = c.SetWriteDeadline(time.Now().Add(refusedWithin))
+	})
+	return func() {
+		if !stop() {
+			<-set // the server begins the next request without it
+		}
 	}
 }
 

@@ -2,11 +2,13 @@ package hop_test
 
 import (
 	"bufio"
+	"context"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -15,6 +17,11 @@ import (
 )
 
 const patience = 30 * time.Second
+
+func TestMain(m *testing.M) {
+	*hop.RefusedWithin = 100 * time.Millisecond
+	os.Exit(m.Run())
+}
 
 // serve runs a limited server, and returns a function that dials it.
 func serve(t *testing.T, max int, h http.HandlerFunc) func() *caller {
@@ -176,6 +183,47 @@ func TestRefusing(t *testing.T) {
 		if got := c.answer(); got != "no\n" {
 			t.Error(got)
 		}
+	}
+}
+
+// TestEnds: a caller who doesn't read can't hold a response longer than its context lives;
+// the next request of a connection whose context ended has its time again.
+func TestEnds(t *testing.T) {
+	ended := make(chan struct{})
+	dial := serve(t, 9, func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/later" {
+			time.Sleep(2 * *hop.RefusedWithin) // past that of the request before
+			fmt.Fprint(w, "ok")
+			return
+		}
+		ctx, cancel := context.WithCancel(r.Context())
+		defer hop.Ends(ctx, w)()
+		cancel()
+		if r.URL.Path == "/" {
+			fmt.Fprint(w, "ok")
+			return
+		}
+		defer close(ended)
+		for {
+			if _, err := w.Write(make([]byte, 32<<10)); err != nil {
+				return
+			}
+		}
+	})
+	c := dial()
+	c.send(get)
+	if got := c.answer(); got != "ok" {
+		t.Error(got)
+	}
+	c.send("GET /later HTTP/1.1\r\nHost: x\r\n\r\n")
+	if got := c.answer(); got != "ok" {
+		t.Errorf("the next: %q", got)
+	}
+	c.send("GET /flood HTTP/1.1\r\nHost: x\r\n\r\n")
+	select {
+	case <-ended:
+	case <-time.After(patience):
+		t.Error("it goes on")
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -16,6 +17,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/dayflyhq/dayfly/agent/hop"
@@ -94,7 +96,7 @@ func NewProxy(cfg ProxyConfig, env Env) (*Proxy, error) {
 	}
 	p := &Proxy{cfg: cfg, env: env, guard: g, up: up}
 	p.reverse = &httputil.ReverseProxy{
-		Rewrite: p.rewrite, Transport: up, FlushInterval: -1, ErrorHandler: p.failed,
+		Rewrite: p.rewrite, Transport: up, FlushInterval: -1, ErrorHandler: p.failed, ModifyResponse: early,
 		ErrorLog: slog.NewLogLogger(env.Log.Handler(), slog.LevelDebug),
 	}
 	p.server = &http.Server{
@@ -233,6 +235,11 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		ctx, done = p.guard.v.Watch(verify.NewContext(ctx, t), t)
 	}
 	defer done()
+	defer hop.Ends(ctx, w)()
+	if r.ProtoMajor == 1 && r.ContentLength != 0 {
+		sent := &upload{ReadCloser: r.Body}
+		ctx, r.Body = context.WithValue(ctx, uploadKey{}, sent), sent
+	}
 	r = r.WithContext(ctx)
 	r.Header = r.Header.Clone()
 	if up := r.Header.Values("Upgrade"); len(up) != 1 || !strings.EqualFold(up[0], "websocket") {
@@ -290,6 +297,32 @@ func (p *Proxy) rewrite(r *httputil.ProxyRequest) {
 	t, _ := verify.FromContext(r.In.Context())
 	stamp(r.Out.Header, t, p.cfg.PassToken)
 	r.SetXForwarded()
+}
+
+// upload is the body of a request over HTTP/1.
+type upload struct {
+	io.ReadCloser
+	whole atomic.Bool
+}
+
+type uploadKey struct{}
+
+func (u *upload) Read(p []byte) (int, error) {
+	n, err := u.ReadCloser.Read(p)
+	if err == io.EOF {
+		u.whole.Store(true)
+	}
+	return n, err
+}
+
+// early makes an answer over HTTP/1 that begins before its request has ended the last of its
+// connection: else the server would wait for the rest of the body first, for as long as the
+// caller likes.
+func early(resp *http.Response) error {
+	if sent, ok := resp.Request.Context().Value(uploadKey{}).(*upload); ok && !sent.whole.Load() {
+		resp.Header.Set("Connection", "close")
+	}
+	return nil
 }
 
 // failed answers for a service that doesn't.

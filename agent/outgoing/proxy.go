@@ -192,6 +192,7 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		s.count(x.reason)
 		x.cancel(nil)
 	}()
+	defer hop.Ends(x.ctx, w)()
 	u.proxy.ServeHTTP(w, r)
 }
 

@@ -604,3 +604,31 @@ func TestHints(t *testing.T) {
 		}
 	}
 }
+
+// TestRevokedUnread: nor does it help against a revocation to leave an answer unread.
+func TestRevokedUnread(t *testing.T) {
+	w := newWorld(t)
+	auth := make(chan string, 1)
+	at := w.upstream(orders, func(w http.ResponseWriter, r *http.Request) {
+		auth <- r.Header.Get("Authorization")
+		for {
+			if _, err := w.Write(make([]byte, 32<<10)); err != nil {
+				return
+			}
+		}
+	})
+	p := w.start(false, outgoing.Listener{Upstreams: []outgoing.Upstream{to(at)}})
+	conn, err := p.dial()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if _, err := io.WriteString(conn, "GET / HTTP/1.1\r\nHost: x\r\n\r\n"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := conn.Read(make([]byte, 1)); err != nil {
+		t.Fatal(err)
+	}
+	w.tokens.revoke(<-auth)
+	eventually(t, "the request to end", func() bool { return p.Counts()[1].Open == 0 })
+}

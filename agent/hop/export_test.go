@@ -1,0 +1,4 @@
+package hop
+
+// RefusedWithin is shorter in tests.
+var RefusedWithin = &refusedWithin
