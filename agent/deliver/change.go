@@ -14,6 +14,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/dayflyhq/dayfly/agent/field"
 )
 
 const (
@@ -53,22 +55,22 @@ func (c *Change) validate() error {
 	var errs []error
 	signalled := c.PIDFile != "" || c.Signal != ""
 	if (len(c.Command) > 0) == signalled {
-		errs = append(errs, wrong("command", "either it, or pid_file and signal, must be there"))
+		errs = append(errs, field.Wrong("command", "either it, or pid_file and signal, must be there"))
 	}
 	if len(c.Command) > 0 && !filepath.IsAbs(c.Command[0]) {
-		errs = append(errs, wrong("command", "begins with the absolute path of a program; there is no shell"))
+		errs = append(errs, field.Wrong("command", "begins with the absolute path of a program; there is no shell"))
 	}
 	if signalled && !filepath.IsAbs(c.PIDFile) {
-		errs = append(errs, wrong("pid_file", "must be an absolute path"))
+		errs = append(errs, field.Wrong("pid_file", "must be an absolute path"))
 	}
 	if _, ok := signals[c.Signal]; !ok && signalled {
-		errs = append(errs, wrong("signal", "is HUP, INT, QUIT, TERM, USR1, USR2 or WINCH"))
+		errs = append(errs, field.Wrong("signal", "is HUP, INT, QUIT, TERM, USR1, USR2 or WINCH"))
 	}
 	if c.Timeout < 0 || c.Timeout > MaxTimeout {
-		errs = append(errs, wrong("timeout", "is at most %v", MaxTimeout))
+		errs = append(errs, field.Wrong("timeout", "is at most %v", MaxTimeout))
 	}
 	if c.MinInterval < 0 || c.MinInterval > MaxInterval {
-		errs = append(errs, wrong("min_interval", "is at most %v", MaxInterval))
+		errs = append(errs, field.Wrong("min_interval", "is at most %v", MaxInterval))
 	}
 	return errors.Join(errs...)
 }

@@ -15,6 +15,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/dayflyhq/dayfly/agent/field"
 	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/dayflyhq/dayfly/sdk"
 )
@@ -68,40 +69,7 @@ type Target struct {
 	Change *Change
 }
 
-// A FieldError is what is wrong with one field, by its name in a configuration file.
-type FieldError struct{ Key, Message string }
-
-func (e *FieldError) Error() string { return e.Key + ": " + e.Message }
-
-func wrong(key, format string, args ...any) error {
-	return &FieldError{key, fmt.Sprintf(format, args...)}
-}
-
-// Problems lists what is wrong, of an error of Validate.
-func Problems(err error) []*FieldError {
-	switch e := err.(type) {
-	case *FieldError:
-		return []*FieldError{e}
-	case interface{ Unwrap() []error }:
-		var out []*FieldError
-		for _, one := range e.Unwrap() {
-			out = append(out, Problems(one)...)
-		}
-		return out
-	}
-	return nil
-}
-
-// within puts the problems of a part below the key of that part.
-func within(key string, err error) error {
-	var errs []error
-	for _, p := range Problems(err) {
-		errs = append(errs, wrong(key+"."+p.Key, "%s", p.Message))
-	}
-	return errors.Join(errs...)
-}
-
-// Validate says all that is wrong with the target, whatever is on this host: FieldErrors,
+// Validate says all that is wrong with the target, whatever is on this host: *field.Error values,
 // joined.
 func (t *Target) Validate() error {
 	_, err := t.compile()
@@ -112,36 +80,36 @@ func (t *Target) compile() (renders []func(credentials) ([]byte, error), err err
 	var errs []error
 	errs = append(errs, checkPath(t.Path), checkAccess(t.Mode, t.GID))
 	if n := len(t.Files); n < 1 || n > MaxFiles || n > 1 && !t.Directory {
-		errs = append(errs, wrong("files", "are %d, and must be one, or up to %d in a folder", n, MaxFiles))
+		errs = append(errs, field.Wrong("files", "are %d, and must be one, or up to %d in a folder", n, MaxFiles))
 	}
 	seen := map[string]bool{}
 	for i := range t.Files {
 		f := &t.Files[i]
 		if t.Directory {
 			if err := plainName(f.Name); err != nil {
-				errs = append(errs, wrong(fmt.Sprintf("files[%d].name", i), "%v", err))
+				errs = append(errs, field.Wrong(fmt.Sprintf("files[%d].name", i), "%v", err))
 			}
 			if seen[f.Name] {
-				errs = append(errs, wrong(fmt.Sprintf("files[%d].name", i), "%q is there twice", f.Name))
+				errs = append(errs, field.Wrong(fmt.Sprintf("files[%d].name", i), "%q is there twice", f.Name))
 			}
 			seen[f.Name] = true
 		}
 		render, err := f.compile()
-		errs = append(errs, within(fmt.Sprintf("files[%d]", i), err))
+		errs = append(errs, field.Within(fmt.Sprintf("files[%d]", i), err))
 		renders = append(renders, render)
 	}
 	if t.Change != nil {
-		errs = append(errs, within("on_change", t.Change.validate()))
+		errs = append(errs, field.Within("on_change", t.Change.validate()))
 	}
 	return renders, errors.Join(errs...)
 }
 
 func checkPath(path string) error {
 	if !filepath.IsAbs(path) || filepath.Clean(path) != path || path == "/" {
-		return wrong("path", "must be absolute and plain")
+		return field.Wrong("path", "must be absolute and plain")
 	}
 	if err := plainName(filepath.Base(path)); err != nil {
-		return wrong("path", "its last part %v", err)
+		return field.Wrong("path", "its last part %v", err)
 	}
 	return nil
 }
@@ -149,10 +117,10 @@ func checkPath(path string) error {
 func checkAccess(mode fs.FileMode, gid *int) error {
 	var errs []error
 	if mode&^WidestMode != 0 || mode != 0 && mode&0o400 == 0 {
-		errs = append(errs, wrong("mode", "must be within %04o, and its owner may read", WidestMode))
+		errs = append(errs, field.Wrong("mode", "must be within %04o, and its owner may read", WidestMode))
 	}
 	if mode&0o040 != 0 && gid == nil {
-		errs = append(errs, wrong("group", "must be named where it may read"))
+		errs = append(errs, field.Wrong("group", "must be named where it may read"))
 	}
 	return errors.Join(errs...)
 }

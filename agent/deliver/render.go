@@ -13,6 +13,7 @@ import (
 	"text/template"
 	"time"
 
+	"github.com/dayflyhq/dayfly/agent/field"
 	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/dayflyhq/dayfly/sdk"
 )
@@ -64,7 +65,7 @@ func (c credentials) only() *sdk.Credential {
 	panic("internal error: a file of no credential")
 }
 
-// Validate says all that is wrong with what is to be in the file: FieldErrors, joined.
+// Validate says all that is wrong with what is to be in the file: *field.Error values, joined.
 func (f *File) Validate() error {
 	_, err := f.compile()
 	return err
@@ -74,23 +75,23 @@ func (f *File) Validate() error {
 func (f *File) compile() (func(credentials) ([]byte, error), error) {
 	var errs []error
 	if f.Format != Template && f.Template != "" {
-		errs = append(errs, wrong("template", "is for the format template"))
+		errs = append(errs, field.Wrong("template", "is for the format template"))
 	}
 	if f.Format != Env && f.Variable != "" {
-		errs = append(errs, wrong("variable", "is for the format env"))
+		errs = append(errs, field.Wrong("variable", "is for the format env"))
 	}
 	if f.Variable != "" && !variableName.MatchString(f.Variable) {
-		errs = append(errs, wrong("variable", "isn't the name of a variable"))
+		errs = append(errs, field.Wrong("variable", "isn't the name of a variable"))
 	}
 	if n := len(f.Credentials); n != 1 && (f.Format != Template || n == 0) {
-		errs = append(errs, wrong("credentials", "are %d, and must be one, or for a template one or more", n))
+		errs = append(errs, field.Wrong("credentials", "are %d, and must be one, or for a template one or more", n))
 	}
 	for name, r := range f.Credentials {
 		if err := token.ValidateAudience(r.Audience); err != nil {
-			errs = append(errs, wrong("credentials."+name+".audience", "%v", err))
+			errs = append(errs, field.Wrong("credentials."+name+".audience", "%v", err))
 		}
 		if r.TTL != 0 && r.TTL < MinTTL {
-			errs = append(errs, wrong("credentials."+name+".ttl", "is at least %v for a file", MinTTL))
+			errs = append(errs, field.Wrong("credentials."+name+".ttl", "is at least %v for a file", MinTTL))
 		}
 	}
 	var render func(credentials) ([]byte, error)
@@ -104,10 +105,10 @@ func (f *File) compile() (func(credentials) ([]byte, error), error) {
 	case Template:
 		var err error
 		if render, err = f.compileTemplate(); err != nil {
-			errs = append(errs, wrong("template", "%v", err))
+			errs = append(errs, field.Wrong("template", "%v", err))
 		}
 	default:
-		errs = append(errs, wrong("format", "is token, json, env or template"))
+		errs = append(errs, field.Wrong("format", "is token, json, env or template"))
 	}
 	return render, errors.Join(errs...)
 }

@@ -17,7 +17,7 @@ type Secret struct {
 	UID, GID *int
 }
 
-// Validate says all that is wrong with it, whatever is on this host: FieldErrors, joined.
+// Validate says all that is wrong with it, whatever is on this host: *field.Error values, joined.
 func (s *Secret) Validate() error {
 	return errors.Join(checkPath(s.Path), checkAccess(s.Mode, s.GID))
 }

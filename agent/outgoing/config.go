@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/dayflyhq/dayfly/agent/field"
 	"github.com/dayflyhq/dayfly/agent/hop"
 	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/dayflyhq/dayfly/sdk"
@@ -106,38 +107,14 @@ type Config struct {
 	Log *slog.Logger
 }
 
-// A FieldError is what is wrong with one field, by its name in a configuration file.
-type FieldError struct{ Key, Message string }
-
-func (e *FieldError) Error() string { return e.Key + ": " + e.Message }
-
-func wrong(key, format string, args ...any) error {
-	return &FieldError{key, fmt.Sprintf(format, args...)}
-}
-
-// Problems lists what is wrong, of an error of Validate.
-func Problems(err error) []*FieldError {
-	switch e := err.(type) {
-	case *FieldError:
-		return []*FieldError{e}
-	case interface{ Unwrap() []error }:
-		var out []*FieldError
-		for _, one := range e.Unwrap() {
-			out = append(out, Problems(one)...)
-		}
-		return out
-	}
-	return nil
-}
-
-// Validate says all that is wrong with the upstream: FieldErrors, joined.
+// Validate says all that is wrong with the upstream: *field.Error values, joined.
 func (u *Upstream) Validate() error {
 	errs := []error{u.validateURL(), u.validateMatch(), u.validateHeader()}
 	if err := token.ValidateAudience(u.Request.Audience); err != nil {
-		errs = append(errs, wrong("credential.audience", "%v", err))
+		errs = append(errs, field.Wrong("credential.audience", "%v", err))
 	}
 	if b := u.Request.Binding; u.SPIFFEID.IsZero() && (b == token.BindingSPIFFE || b == token.BindingX5T) {
-		errs = append(errs, wrong("credential.binding", "%s needs spiffe_id: without it this workload shows the service no certificate, and a bound token is refused", b))
+		errs = append(errs, field.Wrong("credential.binding", "%s needs spiffe_id: without it this workload shows the service no certificate, and a bound token is refused", b))
 	}
 	return errors.Join(errs...)
 }
@@ -145,23 +122,23 @@ func (u *Upstream) Validate() error {
 func (u *Upstream) validateURL() error {
 	target, err := url.Parse(u.URL)
 	if err != nil || target.Hostname() == "" || target.User != nil || strings.TrimSuffix(target.Path, "/") != "" || target.RawQuery != "" || target.Fragment != "" || target.Opaque != "" {
-		return wrong("url", "is https://HOST[:PORT] and no more")
+		return field.Wrong("url", "is https://HOST[:PORT] and no more")
 	}
 	switch {
 	case target.Scheme == "https" && u.Insecure:
-		return wrong("insecure", "goes with an http:// url only")
+		return field.Wrong("insecure", "goes with an http:// url only")
 	case target.Scheme == "https":
 	case target.Scheme != "http":
-		return wrong("url", "is https://HOST[:PORT] and no more")
+		return field.Wrong("url", "is https://HOST[:PORT] and no more")
 	case !u.Insecure:
-		return wrong("url", "is http: a token would go in plain text; use https, or say insecure: true for a service on loopback")
+		return field.Wrong("url", "is http: a token would go in plain text; use https, or say insecure: true for a service on loopback")
 	case !loopbackName(target.Hostname()):
-		return wrong("url", "is http to another machine: insecure is for loopback only")
+		return field.Wrong("url", "is http to another machine: insecure is for loopback only")
 	case !u.SPIFFEID.IsZero() || u.Roots != nil:
-		return wrong("url", "is http, and spiffe_id and ca_file need https")
+		return field.Wrong("url", "is http, and spiffe_id and ca_file need https")
 	}
 	if !u.SPIFFEID.IsZero() && u.Roots != nil {
-		return wrong("ca_file", "and spiffe_id exclude each other")
+		return field.Wrong("ca_file", "and spiffe_id exclude each other")
 	}
 	return nil
 }
@@ -170,11 +147,11 @@ func (u *Upstream) validateMatch() error {
 	var errs []error
 	if u.Host != "" {
 		if _, _, ok := splitHost(u.Host); !ok {
-			errs = append(errs, wrong("host", "is a name or an address, with a port or none"))
+			errs = append(errs, field.Wrong("host", "is a name or an address, with a port or none"))
 		}
 	}
 	if u.Path != "" && (!strings.HasPrefix(u.Path, "/") || !plainPath(u.Path) || strings.ContainsAny(u.Path, "%?# ") || strings.Contains(u.Path, "//")) {
-		errs = append(errs, wrong("path", "begins with / and is plain: no dots, no escapes"))
+		errs = append(errs, field.Wrong("path", "begins with / and is plain: no dots, no escapes"))
 	}
 	return errors.Join(errs...)
 }
@@ -189,40 +166,40 @@ var taken = map[string]bool{
 func (u *Upstream) validateHeader() error {
 	var errs []error
 	if u.Header != "" && (!httpguts.ValidHeaderFieldName(u.Header) || taken[hop.Fold(u.Header)]) {
-		errs = append(errs, wrong("header", "is no header that a token can be in"))
+		errs = append(errs, field.Wrong("header", "is no header that a token can be in"))
 	}
 	if u.Scheme != "" && !httpguts.ValidHeaderFieldName(u.Scheme) {
-		errs = append(errs, wrong("scheme", "is one word, such as Bearer"))
+		errs = append(errs, field.Wrong("scheme", "is one word, such as Bearer"))
 	}
 	return errors.Join(errs...)
 }
 
-// Validate says all that is wrong with the listener but for its socket: FieldErrors, joined.
+// Validate says all that is wrong with the listener but for its socket: *field.Error values, joined.
 func (l *Listener) Validate() error {
 	var errs []error
 	if n := len(l.Upstreams); n < 1 || n > MaxUpstreams {
-		errs = append(errs, wrong("upstreams", "are %d, and must be 1 to %d", n, MaxUpstreams))
+		errs = append(errs, field.Wrong("upstreams", "are %d, and must be 1 to %d", n, MaxUpstreams))
 	}
 	if l.Secret != "" && !filepath.IsAbs(l.Secret) {
-		errs = append(errs, wrong("secret_file", "must be an absolute path"))
+		errs = append(errs, field.Wrong("secret_file", "must be an absolute path"))
 	}
 	seen := map[string]bool{}
 	for i := range l.Upstreams {
 		u := &l.Upstreams[i]
 		key := fmt.Sprintf("upstreams[%d]", i)
-		own := Problems(u.Validate())
+		own := field.Errors(u.Validate())
 		for _, p := range own {
-			errs = append(errs, wrong(key+"."+p.Key, "%s", p.Message))
+			errs = append(errs, field.Wrong(key+"."+p.Key, "%s", p.Message))
 		}
 		if !l.Forward && u.Host != "" {
-			errs = append(errs, wrong(key+".host", "is for forward proxies: a reverse proxy's callers know it by its own address"))
+			errs = append(errs, field.Wrong(key+".host", "is for forward proxies: a reverse proxy's callers know it by its own address"))
 		}
 		if len(own) > 0 {
 			continue
 		}
 		r := newRoute(u, l.Forward)
 		if at := r.host + " " + r.port + " " + r.path; seen[at] {
-			errs = append(errs, wrong(key+".path", "is that of another upstream of this listener"))
+			errs = append(errs, field.Wrong(key+".path", "is that of another upstream of this listener"))
 		} else {
 			seen[at] = true
 		}
@@ -235,16 +212,16 @@ func (l *Listener) Validate() error {
 func (l *Listener) ValidateSocket(unix bool) error {
 	switch {
 	case unix && (l.Secret != "" || l.Open):
-		return wrong("secret_file", "and open are for TCP: a unix socket's mode says who may use it")
+		return field.Wrong("secret_file", "and open are for TCP: a unix socket's mode says who may use it")
 	case !unix && (l.Secret == "") == !l.Open:
-		return wrong("secret_file", "or open: true must be there, and not both: every user of this host reaches a loopback address")
+		return field.Wrong("secret_file", "or open: true must be there, and not both: every user of this host reaches a loopback address")
 	}
 	return nil
 }
 
 func (l *Listener) validateListener() error {
 	if l.Listener == nil {
-		return wrong("listen", "must be set")
+		return field.Wrong("listen", "must be set")
 	}
 	switch addr := l.Listener.Addr().(type) {
 	case *net.UnixAddr:
@@ -252,16 +229,16 @@ func (l *Listener) validateListener() error {
 	case *net.TCPAddr:
 		errs := []error{l.ValidateSocket(false)}
 		if !addr.IP.IsLoopback() {
-			errs = append(errs, wrong("listen", "must be a loopback address"))
+			errs = append(errs, field.Wrong("listen", "must be a loopback address"))
 		}
 		for i := range l.Upstreams {
 			if target, err := url.Parse(l.Upstreams[i].URL); err == nil && target.Port() == strconv.Itoa(addr.Port) && isAt(target.Hostname(), addr.IP) {
-				errs = append(errs, wrong(fmt.Sprintf("upstreams[%d].url", i), "is this listener's own address"))
+				errs = append(errs, field.Wrong(fmt.Sprintf("upstreams[%d].url", i), "is this listener's own address"))
 			}
 		}
 		return errors.Join(errs...)
 	}
-	return wrong("listen", "is neither TCP nor a unix socket")
+	return field.Wrong("listen", "is neither TCP nor a unix socket")
 }
 
 // isAt reports whether a host is an address, or may be.
@@ -272,19 +249,19 @@ func isAt(host string, ip net.IP) bool {
 func (c *Config) validate() error {
 	var errs []error
 	if c.Tokens == nil {
-		errs = append(errs, wrong("tokens", "must be set"))
+		errs = append(errs, field.Wrong("tokens", "must be set"))
 	}
 	if len(c.Listeners) > MaxListeners {
-		errs = append(errs, wrong("outgoing", "are at most %d", MaxListeners))
+		errs = append(errs, field.Wrong("outgoing", "are at most %d", MaxListeners))
 	}
 	for i := range c.Listeners {
 		l := &c.Listeners[i]
-		for _, p := range append(Problems(l.Validate()), Problems(l.validateListener())...) {
-			errs = append(errs, wrong(fmt.Sprintf("outgoing[%d].%s", i, p.Key), "%s", p.Message))
+		for _, p := range append(field.Errors(l.Validate()), field.Errors(l.validateListener())...) {
+			errs = append(errs, field.Wrong(fmt.Sprintf("outgoing[%d].%s", i, p.Key), "%s", p.Message))
 		}
 		for j := range l.Upstreams {
 			if !l.Upstreams[j].SPIFFEID.IsZero() && (c.SVIDs == nil || c.Bundles == nil) {
-				errs = append(errs, wrong("bundles", "and an SVID must be set for upstreams with a SPIFFE ID"))
+				errs = append(errs, field.Wrong("bundles", "and an SVID must be set for upstreams with a SPIFFE ID"))
 			}
 		}
 	}

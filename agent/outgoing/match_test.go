@@ -16,6 +16,7 @@ import (
 	"testing/iotest"
 	"time"
 
+	"github.com/dayflyhq/dayfly/agent/field"
 	"github.com/dayflyhq/dayfly/agent/outgoing"
 	"github.com/dayflyhq/dayfly/sdk"
 	"pgregory.net/rapid"
@@ -243,7 +244,7 @@ func TestValidate(t *testing.T) {
 		u := good
 		c.change(&u)
 		var keys []string
-		for _, p := range outgoing.Problems(u.Validate()) {
+		for _, p := range field.Errors(u.Validate()) {
 			keys = append(keys, p.Key)
 		}
 		if c.key == "" && len(keys) > 0 || c.key != "" && !slices.Contains(keys, c.key) {
@@ -251,7 +252,7 @@ func TestValidate(t *testing.T) {
 		}
 	}
 	twice := outgoing.Listener{Forward: true, Upstreams: []outgoing.Upstream{good, good}}
-	if p := outgoing.Problems(twice.Validate()); len(p) != 1 || p[0].Key != "upstreams[1].path" {
+	if p := field.Errors(twice.Validate()); len(p) != 1 || p[0].Key != "upstreams[1].path" {
 		t.Errorf("%v", twice.Validate())
 	}
 	l, err := net.Listen("tcp", "127.0.0.1:0")

@@ -18,6 +18,7 @@ import (
 	"time"
 	"unicode"
 
+	"github.com/dayflyhq/dayfly/agent/field"
 	"github.com/dayflyhq/dayfly/proto/token"
 )
 
@@ -52,16 +53,11 @@ type Role struct {
 
 var sessionName = regexp.MustCompile(`^[A-Za-z0-9_+=,.@-]{2,64}$`)
 
-// A FieldError says what is wrong with a field of a Role: "endpoint", "role", "session"
-// or "duration".
-type FieldError struct{ Field, Message string }
-
-func (e *FieldError) Error() string { return e.Field + ": " + e.Message }
-
-// Validate says everything that is wrong.
+// Validate says everything that is wrong: *field.Error values of "endpoint", "role", "session" and
+// "duration", joined.
 func (r *Role) Validate() error {
 	var errs []error
-	wrong := func(field, message string) { errs = append(errs, &FieldError{field, message}) }
+	wrong := func(key, message string) { errs = append(errs, field.Wrong(key, "%s", message)) }
 	if !goodEndpoint(r.endpoint()) {
 		wrong("endpoint", "must be an https URL, or an http URL on loopback")
 	}
@@ -192,8 +188,8 @@ func parseSession(body []byte, now time.Time) (*Session, error) {
 		return nil, bad("is no AssumeRoleWithWebIdentityResponse")
 	}
 	c := answer.Result.Credentials
-	for _, field := range []string{c.AccessKeyID, c.SecretAccessKey, c.SessionToken} {
-		if field == "" || len(field) > maxField || !printable(field) {
+	for _, text := range []string{c.AccessKeyID, c.SecretAccessKey, c.SessionToken} {
+		if text == "" || len(text) > maxField || !printable(text) {
 			return nil, bad("has no whole credential")
 		}
 	}

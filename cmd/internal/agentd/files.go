@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/dayflyhq/dayfly/agent/deliver"
+	"github.com/dayflyhq/dayfly/agent/field"
 	"github.com/dayflyhq/dayfly/cmd/internal/config"
 	"github.com/dayflyhq/dayfly/cmd/internal/supervise"
 	"github.com/dayflyhq/dayfly/proto/token"
@@ -182,7 +183,7 @@ func (f *File) Validate() error {
 	if f.Credential.Audience != "" && len(f.Credentials) > 0 {
 		errs = append(errs, config.Wrong("credentials", exclusive))
 	}
-	for _, p := range deliver.Problems(t.Validate()) {
+	for _, p := range field.Errors(t.Validate()) {
 		errs = append(errs, problem(strings.TrimPrefix(p.Key, "files[0]."), p.Message))
 	}
 	return errors.Join(errs...)
@@ -204,7 +205,7 @@ func (d *Directory) Validate() error {
 			errs = append(errs, config.Wrong(fmt.Sprintf("files[%d].credentials", i), exclusive))
 		}
 	}
-	for _, p := range deliver.Problems(t.Validate()) {
+	for _, p := range field.Errors(t.Validate()) {
 		errs = append(errs, problem(p.Key, p.Message))
 	}
 	return errors.Join(errs...)

@@ -9,6 +9,7 @@ import (
 
 	"github.com/dayflyhq/dayfly/agent"
 	"github.com/dayflyhq/dayfly/agent/deliver"
+	"github.com/dayflyhq/dayfly/agent/field"
 	"github.com/dayflyhq/dayfly/agent/sts"
 	"github.com/dayflyhq/dayfly/cmd/internal/config"
 	"github.com/dayflyhq/dayfly/proto/token"
@@ -58,7 +59,7 @@ func (c *AWSContainer) Validate() error {
 	errs = append(errs, request.Validate())
 	file, err := c.tokenFile()
 	errs = append(errs, err)
-	for _, p := range deliver.Problems(file.Validate()) {
+	for _, p := range field.Errors(file.Validate()) {
 		key := tokenFileKey
 		if p.Key != "path" {
 			key += "_" + p.Key
@@ -67,13 +68,8 @@ func (c *AWSContainer) Validate() error {
 	}
 	role := c.role()
 	keys := map[string]string{"endpoint": "sts_endpoint", "role": "role_arn", "session": "session_name", "duration": "duration"}
-	if joined, ok := role.Validate().(interface{ Unwrap() []error }); ok {
-		for _, err := range joined.Unwrap() {
-			var wrong *sts.FieldError
-			if errors.As(err, &wrong) {
-				errs = append(errs, config.Wrong(keys[wrong.Field], "%s", wrong.Message))
-			}
-		}
+	for _, e := range field.Errors(role.Validate()) {
+		errs = append(errs, config.Wrong(keys[e.Key], "%s", e.Message))
 	}
 	return errors.Join(errs...)
 }

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 
 	"github.com/dayflyhq/dayfly/agent"
+	"github.com/dayflyhq/dayfly/agent/field"
 	"github.com/dayflyhq/dayfly/agent/outgoing"
 	"github.com/dayflyhq/dayfly/cmd/internal/config"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -78,7 +79,7 @@ func (o *Outgoing) Validate() error {
 		errs = append(errs, config.Wrong("mode", "is reverse or forward"))
 	}
 	l := o.listener()
-	for _, p := range append(outgoing.Problems(l.Validate()), outgoing.Problems(l.ValidateSocket(o.Socket != ""))...) {
+	for _, p := range append(field.Errors(l.Validate()), field.Errors(l.ValidateSocket(o.Socket != ""))...) {
 		errs = append(errs, config.Wrong(p.Key, "%s", p.Message))
 	}
 	for i, u := range o.Upstreams {

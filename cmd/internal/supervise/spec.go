@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/dayflyhq/dayfly/agent/deliver"
+	"github.com/dayflyhq/dayfly/agent/field"
 	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/dayflyhq/dayfly/sdk"
 	"github.com/spf13/pflag"
@@ -237,7 +238,7 @@ func (f *Flags) delivered(s *Spec) error {
 		taken[file.Name] = true
 		// As it will be checked where it is written.
 		target := deliver.Target{Path: "/dayfly", Directory: true, Files: []deliver.File{file}}
-		for _, p := range deliver.Problems(target.Validate()) {
+		for _, p := range field.Errors(target.Validate()) {
 			errs = append(errs, fmt.Errorf("--%s %s: %s: %s", flag, short(file.Name), strings.TrimPrefix(p.Key, "files[0]."), p.Message))
 		}
 		s.Files = append(s.Files, file)
