@@ -34,8 +34,12 @@ import (
 const (
 	// MaxRequestBytes is the largest message that a caller may send.
 	MaxRequestBytes = 64 << 10
+	// MaxWatchBytes is the largest message of those who watch, with all the tokens that they
+	// may hold.
+	MaxWatchBytes = 1 << 20
 	// maxReceiveBytes is how much of a larger one is read over gRPC, so that its refusal
-	// can have a reason: beyond it gRPC itself answers ResourceExhausted.
+	// can have a reason: beyond it gRPC itself answers ResourceExhausted. At the sockets of
+	// this host it is MaxWatchBytes.
 	maxReceiveBytes = 256 << 10
 	// stopWithin is how long calls under way may take to end at shutdown.
 	stopWithin = 5 * time.Second
@@ -243,7 +247,8 @@ func New(cfg Config) (*Agent, error) {
 	}
 	a.follower = &follower{
 		client: dayflyv1.NewFeedServiceClient(above), distrusts: cfg.Feed != nil, k: a.k, instance: rand.Text(), audiences: cfg.Audiences,
-		bound: func() time.Duration { return a.live.Load().MaxStaleness }, rebound: make(chan struct{}, 1), rotated: cfg.Changed, applied: a.cache.sweep, reached: a.cache.reached, log: cfg.Log, counts: &a.counts,
+		bound: func() time.Duration { return a.live.Load().MaxStaleness }, rebound: make(chan struct{}, 1), source: cfg.Source, rotated: cfg.Changed,
+		applied: a.cache.sweep, reached: a.cache.reached, log: cfg.Log, counts: &a.counts,
 	}
 	var err error
 	if a.files, err = a.deliverer(); err != nil {
@@ -264,7 +269,7 @@ func New(cfg Config) (*Agent, error) {
 func (a *Agent) serveGRPC() {
 	a.grpc = grpc.NewServer(
 		grpc.Creds(peerCredentials{a.door}),
-		grpc.MaxRecvMsgSize(maxReceiveBytes),
+		grpc.MaxRecvMsgSize(MaxWatchBytes),
 		grpc.MaxConcurrentStreams(uint32(a.cfg.MaxStreams)+maxEntries),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
 		grpc.ChainUnaryInterceptor(a.countUnary, admitUnary),

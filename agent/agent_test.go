@@ -154,6 +154,32 @@ func TestBrokerAway(t *testing.T) {
 	f.issue(c, sdk.Request{Audience: "ledger"})
 }
 
+// What the feed brought before a call failed doesn't say that the broker is there.
+func TestStatusOfABrokerThatIsAway(t *testing.T) {
+	noLeaks(t)
+	td := newDomain(t)
+	b := newBroker(t, td)
+	f := start(t, td, b, func(c *agent.Config) { c.MaxStaleness = 20 * time.Second })
+	f.ready()
+	if u := f.agent.Report().Upstream; !u.Reachable {
+		t.Errorf("it answers on the feed: %+v", u)
+	}
+	b.stop()
+	if _, err := f.client().Issue(t.Context(), sdk.Request{Audience: "orders"}); reason(err) != "BROKER_UNREACHABLE" {
+		t.Fatalf("got %v, want BROKER_UNREACHABLE", err)
+	}
+	if u := f.agent.Report().Upstream; u.Reachable || u.UnreachableSince == nil {
+		t.Errorf("it is away: %+v", u)
+	}
+	b.restart()
+	eventually(t, "an answer", func() error {
+		if u := f.agent.Report().Upstream; !u.Reachable || u.UnreachableSince != nil {
+			return fmt.Errorf("%+v", u)
+		}
+		return nil
+	})
+}
+
 // The agent first, then its Workload API, then the broker: it gets ready by itself.
 func TestStartOrder(t *testing.T) {
 	noLeaks(t)
@@ -197,6 +223,11 @@ func TestStartOrder(t *testing.T) {
 		}
 		return err
 	})
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if len(b.subs) != 1 {
+		t.Errorf("followed %d times: the first SVID is no rotation", len(b.subs))
+	}
 }
 
 // A credential that the feed revokes is gone at once: once the agent has acknowledged the

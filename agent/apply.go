@@ -55,6 +55,7 @@ func (a *Agent) Apply(s Settings) error {
 	}
 	a.door.allow.Store(&s.Allow)
 	a.live.Store(&s)
+	a.cache.ring() // those who watch may not, any more
 	if s.MaxStaleness != old.MaxStaleness {
 		select {
 		case a.follower.rebound <- struct{}{}:

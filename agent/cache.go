@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -41,8 +42,6 @@ const (
 	// issueTimeout bounds a call: shorter than a client's own default, so that the reason
 	// reaches whoever waits; and it is how soon a broker that doesn't answer is known for it.
 	issueTimeout = 5 * time.Second
-	// maxDead bounds how often in a row the broker may give what the feed says is dead.
-	maxDead = 3
 )
 
 // A Request is a credential to keep: what a caller asks for, and what makes two
@@ -104,10 +103,10 @@ type cache struct {
 	mu      sync.Mutex
 	entries map[string]*entry
 	// limited is the broker's refusal for a limit of this identity, whatever was asked
-	// for: until then no call is made.
-	limited      *sdk.Error
-	limitedUntil time.Time
-	upstream     contact
+	// for, and when it came: for as long as it says no call is made.
+	limited   *sdk.Error
+	limitedAt mark
+	upstream  contact
 	// changed is closed at every change that somebody who keeps copies must hear of.
 	changed chan struct{}
 }
@@ -122,7 +121,6 @@ type entry struct {
 	ctx    context.Context
 
 	latest atomic.Pointer[held]
-	failed atomic.Pointer[sdk.Error] // why the last fetch did, nil after one that didn't
 
 	// Guarded by cache.mu.
 	waiting int
@@ -135,8 +133,20 @@ type entry struct {
 // may be what the first of them made, so its life is counted from then.
 type attempt struct {
 	key   string
-	asked time.Time
-	boot  feed.Instant
+	asked mark
+}
+
+// A mark is a moment by the clocks that nobody sets.
+type mark struct {
+	time time.Time // with the monotonic clock, which sleeps with the machine
+	boot feed.Instant
+}
+
+func (c *cache) mark() mark { return mark{c.now(), c.boot()} }
+
+// since is how long ago a moment was.
+func (c *cache) since(m mark) time.Duration {
+	return max(c.now().Sub(m.time), c.boot().Sub(m.boot))
 }
 
 // attemptFor is how long a call is repeated as the same. What the broker makes for a later
@@ -148,22 +158,16 @@ type held struct {
 	grant  string
 	claims *token.Claims
 	cred   *sdk.Credential
-	asked  time.Time // with the monotonic clock, which sleeps with the machine,
-	boot   feed.Instant
+	asked  mark
 	life   time.Duration
 }
 
-// age is how long ago a credential was asked for, by the clocks that nobody sets.
-func (c *cache) age(h *held) time.Duration {
-	return max(c.now().Sub(h.asked), c.boot().Sub(h.boot))
-}
-
-func (c *cache) left(h *held) time.Duration { return h.life - c.age(h) }
+func (c *cache) left(h *held) time.Duration { return h.life - c.since(h.asked) }
 
 // told returns the credential with its times by the wall clock as it is now: it may have
 // been set since, or the machine may have slept.
 func (c *cache) told(h *held) *sdk.Credential {
-	age, now := c.age(h), c.now()
+	age, now := c.since(h.asked), c.now()
 	expires := now.Add(h.life - age)
 	by := max(expires.Round(0).Sub(h.cred.Expires.Round(0)).Abs(), expires.Sub(h.cred.Expires).Abs())
 	if by < maxDrift {
@@ -199,16 +203,21 @@ func (c *cache) whenChanged() <-chan struct{} {
 	return c.changed
 }
 
-// newest returns what may be given out now of a request that is kept, nil for nothing. It
-// asks nobody.
-func (c *cache) newest(r Request) *sdk.Credential {
+// find returns the entry of a request that is kept, nil for none.
+func (c *cache) find(r Request) *entry {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	e, ok := c.entries[r.key()]
-	if !ok || !c.usable(e) {
-		return nil
+	return c.entries[r.key()]
+}
+
+// newest returns what may be given out of an entry now, and what it says of itself; nil for
+// nothing. It asks nobody.
+func (c *cache) newest(e *entry) (*sdk.Credential, *token.Claims) {
+	h := c.usable(e)
+	if h == nil {
+		return nil, nil
 	}
-	return c.told(e.latest.Load())
+	return c.told(h), h.claims
 }
 
 // close drops every credential and waits for what is under way.
@@ -263,12 +272,10 @@ func (c *cache) add(r Request, pinned bool) (*entry, error) {
 	e := &entry{req: r, pinned: pinned, asked: c.now()}
 	e.ctx, e.cancel = context.WithCancel(c.ctx)
 	source, err := sdk.NewTokenSource(sdk.SourceConfig{
-		Fetch: func(ctx context.Context) (*sdk.Credential, error) {
-			cred, err := c.fetch(ctx, e)
-			e.failed.Store(refusalOf(err))
-			c.ring()
-			return cred, err
-		},
+		Fetch: func(ctx context.Context) (*sdk.Credential, error) { return c.fetch(ctx, e) },
+		// What dies on its way must not wait for somebody who asks: files and watchers don't.
+		Fits: func(cred *sdk.Credential) bool { return !c.dead(e, cred) }, Unfit: deadOnArrival(),
+		Landed:    c.ring,
 		RenewFrom: renewFrom, RenewTo: renewTo,
 		Timeout: issueTimeout, Now: c.now, Boot: c.boot, Jitter: c.jitter,
 		Log: c.log.With("audience", r.Audience),
@@ -314,26 +321,15 @@ func (c *cache) token(ctx context.Context, r Request) (*sdk.Credential, error) {
 	if err != nil {
 		return nil, err
 	}
-	cred, err := c.alive(ctx, e)
+	cred, err := e.source.Token(ctx)
 	c.release(e, err)
-	return cred, err
-}
-
-func (c *cache) alive(ctx context.Context, e *entry) (*sdk.Credential, error) {
-	for range maxDead {
-		cred, err := e.source.Token(ctx)
-		if err != nil {
-			return nil, upstreamError(err)
-		}
-		if !c.dead(e, cred) {
-			if h := e.latest.Load(); h != nil && h.grant == cred.Grant {
-				cred = c.told(h)
-			}
-			return cred, nil
-		}
-		e.source.Invalidate(cred.Grant)
+	if err != nil {
+		return nil, upstreamError(err)
 	}
-	return nil, refuse(codes.Unavailable, "CREDENTIAL_REVOKED", "what the broker gives is revoked at once", "ask the security team what was revoked: dayfly revocations list")
+	if h := e.latest.Load(); h != nil && h.grant == cred.Grant {
+		cred = c.told(h)
+	}
+	return cred, nil
 }
 
 func (c *cache) acquire(r Request) (*entry, error) {
@@ -366,7 +362,7 @@ func (c *cache) acquire(r Request) (*entry, error) {
 func (c *cache) release(e *entry, err error) {
 	c.mu.Lock()
 	e.waiting--
-	useless := err != nil && e.waiting == 0 && !e.pinned && !c.usable(e) && c.entries[e.req.key()] == e
+	useless := err != nil && e.waiting == 0 && !e.pinned && c.usable(e) == nil && c.entries[e.req.key()] == e
 	if useless {
 		delete(c.entries, e.req.key())
 	} else if err == nil {
@@ -459,9 +455,13 @@ func (c *cache) len() int {
 	return len(c.entries)
 }
 
-func (c *cache) usable(e *entry) bool {
+// usable returns what may be given out of an entry, nil for nothing.
+func (c *cache) usable(e *entry) *held {
 	h := e.latest.Load()
-	return h != nil && c.left(h) > 0 && !c.judged(h.claims)
+	if h == nil || c.left(h) <= 0 || c.judged(h.claims) {
+		return nil
+	}
+	return h
 }
 
 // dead reports whether a credential must not be given out any more.
@@ -496,17 +496,17 @@ func (c *cache) outdated(claims *token.Claims) bool {
 
 // fetch gets a new credential from the broker.
 func (c *cache) fetch(ctx context.Context, e *entry) (*sdk.Credential, error) {
-	now, boot := c.now(), c.boot()
-	if err := c.limit(now); err != nil {
+	if err := c.limit(); err != nil {
 		return nil, err
 	}
-	if e.attempt.key == "" || max(now.Sub(e.attempt.asked), boot.Sub(e.attempt.boot)) > attemptFor {
-		e.attempt = attempt{rand.Text(), now, boot}
+	began := c.now()
+	if e.attempt.key == "" || c.since(e.attempt.asked) > attemptFor {
+		e.attempt = attempt{rand.Text(), c.mark()}
 	}
-	asked, attempted := e.attempt.asked, e.attempt.boot
+	asked := e.attempt.asked
 	c.counts.fetches.Add(1)
 	resp, err := c.tokens.Issue(ctx, e.req.message(e.attempt.key), grpc.WaitForReady(true))
-	c.counts.latency.observe(c.now().Sub(now))
+	c.counts.latency.observe(c.now().Sub(began))
 	c.contacted(err)
 	if err != nil {
 		c.counts.renewals.add("", outcome(sdk.FromRPC(err)))
@@ -517,12 +517,12 @@ func (c *cache) fetch(ctx context.Context, e *entry) (*sdk.Credential, error) {
 		return nil, err
 	}
 	e.attempt = attempt{}
-	cred, claims, err := read(resp.GetCredential(), asked)
+	cred, claims, err := read(resp.GetCredential(), e.req.Audience, asked.time)
 	c.counts.renewals.add("", outcome(err))
 	if err != nil {
 		return nil, err
 	}
-	e.latest.Store(&held{grant: cred.Grant, claims: claims, cred: cred, asked: asked, boot: attempted, life: cred.Expires.Sub(asked)})
+	e.latest.Store(&held{grant: cred.Grant, claims: claims, cred: cred, asked: asked, life: cred.Expires.Sub(asked.time)})
 	return cred, nil
 }
 
@@ -539,18 +539,26 @@ func (c *cache) heed(err error) {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.limited, c.limitedUntil = refusal, c.now().Add(min(refusal.RetryAfter(), maxLimited))
+	c.limited, c.limitedAt = refusal, c.mark()
 }
 
-// limit returns the broker's refusal while it holds.
-func (c *cache) limit(now time.Time) error {
+// limit returns the broker's refusal while it holds, with what is left of its time: who hears
+// of it late must not wait as long as the first.
+func (c *cache) limit() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if left := c.limitedUntil.Sub(now); c.limited != nil && left > 0 && left <= maxLimited {
-		return c.limited
+	if c.limited == nil {
+		return nil
 	}
-	c.limited = nil
-	return nil
+	left := min(c.limited.RetryAfter(), maxLimited) - c.since(c.limitedAt)
+	if left <= 0 {
+		c.limited = nil
+		return nil
+	}
+	metadata := map[string]string{"hint": c.limited.Hint}
+	maps.Copy(metadata, c.limited.Metadata)
+	metadata["retry_after"] = left.String()
+	return sdk.FromRPC(refusal(c.limited.Code, c.limited.Reason, c.limited.Message, metadata))
 }
 
 func temporary(err error) bool {
@@ -560,8 +568,9 @@ func temporary(err error) bool {
 
 // read makes a credential of the broker's answer and tells its times by the local
 // clock: what matters to a caller is how long it still lives, and the broker's clock
-// may be off. Its life began no earlier than the call that asked for it.
-func read(m *dayflyv1.Credential, asked time.Time) (*sdk.Credential, *token.Claims, error) {
+// may be off. Its life began no earlier than the call that asked for it. What is said beside
+// the token must be what the token says: it is judged by the one and told by the other.
+func read(m *dayflyv1.Credential, audience string, asked time.Time) (*sdk.Credential, *token.Claims, error) {
 	binding, err := wire.ToBinding(m.GetBinding())
 	if err != nil {
 		return nil, nil, fmt.Errorf("reading the broker's credential: %w", err)
@@ -572,6 +581,12 @@ func read(m *dayflyv1.Credential, asked time.Time) (*sdk.Credential, *token.Clai
 	t, err := token.Inspect(m.GetToken())
 	if err != nil {
 		return nil, nil, fmt.Errorf("reading the broker's credential: %w", err)
+	}
+	if t.Grant().String() != m.GetGrant() || t.Audience != m.GetAudience() || t.Binding != binding {
+		return nil, nil, errors.New("reading the broker's credential: the token is another one than the answer says")
+	}
+	if t.Audience != audience {
+		return nil, nil, errors.New("reading the broker's credential: it is for another audience than was asked for")
 	}
 	return &sdk.Credential{
 		Token: token.NewSecret(m.GetToken()), Grant: m.GetGrant(), Audience: m.GetAudience(), Scopes: m.GetScopes(),

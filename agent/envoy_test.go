@@ -228,7 +228,7 @@ func TestEnvoySpoofedHeaders(t *testing.T) {
 	b := newBroker(t, newDomain(t))
 	f := startEnvoy(t, b, nil)
 	bearer := b.mintFor(minting{id: ordersID, scopes: []string{"read"}, binding: token.BindingNone})
-	spoofed := []string{"x-dayfly-subject", "x_dayfly_subject", "x-dayfly_scope", "x.dayfly.grant", "x-dayfly-admin", "x-dayfly-actors", "x-http-method-override", "x_original_url"}
+	spoofed := []string{"x-dayfly-subject", "x_dayfly_subject", "x-dayfly_scope", "x.dayfly.grant", "x-dayfly-admin", "x-dayfly-actors", "x-http-method-override", "x_original_url", "x-original-uri", "x_forwarded_for", "x_real-ip"}
 	var headers []string
 	for _, h := range spoofed {
 		headers = append(headers, h, "root")
@@ -249,6 +249,21 @@ func TestEnvoySpoofedHeaders(t *testing.T) {
 			}
 		}
 		if (got.set["x-dayfly-subject"] != "") != known {
+			t.Errorf("%s: %+v", path, got)
+		}
+	}
+}
+
+// TestEnvoyPassesTheToken where it is told to, and never one that nobody looked at; what Envoy
+// itself says of where a request is from stays.
+func TestEnvoyPassesTheToken(t *testing.T) {
+	noLeaks(t)
+	b := newBroker(t, newDomain(t))
+	f := startEnvoy(t, b, func(c *agent.Config) { c.Envoy[0].PassToken = true })
+	bearer := b.mintFor(minting{id: ordersID, scopes: []string{"read"}, binding: token.BindingNone})
+	for path, passes := range map[string]bool{"/orders/1": true, "/healthz": false} {
+		got := askEnvoy(t.Context(), t, f.shows, question(nil, "GET", path, bearer, "x-forwarded-for", "192.0.2.1"))
+		if got.code != codes.OK || slices.Contains(got.remove, "authorization") == passes || slices.Contains(got.remove, "x-forwarded-for") {
 			t.Errorf("%s: %+v", path, got)
 		}
 	}

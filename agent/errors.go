@@ -66,6 +66,12 @@ func upstreamError(err error) error {
 	return refusal.GRPCStatus().Err()
 }
 
+// deadOnArrival is the refusal where all that the broker gives is dead when it comes.
+func deadOnArrival() error {
+	return sdk.FromRPC(refuse(codes.Unavailable, "CREDENTIAL_REVOKED", "what the broker gives is revoked when it comes, or of another identity or certificate than this workload's",
+		"ask the security team what was revoked: dayfly revocations list"))
+}
+
 func stopping() error {
 	return refuse(codes.Unavailable, "AGENT_STOPPING", "the agent is stopping", "ask again once it has started")
 }

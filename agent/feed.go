@@ -42,7 +42,8 @@ type follower struct {
 	instance  string
 	audiences []string
 	bound     func() time.Duration
-	rebound   chan struct{}          // has an element when the bound has changed
+	rebound   chan struct{} // has an element when the bound has changed
+	source    Source
 	rotated   func() <-chan struct{} // closed when the SVID changes; nil channel: never
 	applied   func(context.Context)
 	reached   func() // the broker is heard again, and could not be perhaps
@@ -94,7 +95,11 @@ func (f *follower) run(ctx context.Context) error {
 		}
 		f.counts.reconnects.Add(1)
 		pause := f.pause(err, denied)
-		f.log.WarnContext(ctx, "the feed ended", "err", err, "again_in", pause)
+		level := slog.LevelWarn
+		if pause == 0 {
+			level = slog.LevelInfo // the agent ended it, to begin another one
+		}
+		f.log.Log(ctx, level, "the feed ended", "err", err, "again_in", pause)
 		sleep(ctx, pause)
 	}
 	return nil
@@ -136,11 +141,30 @@ func (f *follower) pause(err error, denied bool) time.Duration {
 	return max(minPause, time.Duration(mathrand.Int64N(int64(longest)+1)))
 }
 
+// identity waits for an SVID, so that the first one ends no stream that was begun before it
+// and made with it, and returns what says when there is another one.
+func (f *follower) identity(ctx context.Context) (<-chan struct{}, error) {
+	for {
+		rotated := f.rotated()
+		if _, err := f.source.GetX509SVID(); err == nil || rotated == nil {
+			return rotated, nil
+		}
+		select {
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		case <-rotated:
+		}
+	}
+}
+
 // follow is one stream, from the Subscribe to its end.
 func (f *follower) follow(ctx context.Context, relay bool) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	rotated := f.rotated()
+	rotated, err := f.identity(ctx)
+	if err != nil {
+		return err
+	}
 	stream, err := f.client.Follow(ctx, grpc.WaitForReady(true))
 	if err != nil {
 		return err
@@ -261,7 +285,7 @@ func (s *session) flush() (time.Duration, error) {
 	}
 	s.k.mu.Lock()
 	now := s.k.boot()
-	silent := now.Sub(s.heard) > max(s.k.relay.Bound(s.bound()), minSilence)
+	silent := now.Sub(s.heard) > max(s.k.relay.Bound(s.bound())/2, minSilence) // another stream can be heard before the bound
 	wait := s.k.relay.Due(s.bound(), now)
 	s.k.mu.Unlock()
 	switch {

@@ -67,8 +67,9 @@ type broker struct {
 	follow  error // of a Follow
 	norelay bool
 	minted  func(secret string) // hears of each, if not nil
-	silent  bool                // no pongs
-	below   string              // the instance that it refuses behind a relay
+	twist   func(*dayflyv1.Credential) *dayflyv1.Credential
+	silent  bool   // no pongs
+	below   string // the instance that it refuses behind a relay
 	age     time.Duration
 	gate    chan struct{} // Issue waits for it, if not nil
 	server  *grpc.Server
@@ -192,6 +193,12 @@ func (s tokenServer) Issue(ctx context.Context, m *dayflyv1.IssueRequest) (*dayf
 	}
 	if refused != nil {
 		return nil, refused
+	}
+	s.b.mu.Lock()
+	twist := s.b.twist
+	s.b.mu.Unlock()
+	if twist != nil {
+		minted = twist(minted)
 	}
 	return &dayflyv1.IssueResponse{Credential: minted}, nil
 }

@@ -137,12 +137,18 @@ func TestIdentityTakenBack(t *testing.T) {
 	if again := f.issue(client, sdk.Request{Audience: "orders"}); again.Grant != first.Grant {
 		t.Error("it isn't kept")
 	}
+	f.ready() // it follows the feed
 	streams := b.streams.Load()
 
 	must(t, td.SetDenied(payments, true))
 	eventually(t, "an agent that isn't ready", func() error {
 		if code, body, _ := f.get("/readyz"); code != http.StatusServiceUnavailable {
 			return errors.New(body["state"].(string))
+		}
+		var page strings.Builder
+		must(t, f.agent.WriteMetrics(&page))
+		if !strings.Contains(page.String(), "\ndayfly_agent_dropped_total 1\n") {
+			return errors.New("it isn't dropped yet")
 		}
 		return nil
 	})

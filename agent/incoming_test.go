@@ -15,6 +15,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -516,6 +517,9 @@ func TestSpoofedHeaders(t *testing.T) {
 		"other methods":       "X-HTTP-Method-Override: DELETE\r\nX_HTTP_Method: DELETE\r\nX-Method-Override: DELETE\r\n",
 		"other paths":         "X-Original-URL: /admin\r\nX-Rewrite-Url: /admin\r\n",
 		"forwarding":          "X-Forwarded-Host: admin\r\nX-Forwarded-For: 192.0.2.1\r\nForwarded: host=admin\r\n",
+		"forwarding, spelt":   "X_Forwarded_For: 192.0.2.1\r\nX_Forwarded-Host: admin\r\nX.Forwarded.Proto: admin\r\n",
+		"certificates":        "X-Forwarded-Client-Cert: URI=spiffe://td/root\r\nClient-Cert: :root:\r\nX-Forwarded-User: admin\r\n",
+		"addresses":           "X-Real-IP: 192.0.2.1\r\nx_real_ip: 192.0.2.1\r\n",
 		"an upgrade to h2c":   "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n",
 		"two upgrades":        "Connection: Upgrade\r\nUpgrade: websocket\r\nUpgrade: h2c\r\n",
 		"a list of upgrades":  "Connection: Upgrade\r\nUpgrade: websocket, h2c\r\n",
@@ -868,6 +872,47 @@ func TestProxySVIDExpires(t *testing.T) {
 	}
 }
 
+// TestProxyRefusesAtOnce: whoever is refused hears it without having sent its body, and can't
+// stay for that; and one connection too many gets none.
+func TestProxyRefusesAtOnce(t *testing.T) {
+	noLeaks(t)
+	b := newBroker(t, newDomain(t))
+	f := startFront(t, b, newService(t), func(c *agent.Config) {
+		for i := range c.Incoming {
+			c.Incoming[i].MaxConnections = 1
+		}
+	})
+	conn, err := net.Dial("tcp", f.plain)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	_ = conn.SetDeadline(time.Now().Add(patience))
+	if _, err := io.WriteString(conn, "POST /orders/1 HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n"); err != nil {
+		t.Fatal(err)
+	}
+	from := bufio.NewReader(conn)
+	resp, err := http.ReadResponse(from, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.Copy(io.Discard, resp.Body); err != nil || resp.StatusCode != 401 {
+		t.Fatal(resp.StatusCode, err)
+	}
+	if got := f.raw("tcp", f.plain, "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"); got != 0 {
+		t.Errorf("a second connection: %d", got)
+	}
+	if rest, err := io.ReadAll(from); len(rest) > 0 || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("the connection stays: %q, %v", rest, err)
+	}
+	eventually(t, "room", func() error {
+		if got := f.raw("tcp", f.plain, "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"); got != 200 {
+			return fmt.Errorf("%d", got)
+		}
+		return nil
+	})
+}
+
 // TestProxyPassesTheToken where it is told to, and admits by uid.
 func TestProxyPassesTheToken(t *testing.T) {
 	noLeaks(t)
@@ -882,6 +927,10 @@ func TestProxyPassesTheToken(t *testing.T) {
 	bearer := b.mintFor(minting{id: ordersID, scopes: []string{"read"}, binding: token.BindingNone})
 	if got := f.raw("tcp", f.plain, "GET /orders/1 HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer "+bearer+"\r\n\r\n"); got != 200 || service.last().header.Get("Authorization") != "Bearer "+bearer {
 		t.Errorf("%d, %v", got, service.last().header)
+	}
+	// Where no token is looked at none is passed on: the service would take it for one that was.
+	if got := f.raw("tcp", f.plain, "GET /healthz HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer forged\r\n\r\n"); got != 200 || service.last().header.Get("Authorization") != "" {
+		t.Errorf("a public route: %d, %v", got, service.last().header)
 	}
 	before := service.count()
 	if got := f.raw("unix", f.socket, "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"); got != 403 || service.count() != before {

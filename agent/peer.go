@@ -173,8 +173,12 @@ func admitStream(srv any, stream grpc.ServerStream, _ *grpc.StreamServerInfo, ha
 	return handle(srv, &fitting{stream})
 }
 
-// fits refuses a message that is larger than a caller may send.
+// fits refuses a message that is larger than a caller may send. What holders bring along is
+// bounded by how many tokens there may be.
 func fits(m any) error {
+	if _, held := m.(*dayflyv1.WatchRequest); held {
+		return nil
+	}
 	if p, ok := m.(proto.Message); ok && proto.Size(p) > MaxRequestBytes {
 		return tooLarge()
 	}

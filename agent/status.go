@@ -50,7 +50,7 @@ type ConfigurationInfo struct {
 
 // An UpstreamInfo is about the broker.
 type UpstreamInfo struct {
-	// Reachable says that it answered the last call, or answers on the feed.
+	// Reachable says that it answered the last call, or since then on the feed.
 	Reachable bool `json:"reachable"`
 	// AnsweredAt is when it last answered a call for a credential, UnreachableSince the first
 	// call after that which it didn't.
@@ -168,13 +168,12 @@ func (c *cache) describe(e *entry) CredentialInfo {
 		reason, message := reasonOf(source.Err)
 		out.Failure = &Failure{reason, message, source.Since.UTC().Truncate(time.Second), source.Failures}
 	}
-	if c.usable(e) {
-		h := e.latest.Load()
+	if h := c.usable(e); h != nil {
 		told := c.told(h)
 		expires := told.Expires.UTC().Truncate(time.Second)
 		out.Held, out.Grant, out.ExpiresAt = true, h.grant, &expires
 		out.Scopes, out.Binding = told.Scopes, string(told.Binding)
-		out.age, out.left = c.age(h), c.left(h)
+		out.age, out.left = c.since(h.asked), c.left(h)
 		out.AgeS, out.ExpiresInS = seconds(out.age), seconds(out.left)
 	}
 	if out.Scopes == nil {
@@ -188,7 +187,7 @@ func (c *cache) holds() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, e := range c.entries {
-		if c.usable(e) {
+		if c.usable(e) != nil {
 			return true
 		}
 	}
@@ -217,7 +216,10 @@ func (a *Agent) Report() Report {
 	}
 	r.Upstream = a.cache.upstreamInfo()
 	if a.cfg.Feed == nil && r.Status.state("feed") == Ready && r.Feed != nil {
-		r.Upstream.Reachable, r.Upstream.UnreachableSince = true, nil
+		proof := now.Add(-time.Duration(r.Feed.AgeMS) * time.Millisecond)
+		if since := r.Upstream.UnreachableSince; since == nil || proof.After(*since) {
+			r.Upstream.Reachable, r.Upstream.UnreachableSince = true, nil
+		}
 	}
 	return r
 }
@@ -284,6 +286,12 @@ func (a *Agent) listenerInfos() []ListenerInfo {
 	for _, l := range a.cfg.Outgoing {
 		out = append(out, ListenerInfo{Name: ListenerOutgoing, Address: l.Listener.Addr().String()})
 	}
+	for _, p := range a.cfg.Incoming {
+		out = append(out, ListenerInfo{Name: ListenerIncoming, Address: p.Listener.Addr().String()})
+	}
+	for _, e := range a.cfg.Envoy {
+		out = append(out, ListenerInfo{Name: ListenerEnvoy, Address: e.Listener.Addr().String()})
+	}
 	a.counts.requests.each(func(listener, outcome string, n uint64) {
 		i := slices.IndexFunc(out, func(l ListenerInfo) bool { return l.Name == listener })
 		if i < 0 {
@@ -312,7 +320,9 @@ func (a *Agent) systemd() net.Listener {
 	return a.cfg.Systemd.Listener
 }
 
-// version names this build.
+// Version names this build.
+func Version() string { return version() }
+
 var version = sync.OnceValue(func() string {
 	info, ok := debug.ReadBuildInfo()
 	if !ok {

@@ -63,7 +63,7 @@ func (a *Agent) exchange(ctx context.Context, m *dayflyv1.ExchangeRequest) (*sdk
 	ctx, cancel := context.WithTimeout(ctx, issueTimeout)
 	defer cancel()
 	asked := a.cfg.Now()
-	if err := a.cache.limit(asked); err != nil {
+	if err := a.cache.limit(); err != nil {
 		return nil, upstreamError(err)
 	}
 	resp, err := a.cache.tokens.Exchange(ctx, m, grpc.WaitForReady(true))
@@ -72,8 +72,14 @@ func (a *Agent) exchange(ctx context.Context, m *dayflyv1.ExchangeRequest) (*sdk
 		a.cache.heed(err)
 		return nil, upstreamError(sdk.FromRPC(err))
 	}
-	cred, _, err := read(resp.GetCredential(), asked)
-	return cred, err
+	cred, claims, err := read(resp.GetCredential(), m.GetAudience(), asked)
+	if err != nil {
+		return nil, upstreamError(err)
+	}
+	if a.cache.judged(claims) { // since it was asked for
+		return nil, deadOnArrival()
+	}
+	return cred, nil
 }
 
 func message(c *sdk.Credential) *dayflyv1.Credential {

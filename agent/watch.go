@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"time"
 
 	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
 	"github.com/dayflyhq/dayfly/proto/revocation"
@@ -28,7 +29,12 @@ func (a *Agent) Newest(r sdk.Request) *sdk.Credential {
 	if want.normalize() != nil { // was checked at the start
 		return nil
 	}
-	return a.cache.newest(want)
+	e := a.cache.find(want)
+	if e == nil {
+		return nil
+	}
+	cred, _ := a.cache.newest(e)
+	return cred
 }
 
 // Refusal is why the last attempt to fetch a credential failed, nil after one that didn't.
@@ -37,7 +43,11 @@ func (a *Agent) Refusal(r sdk.Request) *sdk.Error {
 	if want.normalize() != nil {
 		return nil
 	}
-	return a.cache.refusal(want)
+	e := a.cache.find(want)
+	if e == nil {
+		return nil
+	}
+	return e.refusal()
 }
 
 // Changed returns a channel that is closed when Newest, Refusal, Alive or Revoked may
@@ -69,6 +79,10 @@ func (s *watchService) Watch(m *dayflyv1.WatchRequest, stream grpc.ServerStreami
 	defer w.close()
 	for first := true; ; first = false {
 		changed := w.cache.whenChanged() // before anything is looked at
+		// Lists of who may call change, and so may the program that holds the connection.
+		if err := admitted(stream.Context()); err != nil {
+			return err
+		}
 		if resp, news := w.look(); news || first {
 			if err := stream.Send(resp); err != nil {
 				return err
@@ -94,8 +108,13 @@ type watch struct {
 
 // watched is what the holder was last told of one credential.
 type watched struct {
-	grant   string
-	refusal *sdk.Error
+	grant, refusal string
+	expires        time.Time // of the grant, by the wall clock of that moment
+}
+
+// same says whether there is nothing new in what is now.
+func (w *watched) same(now *watched) bool {
+	return w.grant == now.grant && w.refusal == now.refusal && w.expires.Round(0).Sub(now.expires.Round(0)).Abs() < maxDrift
 }
 
 func (a *Agent) newWatch(m *dayflyv1.WatchRequest) (*watch, error) {
@@ -146,20 +165,17 @@ var errUnwatched = errors.New("nobody watches")
 // look says what there is to tell, and whether any of it is news.
 func (w *watch) look() (*dayflyv1.WatchResponse, bool) {
 	resp, news := &dayflyv1.WatchResponse{}, false
+	all := make([]watched, len(w.entries))
 	for i, e := range w.entries {
-		now, cred := watched{refusal: e.failed.Load()}, w.cache.usableOf(e)
-		one := &dayflyv1.Watched{}
-		if cred != nil {
-			now.grant, one.Credential = cred.Grant, message(cred)
-			if t, err := token.Inspect(cred.Token.Reveal()); err == nil {
-				w.held[cred.Grant] = &t.Claims
-			}
+		now, one := &all[i], &dayflyv1.Watched{}
+		if cred, claims := w.cache.newest(e); cred != nil {
+			now.grant, now.expires, one.Credential = cred.Grant, cred.Expires, message(cred)
+			w.held[cred.Grant] = claims
 		}
-		if r := now.refusal; r != nil {
-			one.Refusal = &dayflyv1.Refusal{Code: int32(r.Code), Reason: r.Reason, Message: r.Message, Hint: r.Hint}
+		if r := e.refusal(); r != nil {
+			now.refusal, one.Refusal = r.Error(), &dayflyv1.Refusal{Code: int32(r.Code), Reason: r.Reason, Message: r.Message, Hint: r.Hint}
 		}
-		news = news || now != w.sent[i]
-		w.sent[i] = now
+		news = news || !now.same(&w.sent[i])
 		resp.Watched = append(resp.Watched, one)
 	}
 	for _, grant := range slices.Sorted(maps.Keys(w.held)) {
@@ -171,17 +187,10 @@ func (w *watch) look() (*dayflyv1.WatchResponse, bool) {
 			delete(w.held, grant)
 		}
 	}
-	return resp, news
-}
-
-// usableOf returns what may be given out of an entry now, nil for nothing.
-func (c *cache) usableOf(e *entry) *sdk.Credential {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if !c.usable(e) {
-		return nil
+	if news {
+		w.sent = all
 	}
-	return e.latest.Load().cred
+	return resp, news
 }
 
 // watch renews an entry ahead from now on: somebody waits for all it will ever hold.
@@ -191,20 +200,10 @@ func (c *cache) watch(e *entry) {
 	c.keep(e)
 }
 
-// refusal is why the last fetch of a request that is kept failed.
-func (c *cache) refusal(r Request) *sdk.Error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if e, ok := c.entries[r.key()]; ok {
-		return e.failed.Load()
-	}
-	return nil
-}
-
-// refusalOf is an error of a fetch as callers hear it.
-func refusalOf(err error) *sdk.Error {
+// refusal is why the last fetch failed, as callers hear it; nil if it didn't.
+func (e *entry) refusal() *sdk.Error {
 	var refusal *sdk.Error
-	if err != nil {
+	if err := e.source.Status().Err; err != nil {
 		errors.As(sdk.FromRPC(upstreamError(sdk.FromRPC(err))), &refusal)
 	}
 	return refusal

@@ -52,6 +52,10 @@ type SourceConfig struct {
 	// every Token. Nil means that each does.
 	Fits func(*Credential) bool
 
+	// Unfit is what is said where none that comes fits. Nil says what it means where only
+	// certificates are looked at.
+	Unfit error
+
 	// Keeps reports whether a credential may be given out from memory. One that may not
 	// goes to those who wait for it, and the next Token fetches anew. Nil means that each
 	// may.
@@ -74,6 +78,10 @@ type SourceConfig struct {
 	// Jitter returns a number in [0, 1). Nil means math/rand: it spreads load and
 	// protects nothing.
 	Jitter func() float64
+
+	// Landed is called after each fetch, once Token and Status answer by it. It must be
+	// quick. Nil: nobody is.
+	Landed func()
 
 	// Log hears of failed renewals. Nil means nobody does.
 	Log *slog.Logger
@@ -133,8 +141,14 @@ func NewTokenSource(cfg SourceConfig) (*TokenSource, error) {
 	if cfg.Fits == nil {
 		cfg.Fits = all
 	}
+	if cfg.Unfit == nil {
+		cfg.Unfit = errUnfit
+	}
 	if cfg.Keeps == nil {
 		cfg.Keeps = all
+	}
+	if cfg.Landed == nil {
+		cfg.Landed = func() {}
 	}
 	if cfg.RenewFrom == 0 && cfg.RenewTo == 0 {
 		cfg.RenewFrom, cfg.RenewTo = RenewFrom, RenewTo
@@ -291,6 +305,7 @@ func (s *TokenSource) fetch() {
 		defer cancel()
 		cred, asked, err := s.fetchFit(ctx)
 		s.land(f, cred, err, asked)
+		s.cfg.Landed()
 	})
 }
 
@@ -303,12 +318,12 @@ func (s *TokenSource) fetchFit(ctx context.Context) (*Credential, moment, error)
 		case err != nil, cred == nil, s.cfg.Fits(cred):
 			return cred, asked, err
 		case i == len(unfitPauses):
-			return nil, asked, errUnfit
+			return nil, asked, s.cfg.Unfit
 		}
 		select {
 		case <-time.After(unfitPauses[i]):
 		case <-ctx.Done():
-			return nil, asked, errUnfit
+			return nil, asked, s.cfg.Unfit
 		}
 	}
 }

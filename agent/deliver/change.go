@@ -40,7 +40,8 @@ type Change struct {
 	Timeout time.Duration
 
 	// PIDFile names a file with the number of the process that gets Signal, such as HUP.
-	// While there is no such file there is nobody to tell.
+	// While there is no such file there is nobody to tell. Where others than root and this
+	// user could have written it, it speaks for processes of its owner only.
 	PIDFile, Signal string
 
 	// MinInterval is the least time between two times of telling: changes between them are
@@ -142,7 +143,7 @@ func (h *head) String() string {
 }
 
 func (c *Change) signal(log *slog.Logger) error {
-	pid, err := readPID(c.PIDFile)
+	pid, owner, err := readPID(c.PIDFile)
 	if errors.Is(err, fs.ErrNotExist) {
 		log.Debug("nobody to signal yet", "pid_file", c.PIDFile)
 		return nil
@@ -155,29 +156,86 @@ func (c *Change) signal(log *slog.Logger) error {
 		return fmt.Errorf("signalling process %d: %w", pid, err)
 	}
 	defer func() { _ = p.Release() }()
+	// After the process is held: if the number is another's by now, the signal reaches nobody.
+	if err := speaksFor(owner, pid); err != nil {
+		return fmt.Errorf("signalling process %d: %w", pid, err)
+	}
 	if err := p.Signal(signals[c.Signal]); err != nil {
 		return fmt.Errorf("signalling process %d: %w", pid, err)
 	}
 	return nil
 }
 
-// readPID reads the number of a process from a file that not everybody can write.
-func readPID(path string) (int, error) {
-	f, err := os.Open(path)
+// anybody is the owner of a file that may name any process.
+const anybody = -1
+
+// readPID reads the number of a process, and whose word it is: anybody for root's and this
+// user's own, else that of the file's owner. A folder in which others can put things may hold
+// a link to a file of root's, so that there only others' files count.
+func readPID(path string) (pid, owner int, err error) {
+	f, err := openPlain(path)
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	defer f.Close()
 	info, err := f.Stat()
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	if !info.Mode().IsRegular() || info.Mode().Perm()&0o002 != 0 {
-		return 0, errors.New("it is no plain file, or everybody may write it")
+		return 0, 0, errors.New("it is no plain file, or everybody may write it")
+	}
+	if owner, err = ownerOf(info); err != nil {
+		return 0, 0, err
+	}
+	if owner == 0 || owner == os.Geteuid() {
+		if err := guarded(filepath.Dir(path)); err != nil {
+			return 0, 0, fmt.Errorf("it may be another file than it seems: %w", err)
+		}
+		owner = anybody
 	}
 	content := make([]byte, maxPIDFile)
 	n, _ := f.Read(content)
-	return parsePID(string(content[:n]))
+	pid, err = parsePID(string(content[:n]))
+	return pid, owner, err
+}
+
+// guarded wants nobody but root and this user to be able to put anything in a folder, or on
+// the way to it; links of theirs are good.
+func guarded(folder string) error {
+	for at := folder; at != filepath.Dir(at); at = filepath.Dir(at) {
+		info, err := os.Lstat(at)
+		if err != nil {
+			return err
+		}
+		if uid, err := ownerOf(info); err != nil || uid != 0 && uid != os.Geteuid() {
+			return errors.Join(fmt.Errorf("%s belongs to user %d", at, uid), err)
+		}
+	}
+	real, err := filepath.EvalSymlinks(folder)
+	if err != nil {
+		return err
+	}
+	root, err := openFolder(real)
+	if err != nil {
+		return err
+	}
+	return root.Close()
+}
+
+// speaksFor says whether an owner's word counts for a process.
+func speaksFor(owner, pid int) error {
+	if owner == anybody {
+		return nil
+	}
+	info, err := os.Stat("/proc/" + strconv.Itoa(pid))
+	if err != nil {
+		return err
+	}
+	if uid, err := ownerOf(info); err != nil || uid != owner {
+		return errors.Join(fmt.Errorf("it is user %d's, and the file with its number is user %d's", uid, owner), err)
+	}
+	return nil
 }
 
 // parsePID reads one number of a process that may be signalled: 1 is everything's parent,

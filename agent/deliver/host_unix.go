@@ -5,6 +5,7 @@ package deliver
 import (
 	"errors"
 	"io/fs"
+	"os"
 	"os/exec"
 	"syscall"
 )
@@ -21,6 +22,12 @@ func ownerOf(info fs.FileInfo) (int, error) {
 		return 0, errors.New("this system doesn't say whose a file is")
 	}
 	return int(st.Uid), nil
+}
+
+// openPlain opens a file for reading. It follows no link at the path, and doesn't wait for
+// the other end of what is a pipe.
+func openPlain(path string) (*os.File, error) {
+	return os.OpenFile(path, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
 }
 
 // inGroup makes the command one with all that it starts, so that they end together.

@@ -14,6 +14,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/dayflyhq/dayfly/agent/hop"
 	extauthzv1 "github.com/dayflyhq/dayfly/proto/dayfly/extauthz/v1"
 	"github.com/dayflyhq/dayfly/sdk/verify"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -168,7 +169,7 @@ func (e *Envoy) judge(ctx context.Context, a *extauthzv1.AttributeContext, heade
 	path, _, _ := strings.Cut(http.GetPath(), "?")
 	r := request{method: http.GetMethod(), host: http.GetHost(), path: path, peer: peer}
 	for _, h := range headers {
-		if foldName(h.name) == "authorization" {
+		if hop.Fold(h.name) == "authorization" {
 			// Envoy joins several by a comma, which no token has.
 			r.authorization = append(r.authorization, strings.Split(h.value, ",")...)
 		}
@@ -262,11 +263,12 @@ func (e *Envoy) passed(t *verify.Verified, headers []field) *extauthzv1.CheckRes
 	ok := &extauthzv1.OkHttpResponse{}
 	remove := append([]string(nil), identityNames...)
 	remove = append(remove, overriding...)
-	if !e.guard.passToken {
+	passToken := e.guard.passToken && t != nil // a public route's was not looked at
+	if !passToken {
 		remove = append(remove, "authorization")
 	}
 	for _, h := range headers {
-		if mustGo(h.name, e.guard.passToken) {
+		if mustGo(h.name, passToken) {
 			remove = append(remove, h.name)
 		}
 	}

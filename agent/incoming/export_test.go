@@ -6,6 +6,7 @@ import (
 
 	extauthzv1 "github.com/dayflyhq/dayfly/proto/dayfly/extauthz/v1"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"google.golang.org/grpc"
 )
 
 // A Finder says what a request needs, or why it is refused.
@@ -33,11 +34,8 @@ func NewFinder(all []Route) (Finder, error) {
 	}, nil
 }
 
-// MustGo and FoldName are for property tests.
-var (
-	MustGo   = mustGo
-	FoldName = foldName
-)
+// MustGo is for property tests.
+var MustGo = mustGo
 
 // NewChecker is an Envoy's without a listener and without a feed: it refuses every token.
 func NewChecker(p Policy, bundles x509bundle.Source) (func(*extauthzv1.CheckRequest) (*extauthzv1.CheckResponse, error), error) {
@@ -50,3 +48,6 @@ func NewChecker(p Policy, bundles x509bundle.Source) (func(*extauthzv1.CheckRequ
 		return e.Check(context.Background(), in)
 	}, nil
 }
+
+// NoConn reaches nobody.
+var NoConn grpc.ClientConnInterface = noConn{}

@@ -6,6 +6,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/dayflyhq/dayfly/agent/hop"
 	"github.com/dayflyhq/dayfly/sdk/verify"
 )
 
@@ -20,7 +21,7 @@ var identityNames = []string{
 
 // overriding are headers by which programs are told another method or path than the
 // request's, behind the back of whoever looked at that.
-var overriding = []string{"x-http-method-override", "x-http-method", "x-method-override", "x-original-url", "x-rewrite-url"}
+var overriding = []string{"x-http-method-override", "x-http-method", "x-method-override", "x-original-url", "x-original-uri", "x-original-method", "x-rewrite-url"}
 
 type field struct{ name, value string }
 
@@ -45,28 +46,20 @@ func identity(t *verify.Verified) []field {
 	return out
 }
 
-// foldName is a header's name as CGI, WSGI and their like make a variable of it: whatever
-// is no letter or digit is one and the same.
-func foldName(name string) string {
-	return strings.Map(func(c rune) rune {
-		if 'a' <= c && c <= 'z' || '0' <= c && c <= '9' {
-			return c
-		}
-		return '-'
-	}, strings.ToLower(name))
-}
-
-// mustGo reports whether a caller's header doesn't reach the service.
+// mustGo reports whether a caller's header doesn't reach the service: what says who calls,
+// or to read another method or path than was checked. What proxies say of each other goes
+// where it is spelt so that only the service takes it for that.
 func mustGo(name string, passToken bool) bool {
-	folded := foldName(name)
-	return strings.HasPrefix(folded, "x-dayfly-") || slices.Contains(overriding, folded) || folded == "authorization" && !passToken
+	folded := hop.Fold(name)
+	return strings.HasPrefix(folded, "x-dayfly-") || slices.Contains(overriding, folded) || folded == "authorization" && !passToken ||
+		hop.Identifies(folded) && folded != strings.ToLower(name)
 }
 
 // stamp takes out what the caller must not say and says who calls; t is nil on a public
-// route.
+// route, on which no token was looked at and none is passed on.
 func stamp(h http.Header, t *verify.Verified, passToken bool) {
 	for name := range h {
-		if mustGo(name, passToken) {
+		if mustGo(name, passToken && t != nil) || hop.Identifies(hop.Fold(name)) {
 			delete(h, name)
 		}
 	}

@@ -1,6 +1,7 @@
 package incoming
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -17,6 +18,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/dayflyhq/dayfly/agent/hop"
 	"github.com/dayflyhq/dayfly/sdk/verify"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 )
@@ -45,6 +47,8 @@ type ProxyConfig struct {
 	Anonymous bool
 	// Admit looks at the connection of each request; nil: everybody comes in.
 	Admit func(net.Conn) error
+	// MaxConnections is how many there are at a time; 0: hop.MaxConnections.
+	MaxConnections int
 	// Upstream is the service, on this host: http://127.0.0.1:8080, https://127.0.0.1:8443
 	// or unix:///run/app.sock. gRPC goes to it as HTTP/2, in plain text but for https.
 	Upstream string
@@ -74,6 +78,9 @@ func NewProxy(cfg ProxyConfig, env Env) (*Proxy, error) {
 	if cfg.Listener == nil {
 		return nil, errors.New("incoming: a listener must be set")
 	}
+	if addr, ok := cfg.Listener.Addr().(*net.TCPAddr); ok && cfg.Source == nil && !addr.IP.IsLoopback() {
+		return nil, errors.New("incoming: without a source of SVIDs the listener must be on loopback or a unix socket: tokens would go over the network in plain text")
+	}
 	if cfg.Source != nil && env.Bundles == nil {
 		return nil, errors.New("incoming: bundles must be set with TLS, to check the callers' certificates")
 	}
@@ -93,9 +100,10 @@ func NewProxy(cfg ProxyConfig, env Env) (*Proxy, error) {
 	p.server = &http.Server{
 		Handler: p, ReadHeaderTimeout: headersWithin, IdleTimeout: idleFor, MaxHeaderBytes: maxHeader,
 		DisableGeneralOptionsHandler: true, // OPTIONS * is no path of any route
-		Protocols:                    new(http.Protocols), ConnContext: connContext,
-		ErrorLog: slog.NewLogLogger(env.Log.Handler(), slog.LevelDebug),
+		Protocols:                    new(http.Protocols),
+		ErrorLog:                     slog.NewLogLogger(env.Log.Handler(), slog.LevelDebug),
 	}
+	hop.Limit(p.server, cmp.Or(cfg.MaxConnections, hop.MaxConnections))
 	p.server.Protocols.SetHTTP1(true)
 	if cfg.Source != nil {
 		p.server.Protocols.SetHTTP2(true)
@@ -208,12 +216,6 @@ func (p *Proxy) tls() *tls.Config {
 	}
 }
 
-type connKey struct{}
-
-func connContext(ctx context.Context, conn net.Conn) context.Context {
-	return context.WithValue(ctx, connKey{}, conn)
-}
-
 // ServeHTTP checks one request and lets it through.
 func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if !p.under.enter() {
@@ -244,7 +246,7 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 func (p *Proxy) check(r *http.Request, path string) (*verify.Verified, *refusal) {
 	if p.cfg.Admit != nil {
-		if err := p.cfg.Admit(r.Context().Value(connKey{}).(net.Conn)); err != nil {
+		if err := p.cfg.Admit(hop.Conn(r.Context())); err != nil {
 			p.guard.count(peerNotAllowed)
 			return nil, refuse(peerNotAllowed, "this program may not use this socket", "whom the socket lets in is in the agent's configuration")
 		}
@@ -265,7 +267,7 @@ func (p *Proxy) cut(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	no := p.dead(r)
-	if e != http.ErrAbortHandler || no == nil || !isGRPC(r) {
+	if e != http.ErrAbortHandler || no == nil || !hop.IsGRPC(r) {
 		panic(e)
 	}
 	no.trailers(func(name, value string) { w.Header().Set(http.TrailerPrefix+name, value) })
@@ -311,7 +313,7 @@ type upstream struct {
 }
 
 func (u *upstream) RoundTrip(r *http.Request) (*http.Response, error) {
-	if isGRPC(r) {
+	if hop.IsGRPC(r) {
 		return u.grpc.RoundTrip(r)
 	}
 	return u.http.RoundTrip(r)

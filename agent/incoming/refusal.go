@@ -4,12 +4,11 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"maps"
 	"net/http"
 	"strconv"
-	"strings"
 
+	"github.com/dayflyhq/dayfly/agent/hop"
 	"github.com/dayflyhq/dayfly/sdk/verify"
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
@@ -86,7 +85,8 @@ func refused(v *verify.Verifier, err error, scopes []string) *refusal {
 
 // write answers a request, in gRPC's way if that is what it is.
 func (r *refusal) write(w http.ResponseWriter, req *http.Request) {
-	if !isGRPC(req) {
+	hop.Refusing(w, req)
+	if !hop.IsGRPC(req) {
 		maps.Copy(w.Header(), r.header)
 		w.WriteHeader(r.status)
 		_, _ = w.Write(r.body) // to one who has gone, perhaps
@@ -101,26 +101,8 @@ func (r *refusal) write(w http.ResponseWriter, req *http.Request) {
 // trailers tells gRPC's status.
 func (r *refusal) trailers(set func(name, value string)) {
 	set("Grpc-Status", strconv.Itoa(int(r.rpc.Code())))
-	set("Grpc-Message", grpcMessage(r.rpc.Message()))
+	set("Grpc-Message", hop.GRPCMessage(r.rpc.Message()))
 	if b, err := proto.Marshal(r.rpc.Proto()); err == nil {
 		set("Grpc-Status-Details-Bin", base64.RawStdEncoding.EncodeToString(b))
 	}
-}
-
-func isGRPC(r *http.Request) bool {
-	kind, _, _ := strings.Cut(r.Header.Get("Content-Type"), ";")
-	return r.ProtoMajor >= 2 && (kind == "application/grpc" || strings.HasPrefix(kind, "application/grpc+"))
-}
-
-// grpcMessage is percent-encoded as gRPC's protocol wants it.
-func grpcMessage(s string) string {
-	var b strings.Builder
-	for _, c := range []byte(s) {
-		if c < ' ' || c > '~' || c == '%' {
-			fmt.Fprintf(&b, "%%%02X", c)
-			continue
-		}
-		b.WriteByte(c)
-	}
-	return b.String()
 }

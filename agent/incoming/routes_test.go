@@ -2,6 +2,7 @@ package incoming_test
 
 import (
 	"errors"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/http/httputil"
@@ -11,6 +12,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/dayflyhq/dayfly/agent/hop"
 	"github.com/dayflyhq/dayfly/agent/incoming"
 	"pgregory.net/rapid"
 )
@@ -291,7 +293,7 @@ func TestHeaderNames(t *testing.T) {
 			t.Fatalf("%s stays", name)
 		}
 		other := rapid.StringMatching("[A-Za-z_-]{1,20}").Draw(t, "other")
-		if strings.HasPrefix(cgi(other), "X_DAYFLY_") != incoming.MustGo(other, true) && !strings.HasPrefix(incoming.FoldName(other), "x-") {
+		if strings.HasPrefix(cgi(other), "X_DAYFLY_") != incoming.MustGo(other, true) && !strings.HasPrefix(hop.Fold(other), "x-") {
 			t.Fatalf("%s", other)
 		}
 	})
@@ -315,5 +317,18 @@ func BenchmarkFind(b *testing.B) {
 				find("GET", "example.org", p)
 			}
 		})
+	}
+}
+
+// TestPlainOnTheNetwork: tokens don't go over a network in plain text, whoever configures it.
+func TestPlainOnTheNetwork(t *testing.T) {
+	l, err := net.Listen("tcp", "0.0.0.0:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	cfg := incoming.ProxyConfig{Listener: l, Upstream: "http://127.0.0.1:1", Policy: incoming.Policy{Audiences: []string{"a"}, Routes: []incoming.Route{{Path: "/"}}}}
+	if _, err := incoming.NewProxy(cfg, incoming.Env{Conn: incoming.NoConn}); err == nil || !strings.Contains(err.Error(), "plain text") {
+		t.Errorf("got %v", err)
 	}
 }

@@ -10,8 +10,10 @@ import (
 	"net/netip"
 	"net/url"
 	"path/filepath"
+	"strconv"
 	"strings"
 
+	"github.com/dayflyhq/dayfly/agent/hop"
 	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/dayflyhq/dayfly/sdk"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
@@ -81,6 +83,8 @@ type Listener struct {
 	Secret string
 	// Open lets in whoever reaches the TCP socket.
 	Open bool
+	// MaxConnections is how many there are at a time; 0: hop.MaxConnections.
+	MaxConnections int
 	// Upstreams are at least one.
 	Upstreams []Upstream
 }
@@ -184,7 +188,7 @@ var taken = map[string]bool{
 
 func (u *Upstream) validateHeader() error {
 	var errs []error
-	if u.Header != "" && (!httpguts.ValidHeaderFieldName(u.Header) || taken[fold(u.Header)]) {
+	if u.Header != "" && (!httpguts.ValidHeaderFieldName(u.Header) || taken[hop.Fold(u.Header)]) {
 		errs = append(errs, wrong("header", "is no header that a token can be in"))
 	}
 	if u.Scheme != "" && !httpguts.ValidHeaderFieldName(u.Scheme) {
@@ -251,13 +255,18 @@ func (l *Listener) validateListener() error {
 			errs = append(errs, wrong("listen", "must be a loopback address"))
 		}
 		for i := range l.Upstreams {
-			if target, err := url.Parse(l.Upstreams[i].URL); err == nil && target.Host == addr.String() {
+			if target, err := url.Parse(l.Upstreams[i].URL); err == nil && target.Port() == strconv.Itoa(addr.Port) && isAt(target.Hostname(), addr.IP) {
 				errs = append(errs, wrong(fmt.Sprintf("upstreams[%d].url", i), "is this listener's own address"))
 			}
 		}
 		return errors.Join(errs...)
 	}
 	return wrong("listen", "is neither TCP nor a unix socket")
+}
+
+// isAt reports whether a host is an address, or may be.
+func isAt(host string, ip net.IP) bool {
+	return strings.EqualFold(host, "localhost") || net.ParseIP(host).Equal(ip)
 }
 
 func (c *Config) validate() error {

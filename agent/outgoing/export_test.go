@@ -20,8 +20,6 @@ var (
 	Strip = strip
 	// SplitHost takes a Host header apart.
 	SplitHost = splitHost
-	// Escape is the percent-encoding of grpc-message.
-	Escape = escape
 )
 
 // A Replay is a body that can be read twice.

@@ -5,6 +5,7 @@ import (
 	"net/http"
 	"sync"
 
+	"github.com/dayflyhq/dayfly/agent/hop"
 	"github.com/dayflyhq/dayfly/proto/token"
 )
 
@@ -34,7 +35,7 @@ func exchangeOf(ctx context.Context) *exchange {
 
 // begin makes the exchange of a request.
 func begin(r *http.Request) (*http.Request, *exchange) {
-	x := &exchange{http1: r.ProtoMajor == 1, grpc: isGRPC(r)}
+	x := &exchange{http1: r.ProtoMajor == 1, grpc: hop.IsGRPC(r)}
 	ctx, cancel := context.WithCancelCause(r.Context())
 	x.cancel = cancel
 	x.ctx = context.WithValue(ctx, exchangeKey{}, x)

@@ -97,7 +97,8 @@ const (
 // may read in another way is refused.
 func match(routes []route, hostport, path string) (int, miss) {
 	host, port, ok := splitHost(hostport)
-	best, found, decides := -1, false, false
+	best, lenient, found, decides := -1, -1, false, false
+	merged := merge(path)
 	for i := range routes {
 		r := &routes[i]
 		if r.host != "" && !ok || !r.matches(host, port) {
@@ -108,18 +109,36 @@ func match(routes []route, hostport, path string) (int, miss) {
 		if r.under(path) && (best < 0 || len(r.path) > len(routes[best].path)) {
 			best = i
 		}
+		if r.under(merged) && (lenient < 0 || len(r.path) > len(routes[lenient].path)) {
+			lenient = i
+		}
 	}
 	switch {
 	case !found && !ok:
 		return 0, badHost
 	case !found:
 		return 0, noHost
-	case !strings.HasPrefix(path, "/"), decides && !plainPath(path):
+	case !strings.HasPrefix(path, "/"), decides && (!plainPath(path) || best != lenient):
 		return 0, badPath
 	case best < 0:
 		return 0, noPath
 	}
 	return best, hit
+}
+
+// merge returns a path as a lenient server reads it: without escapes, parameters, and slashes
+// that follow each other.
+func merge(path string) string {
+	var out strings.Builder
+	for segment := range strings.SplitSeq(path, "/") {
+		if plain, err := url.PathUnescape(segment); err == nil {
+			segment = plain
+		}
+		if segment, _, _ = strings.Cut(segment, ";"); segment != "" {
+			out.WriteString("/" + segment)
+		}
+	}
+	return out.String() + "/"
 }
 
 // plainPath reports whether an escaped path means what it says to every server: no segment

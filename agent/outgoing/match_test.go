@@ -5,9 +5,11 @@ import (
 	"bytes"
 	"errors"
 	"io"
+	"net"
 	"net/http"
 	"net/url"
 	"path"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -34,6 +36,7 @@ func TestMatch(t *testing.T) {
 		"a.example:81 /": -1, "b.example /": -1, "b.example:81 /": 3, "b.example:81 /../x": 3, "[::1] /only/x": 4, "[::1] /": -1, "[0::1]:80 /only": 4, "::1 /only": -1,
 		"a.example. /": -1, "xa.example /": -1, "a.example@evil /": -1, "a.example: /": -1, "a.example:x /": -1, " /": -1, "a.example ": -1, "a.example x": -1, "a.example *": -1,
 		"a.example /v1/../v2": -1, "a.example /v1/%2e%2E/v2": -1, "a.example /v1%2fx": -1, "a.example /v1/..;x/": -1, `a.example /v1\x`: -1, "a.example /v1/%5c": -1, "a.example /v1/%": -1, "a.example /v1/...": 1,
+		"a.example //v1/y": -1, "a.example /v1//x/y": -1, "a.example /%761/y": -1, "a.example /v1;a/y": -1, "a.example /v1/x;a": -1, "a.example /v2//x;a/%20": 0, "a.example /v1//": 1, "a.example //": 0,
 	} {
 		host, path, _ := strings.Cut(request, " ")
 		if got := outgoing.Match(all, true, host, path); got != want {
@@ -84,11 +87,13 @@ func FuzzMatch(f *testing.F) {
 	})
 }
 
+var notAWord = regexp.MustCompile(`[^a-z0-9]`)
+
 // FuzzStrip: whatever header a caller writes, nothing is left that an upstream may take for
 // the token's.
 func FuzzStrip(f *testing.F) {
 	f.Add([]byte("Authorization: x\r\naUTHorization: y\r\nX-Api-Token: z\r\nX_API_token: z\r\n"), "X-Api-Token")
-	f.Add([]byte("X-Forwarded-Client-Cert: x\r\nDPoP: y\r\nKeep: me\r\n"), "Authorization")
+	f.Add([]byte("X-Forwarded-Client-Cert: x\r\nX.Dayfly_Subject: x\r\nClient-Cert: x\r\nDPoP: y\r\nKeep: me\r\n"), "Authorization")
 	f.Fuzz(func(t *testing.T, raw []byte, name string) {
 		r, err := http.ReadRequest(bufio.NewReader(io.MultiReader(strings.NewReader("GET / HTTP/1.1\r\nHost: x\r\n"), bytes.NewReader(raw), strings.NewReader("\r\n\r\n"))))
 		if err != nil {
@@ -96,12 +101,11 @@ func FuzzStrip(f *testing.F) {
 		}
 		before := r.Header.Clone()
 		outgoing.Strip(r.Header, name)
-		same := func(a, b string) bool {
-			return strings.EqualFold(strings.ReplaceAll(a, "_", "-"), strings.ReplaceAll(b, "_", "-"))
-		}
+		cgi := func(name string) string { return notAWord.ReplaceAllString(strings.ToLower(name), "_") }
 		claims := func(key string) bool {
-			return same(key, name) || same(key, "Authorization") || same(key, "Proxy-Authorization") || same(key, "DPoP") || same(key, "Forwarded") || same(key, "X-Real-IP") ||
-				len(key) >= 12 && same(key[:12], "X-Forwarded-")
+			key = cgi(key)
+			return key == cgi(name) || slices.Contains([]string{"authorization", "proxy_authorization", "dpop", "forwarded", "x_real_ip", "client_cert", "client_cert_chain"}, key) ||
+				strings.HasPrefix(key, "x_forwarded_") || strings.HasPrefix(key, "x_dayfly_")
 		}
 		for key := range before {
 			if left := r.Header[key] != nil; left == claims(key) {
@@ -249,6 +253,19 @@ func TestValidate(t *testing.T) {
 	twice := outgoing.Listener{Forward: true, Upstreams: []outgoing.Upstream{good, good}}
 	if p := outgoing.Problems(twice.Validate()); len(p) != 1 || p[0].Key != "upstreams[1].path" {
 		t.Errorf("%v", twice.Validate())
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	_, port, _ := net.SplitHostPort(l.Addr().String())
+	for host, own := range map[string]bool{"127.0.0.1": true, "localhost": true, "[::ffff:127.0.0.1]": true, "127.0.0.2": false} {
+		to := outgoing.Upstream{URL: "http://" + host + ":" + port, Insecure: true, Request: good.Request}
+		_, err := outgoing.New(outgoing.Config{Tokens: new(tokens), Listeners: []outgoing.Listener{{Listener: l, Open: true, Upstreams: []outgoing.Upstream{to}}}})
+		if own != (err != nil && strings.Contains(err.Error(), "own address")) {
+			t.Errorf("a proxy to %s, where it listens itself: %v", host, err)
+		}
 	}
 	for _, l := range []outgoing.Listener{{}, {Open: true, Secret: "/x"}} {
 		if l.ValidateSocket(false) == nil {

@@ -1,6 +1,7 @@
 package outgoing
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -11,6 +12,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/dayflyhq/dayfly/agent/hop"
 	"github.com/dayflyhq/dayfly/sdk"
 	"google.golang.org/grpc/codes"
 )
@@ -75,8 +77,6 @@ func New(cfg Config) (*Proxy, error) {
 	return p, nil
 }
 
-type connKey struct{}
-
 func (s *server) serve(log *slog.Logger) {
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(true)
@@ -84,13 +84,8 @@ func (s *server) serve(log *slog.Logger) {
 	s.http = &http.Server{
 		Handler: s, Protocols: protocols, ReadHeaderTimeout: headerWithin, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: maxHeader,
 		DisableGeneralOptionsHandler: true, ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
-		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
-			if s.admit == nil {
-				return ctx
-			}
-			return context.WithValue(ctx, connKey{}, conn)
-		},
 	}
+	hop.Limit(s.http, cmp.Or(s.cfg.MaxConnections, hop.MaxConnections))
 }
 
 // Run serves until ctx ends or a listener fails. When it returns everything that it started
@@ -172,6 +167,7 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if refused != nil {
 		s.denied.requests[refused.outcome].Add(1)
 		s.count(refused.reason)
+		hop.Refusing(w, r)
 		refused.write(w, r)
 		return
 	}
@@ -205,8 +201,8 @@ var browsers = []string{"Origin", "Sec-Fetch-Site", "Sec-Fetch-Mode", "Forwarded
 
 // admitted returns the upstream of a request, or why there is none.
 func (s *server) admitted(r *http.Request) (*upstream, *refusal) {
-	if conn, ok := r.Context().Value(connKey{}).(net.Conn); ok {
-		if err := s.admit(conn); err != nil {
+	if s.admit != nil {
+		if err := s.admit(hop.Conn(r.Context())); err != nil {
 			return nil, doorRefusal(err)
 		}
 	}

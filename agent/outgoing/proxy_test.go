@@ -1,6 +1,7 @@
 package outgoing_test
 
 import (
+	"bufio"
 	"context"
 	"crypto/sha256"
 	"fmt"
@@ -13,6 +14,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/dayflyhq/dayfly/agent/outgoing"
 	"github.com/dayflyhq/dayfly/proto/token"
@@ -113,6 +115,9 @@ func TestInjection(t *testing.T) {
 		"named by Connection":    {"GET / HTTP/1.1\r\nHost: x\r\nConnection: Authorization, close\r\nAuthorization: Bearer evil\r\n\r\n", 0},
 		"custom by Connection":   {"GET /custom HTTP/1.1\r\nHost: x\r\nConnection: X-Api-Token\r\nX-Api-Token: evil\r\n\r\n", 0},
 		"proxy and other claims": {"GET / HTTP/1.1\r\nHost: x\r\nProxy-Authorization: Basic evil\r\nDPoP: evil\r\nX-Forwarded-Client-Cert: evil\r\nX_Forwarded_Client-Cert: evil\r\nX-Forwarded-User: evil\r\nForwarded: evil\r\nTE: evil\r\nKeep-Alive: evil\r\n\r\n", 0},
+		"dayfly's own":           {"GET / HTTP/1.1\r\nHost: x\r\nX-Dayfly-Subject: evil\r\nx_dayfly_scope: evil\r\n\r\n", 0},
+		"dots":                   {"GET /custom HTTP/1.1\r\nHost: x\r\nX.Api.Token: evil\r\nX.Forwarded.Client.Cert: evil\r\n\r\n", 0},
+		"RFC 9440's":             {"GET / HTTP/1.1\r\nHost: x\r\nClient-Cert: :evil:\r\nClient-Cert-Chain: :evil:\r\n\r\n", 0},
 		"trailers":               {"POST / HTTP/1.1\r\nHost: x\r\nTrailer: Authorization, X-Other\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\nAuthorization: Bearer evil\r\nX-Other: evil\r\n\r\n", 0},
 		"trailers not announced": {"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\nAuthorization: Bearer evil\r\n\r\n", 0},
 		"user in the URL":        {"GET http://Bearer:evil@x/ HTTP/1.1\r\nHost: x\r\n\r\n", 0},
@@ -214,6 +219,41 @@ func TestForward(t *testing.T) {
 	}
 	if got := s.take(); len(got) != 0 {
 		t.Errorf("the upstream got %d more requests", len(got))
+	}
+}
+
+// TestRefusesAtOnce: whoever is refused hears it without having sent its body; and a listener
+// has no more connections than it may.
+func TestRefusesAtOnce(t *testing.T) {
+	w := newWorld(t)
+	var s seen
+	up := to(w.upstream(orders, s.handle))
+	up.Path = "/only"
+	p := w.start(false, outgoing.Listener{MaxConnections: 1, Upstreams: []outgoing.Upstream{up}})
+	conn, err := p.dial()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	_ = conn.SetDeadline(time.Now().Add(patience))
+	if _, err := io.WriteString(conn, "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n"); err != nil {
+		t.Fatal(err)
+	}
+	from := bufio.NewReader(conn)
+	resp, err := http.ReadResponse(from, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	body, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantRefusal(t, resp, body, 403, "UPSTREAM_NOT_CONFIGURED")
+	if second, err := p.client(false).Get("http://x/only"); err == nil {
+		t.Errorf("a second connection: %d", second.StatusCode)
+	}
+	if rest, err := io.ReadAll(from); err != nil || len(rest) > 0 {
+		t.Errorf("the connection stays: %q, %v", rest, err)
 	}
 }
 

@@ -11,9 +11,9 @@ import (
 	"net/http"
 	"os"
 	"strconv"
-	"strings"
 	"time"
 
+	"github.com/dayflyhq/dayfly/agent/hop"
 	"github.com/dayflyhq/dayfly/sdk"
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
@@ -117,13 +117,6 @@ func upstreamRefusal(err error) *refusal {
 	return failed
 }
 
-// isGRPC reports whether a request is a call of gRPC's, which wants its refusal in its own
-// form.
-func isGRPC(r *http.Request) bool {
-	kind := r.Header.Get("Content-Type")
-	return r.ProtoMajor == 2 && (kind == "application/grpc" || strings.HasPrefix(kind, "application/grpc+") || strings.HasPrefix(kind, "application/grpc;"))
-}
-
 // An answer is every refusal over HTTP, in the form of the agent's other sockets.
 type answer struct {
 	Error   string `json:"error"` // the gRPC code, lower case
@@ -140,7 +133,7 @@ var codeNames = map[codes.Code]string{
 func (r *refusal) write(w http.ResponseWriter, req *http.Request) {
 	h := w.Header()
 	h.Set("Cache-Control", "no-store")
-	if isGRPC(req) {
+	if hop.IsGRPC(req) {
 		h.Set("Content-Type", "application/grpc")
 		for name, value := range r.grpc() {
 			h[name] = value
@@ -179,7 +172,7 @@ func (r *refusal) grpc() http.Header {
 	if r.retryAfter > 0 {
 		metadata["retry_after"] = r.retryAfter.String()
 	}
-	h := http.Header{"Grpc-Status": {strconv.Itoa(int(r.code))}, "Grpc-Message": {escape(r.message)}}
+	h := http.Header{"Grpc-Status": {strconv.Itoa(int(r.code))}, "Grpc-Message": {hop.GRPCMessage(r.message)}}
 	st, err := status.New(r.code, r.message).WithDetails(&errdetails.ErrorInfo{Domain: sdk.ErrorDomain, Reason: r.reason, Metadata: metadata})
 	if err != nil {
 		return h
@@ -188,17 +181,4 @@ func (r *refusal) grpc() http.Header {
 		h.Set("Grpc-Status-Details-Bin", base64.RawStdEncoding.EncodeToString(raw))
 	}
 	return h
-}
-
-// escape is the percent-encoding of grpc-message.
-func escape(s string) string {
-	var b strings.Builder
-	for i := range len(s) {
-		if c := s[i]; c < ' ' || c > '~' || c == '%' {
-			b.WriteString("%" + strings.ToUpper(strconv.FormatUint(uint64(c)|0x100, 16)[1:]))
-		} else {
-			b.WriteByte(c)
-		}
-	}
-	return b.String()
 }

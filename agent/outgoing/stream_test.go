@@ -8,6 +8,8 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptrace"
+	"net/textproto"
 	"runtime"
 	"strings"
 	"sync/atomic"
@@ -568,5 +570,37 @@ func TestStop(t *testing.T) {
 	}
 	if _, err := ws.ReadString('\n'); err == nil {
 		t.Error("the websocket goes on")
+	}
+}
+
+// TestHints: an upstream that repeats the token in an answer before its answer doesn't tell it
+// to the program either.
+func TestHints(t *testing.T) {
+	w := newWorld(t)
+	at := w.upstream(orders, func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Link", "<"+r.Header.Get("Authorization")+">")
+		w.Header().Set("X-Other", "other")
+		w.WriteHeader(http.StatusEarlyHints)
+		w.Header().Del("Link")
+	})
+	p := w.start(false, outgoing.Listener{Upstreams: []outgoing.Upstream{to(at)}})
+	for _, http2 := range []bool{false, true} {
+		var hints []textproto.MIMEHeader
+		ctx := httptrace.WithClientTrace(t.Context(), &httptrace.ClientTrace{Got1xxResponse: func(_ int, h textproto.MIMEHeader) error {
+			hints = append(hints, h)
+			return nil
+		}})
+		req, err := http.NewRequestWithContext(ctx, "GET", "http://x/", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp, err := p.client(http2).Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = resp.Body.Close()
+		if len(hints) != 1 || hints[0].Get("X-Other") != "other" || hints[0].Get("Link") != "" {
+			t.Errorf("hints: %v", hints)
+		}
 	}
 }

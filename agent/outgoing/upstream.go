@@ -11,13 +11,16 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"net/http/httputil"
+	"net/textproto"
 	"net/url"
 	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"github.com/dayflyhq/dayfly/agent/hop"
 	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/dayflyhq/dayfly/sdk"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
@@ -293,7 +296,12 @@ func (u *upstream) try(x *exchange, req *http.Request, body *replay, h *held, d 
 		return nil, errRevoked
 	}
 	x.secret = h.cred.Token
-	out := *req
+	out := *req.WithContext(httptrace.WithClientTrace(req.Context(), &httptrace.ClientTrace{
+		Got1xxResponse: func(_ int, header textproto.MIMEHeader) error { // before it is passed on
+			hide(http.Header(header), h.cred.Token.Reveal())
+			return nil
+		},
+	}))
 	out.Header = req.Header.Clone()
 	value := h.cred.Token.Reveal()
 	if u.cfg.Scheme != "" {
@@ -303,7 +311,7 @@ func (u *upstream) try(x *exchange, req *http.Request, body *replay, h *held, d 
 	if body != nil {
 		out.Body = body.current
 	}
-	if d.plainHTTP2 != nil && isGRPC(req) {
+	if d.plainHTTP2 != nil && hop.IsGRPC(req) {
 		return d.plainHTTP2.RoundTrip(&out)
 	}
 	return d.web.RoundTrip(&out)

@@ -175,7 +175,7 @@ func (a *app) keeper(ctx context.Context, spec *supervise.Spec, log *slog.Logger
 	deaf := time.AfterFunc(deafAfter, func() {
 		for _, c := range own.Status().Checks {
 			if c.Name == "feed" && !c.OK && ctx.Err() == nil {
-				log.Warn("revocations aren't heard: what is revoked stays until it expires", "why", c.Message)
+				log.Warn("revocations aren't heard: what is revoked stays until it expires", "err", c.Message)
 			}
 		}
 	})
@@ -205,7 +205,12 @@ func (n *notes) WithAttrs(attrs []slog.Attr) slog.Handler {
 
 func (n *notes) Handle(_ context.Context, r slog.Record) error {
 	var facts []string
+	cause := ""
 	r.Attrs(func(at slog.Attr) bool {
+		if at.Key == "err" {
+			cause = ": " + clean(at.Value.String())
+			return true
+		}
 		facts = append(facts, strings.ReplaceAll(at.Key, "_", " ")+" "+clean(at.Value.String()))
 		return true
 	})
@@ -215,6 +220,6 @@ func (n *notes) Handle(_ context.Context, r slog.Record) error {
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	_, err := fmt.Fprintln(n.w, line)
+	_, err := fmt.Fprintln(n.w, line+cause)
 	return err
 }

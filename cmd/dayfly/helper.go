@@ -84,13 +84,14 @@ type servers map[string]string // host:port
 
 const serverUsage = "`HOST[:PORT]=AUDIENCE`: the audience of a server's tokens, repeatable; there is nothing for others"
 
-func parseServers(list []string) (servers, error) {
+// parseServers reads them; hint says how one is written.
+func parseServers(list []string, hint string) (servers, error) {
 	out := servers{}
 	for _, text := range list {
 		host, audience, _ := strings.Cut(text, "=")
 		key, ok := hostPort("https", host)
 		if !ok || audience == "" {
-			return nil, usagef("write --server git.example.org=AUDIENCE", "--server %q is no HOST[:PORT]=AUDIENCE", short(text))
+			return nil, usagef(hint, "%q is no HOST[:PORT]=AUDIENCE", short(text))
 		}
 		if err := token.ValidateAudience(audience); err != nil {
 			return nil, usagef("an audience is a name or a SPIFFE ID", "--server %q: %v", short(text), err)
@@ -101,7 +102,7 @@ func parseServers(list []string) (servers, error) {
 		out[key] = audience
 	}
 	if len(out) == 0 {
-		return nil, usagef("write --server git.example.org=AUDIENCE", "no --server is named: there is no token for anyone")
+		return nil, usagef(hint, "no server is named: there is no token for anyone")
 	}
 	return out, nil
 }

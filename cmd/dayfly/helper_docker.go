@@ -54,7 +54,7 @@ name of docker-credential-dayfly, or a script.`,
 }
 
 func (a *app) helperDocker(ctx context.Context, verb string, flags *requestFlags, named []string, username string) error {
-	known, err := parseServers(named)
+	known, err := parseServers(named, "write registry.example.org=AUDIENCE in "+dockerServers+", or after --server")
 	if err != nil {
 		return err
 	}

@@ -49,7 +49,7 @@ for a password instead. For other servers git asks its next helper.`,
 }
 
 func (a *app) helperGit(ctx context.Context, flags *requestFlags, named []string, username string) error {
-	known, err := parseServers(named)
+	known, err := parseServers(named, "write --server git.example.org=AUDIENCE")
 	if err != nil {
 		return err
 	}

@@ -99,14 +99,14 @@ func parseExecInfo(text string) (*execCredential, error) {
 		return nil, failf(exitFailure, "client-go sets it; leave it unset to try by hand", "%s is no %s", execInfo, execCredKind)
 	}
 	if info.APIVersion != execVersion {
-		return nil, failf(exitFailure, askForVersion, "the kubeconfig asks for %q, and this speaks %s only", clean(short(info.APIVersion)), execVersion)
+		return nil, failf(exitFailure, askForVersion, "the kubeconfig asks for %q, and this speaks %s only", clean(short80(info.APIVersion)), execVersion)
 	}
 	return info, nil
 }
 
 // clusterAudience is that of the API server that is asked for.
 func clusterAudience(info *execCredential, named []string) (string, error) {
-	known, err := parseServers(named)
+	known, err := parseServers(named, "write --server api.example.org:6443=AUDIENCE")
 	if err != nil {
 		return "", err
 	}

@@ -8,7 +8,7 @@ import (
 
 // git.example.org and a registry on loopback are all that the fuzzed helpers know.
 func knownServers(t testing.TB) servers {
-	known, err := parseServers([]string{"git.example.org=git", "127.0.0.1:5000=local", "[::1]:80=six"})
+	known, err := parseServers([]string{"git.example.org=git", "127.0.0.1:5000=local", "[::1]:80=six"}, "")
 	if err != nil {
 		t.Fatal(err)
 	}

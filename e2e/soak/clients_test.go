@@ -206,10 +206,7 @@ func (s *stream) since() time.Time {
 			half = c.real(s.own.Add(s.last.life / 2))
 		}
 		if r, ok := s.w.book.of(*s.last, s.u.id.String()); ok {
-			half = r.ended
-			if half.IsZero() {
-				half = time.Now() // under way
-			}
+			half = r.heard(s.u.id.String())
 		}
 		later(half)
 		if s.sdk && s.u.down.since().After(s.got) {

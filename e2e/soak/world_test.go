@@ -16,6 +16,7 @@ import (
 
 	"github.com/dayflyhq/dayfly/e2e/sandbox"
 	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
+	"github.com/dayflyhq/dayfly/proto/wire"
 	"github.com/dayflyhq/dayfly/sdk"
 )
 
@@ -251,6 +252,22 @@ func (b *book) of(s served, id string) (revocation, bool) {
 		return r.clone(), true
 	}
 	return revocation{}, false
+}
+
+// heard is when an agent knew of the revocation and could fetch anew: it may have heard
+// late, on a path that was deaf, but a stream that is deaf ends at its bound.
+func (r *revocation) heard(id string) time.Time {
+	if r.ended.IsZero() {
+		return time.Now() // under way
+	}
+	at, ok := r.acked[id]
+	if late := r.ended.Add(wire.DefaultBound); !ok || at.After(late) {
+		at = late
+	}
+	if at.Before(r.ended) {
+		at = r.ended
+	}
+	return at
 }
 
 // clone is for those who look without the lock: the map isn't theirs to change.

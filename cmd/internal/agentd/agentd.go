@@ -8,13 +8,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net/netip"
 	"os"
 	"os/signal"
 	"strings"
 	"syscall"
 	"time"
 
+	"github.com/dayflyhq/dayfly/agent"
 	"github.com/dayflyhq/dayfly/cmd/internal/config"
 	"github.com/spf13/cobra"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -63,6 +63,7 @@ func Command() *cobra.Command {
 			"  dayfly-agent status\n" +
 			"  dayfly-agent --broker broker:8443 --broker-id spiffe://example.org/dayfly/broker \\\n" +
 			"    --grpc-socket /run/dayfly/agent.sock --prefetch orders=orders.read",
+		Version:       agent.Version(),
 		Args:          cobra.NoArgs,
 		SilenceUsage:  true,
 		SilenceErrors: true,
@@ -146,8 +147,8 @@ func (f *flags) apply(cmd *cobra.Command, cfg *Config) error {
 			return nil
 		},
 		"max-staleness": func() error { cfg.Feed.MaxStaleness = f.maxStaleness; return nil },
-		"metrics":       func() (err error) { cfg.Metrics, err = netip.ParseAddrPort(f.metrics); return err },
-		"log-level":     func() error { return cfg.Log.Level.UnmarshalText([]byte(f.level)) },
+		"metrics":       func() error { return config.SetText(f.metrics, &cfg.Metrics) },
+		"log-level":     func() error { return config.SetText(f.level, &cfg.Log.Level) },
 	} {
 		if !cmd.Flags().Changed(name) {
 			continue

@@ -233,7 +233,7 @@ func (c *Config) Validate() error {
 	}
 	if c.WorkloadAPI != "" {
 		if err := workloadapi.ValidateAddress(c.WorkloadAPI); err != nil {
-			errs = append(errs, config.Wrong("workload_api", "%v", err))
+			errs = append(errs, config.Wrong("workload_api", "write unix:// and an absolute path: %v", err))
 		}
 	}
 	errs = append(errs, c.checkWorkloads(), c.checkGuards())
@@ -257,7 +257,7 @@ func (c *Config) complete() error {
 		if addr := os.Getenv(workloadapi.SocketEnv); addr == "" {
 			errs = append(errs, fmt.Errorf("workload_api: give the socket of the Workload API, here, as --workload-api or in %s", workloadapi.SocketEnv))
 		} else if err := workloadapi.ValidateAddress(addr); err != nil {
-			errs = append(errs, fmt.Errorf("%s: %w", workloadapi.SocketEnv, err))
+			errs = append(errs, fmt.Errorf("%s: write unix:// and an absolute path: %w", workloadapi.SocketEnv, err))
 		}
 	}
 	for _, w := range c.all() {

@@ -118,11 +118,19 @@ func (d *daemon) workloads() (all []*workload, several bool) {
 }
 
 func newLog(cfg Log, level slog.Leveler, w io.Writer) *slog.Logger {
-	options := &slog.HandlerOptions{Level: level}
+	options := &slog.HandlerOptions{Level: level, ReplaceAttr: durations}
 	if cfg.Format == "text" {
 		return slog.New(agent.QuietLog(slog.NewTextHandler(w, options)))
 	}
 	return slog.New(agent.QuietLog(slog.NewJSONHandler(w, options)))
+}
+
+// durations writes how long something takes as people do, 57s, where JSON has nanoseconds.
+func durations(_ []string, at slog.Attr) slog.Attr {
+	if at.Value.Kind() == slog.KindDuration {
+		at.Value = slog.StringValue(at.Value.Duration().Round(time.Millisecond).String())
+	}
+	return at
 }
 
 // serveMetrics answers GET /metrics until the group's context ends.

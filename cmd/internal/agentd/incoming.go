@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/dayflyhq/dayfly/agent"
+	"github.com/dayflyhq/dayfly/agent/hop"
 	"github.com/dayflyhq/dayfly/agent/incoming"
 	"github.com/dayflyhq/dayfly/cmd/internal/config"
 	"github.com/dayflyhq/dayfly/sdk/verify"
@@ -26,6 +27,7 @@ type Incoming struct {
 	Callers      `yaml:",inline"`
 	Plain        bool          `yaml:"plain"`
 	Anonymous    bool          `yaml:"anonymous"`
+	MaxConns     int           `yaml:"max_connections"`
 	Upstream     string        `yaml:"upstream,required"`
 	UpstreamCA   string        `yaml:"upstream_ca"`
 	Audiences    []string      `yaml:"audiences,required"`
@@ -66,7 +68,7 @@ func (c *Envoy) doorway() doorway { return doorway{c.Listen, c.Mode, c.Group, c.
 func (c *Incoming) Validate() error {
 	door := c.doorway()
 	policy := c.policy()
-	errs := []error{door.check(), onStale(c.OnStale), routesWrong(policy)}
+	errs := []error{door.check(), maxConns(c.MaxConns), onStale(c.OnStale), routesWrong(policy)}
 	if door.unix() {
 		if c.Plain || c.Anonymous {
 			errs = append(errs, config.Wrong("plain", "and anonymous are for TCP: a unix socket is plain"))
@@ -135,6 +137,13 @@ func (c *Config) checkGuards() error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+func maxConns(n int) error {
+	if n < 0 {
+		return config.Wrong("max_connections", "is 1 or more; without it, %d", hop.MaxConnections)
+	}
+	return nil
 }
 
 func onStale(s string) error {
@@ -263,7 +272,7 @@ func (w *workload) listenIncoming(s *shelf, cfg *agent.Config) error {
 			return err
 		}
 		out := agent.Incoming{Allow: c.allow(), ProxyConfig: incoming.ProxyConfig{
-			Policy: c.policy(), Listener: l, Anonymous: c.Anonymous, Upstream: c.Upstream, UpstreamCA: roots,
+			Policy: c.policy(), Listener: l, Anonymous: c.Anonymous, MaxConnections: c.MaxConns, Upstream: c.Upstream, UpstreamCA: roots,
 		}}
 		if !c.Plain && !at.unix() {
 			out.Source = cfg.Source

@@ -21,6 +21,7 @@ type Outgoing struct {
 	Mode       string             `yaml:"mode"`
 	SecretFile string             `yaml:"secret_file"`
 	Open       bool               `yaml:"open"`
+	MaxConns   int                `yaml:"max_connections"`
 	Upstreams  []OutgoingUpstream `yaml:"upstreams,required"`
 }
 
@@ -52,7 +53,7 @@ func (u *OutgoingUpstream) upstream() outgoing.Upstream {
 }
 
 func (o *Outgoing) listener() outgoing.Listener {
-	out := outgoing.Listener{Forward: o.Mode == "forward", Secret: o.SecretFile, Open: o.Open}
+	out := outgoing.Listener{Forward: o.Mode == "forward", Secret: o.SecretFile, Open: o.Open, MaxConnections: o.MaxConns}
 	for i := range o.Upstreams {
 		out.Upstreams = append(out.Upstreams, o.Upstreams[i].upstream())
 	}
@@ -72,6 +73,7 @@ func (o *Outgoing) Validate() error {
 	case !o.Listen.Addr().IsLoopback():
 		errs = append(errs, config.Wrong("listen", "must be a loopback address, such as 127.0.0.1:9801"))
 	}
+	errs = append(errs, maxConns(o.MaxConns))
 	if o.Mode != "" && o.Mode != "reverse" && o.Mode != "forward" {
 		errs = append(errs, config.Wrong("mode", "is reverse or forward"))
 	}

@@ -10,6 +10,7 @@ import (
 	"maps"
 	"net"
 	"net/http"
+	"net/url"
 	"slices"
 	"strings"
 	"text/tabwriter"
@@ -145,7 +146,13 @@ func ask(ctx context.Context, client *http.Client) ([]byte, *agent.Report, error
 		return nil, nil, err
 	}
 	resp, err := client.Do(req)
-	if err != nil {
+	var call *url.Error
+	switch {
+	case errors.As(err, &call) && strings.Contains(err.Error(), "malformed HTTP"):
+		return nil, nil, errors.New("it doesn't speak HTTP")
+	case errors.As(err, &call):
+		return nil, nil, call.Err
+	case err != nil:
 		return nil, nil, err
 	}
 	defer resp.Body.Close()

@@ -151,7 +151,7 @@ peers: {a: {grpc: 5}, b: &x {grpc: a}, c: *x}
 		`2: trust_domain: "UPPER case": trust domain characters are limited to`,
 		`3: bound: "90" isn't a duration: write a number with a unit`,
 		`4: message: "64kb": unknown unit: write B, KiB, MiB or GiB`,
-		`5: level: "loud": `,
+		`5: level: "loud": is none of debug, info, warn and error`,
 		`7: listen: unknown key "admim": did you mean "admin"?`,
 		`7: listen.grpc: is required`,
 		`8: listen.admin: must be a loopback address`,

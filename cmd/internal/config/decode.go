@@ -4,6 +4,8 @@ import (
 	"encoding"
 	"errors"
 	"fmt"
+	"log/slog"
+	"net/netip"
 	"reflect"
 	"slices"
 	"strconv"
@@ -230,18 +232,31 @@ func (d *decoder) scalar(n *yaml.Node, v reflect.Value, key string) {
 	}
 }
 
+// SetText reads a value from a text, as a file has it or a flag. The library's own types say
+// of a wrong one what they were at, and not what would be right.
+func SetText(text string, into encoding.TextUnmarshaler) error {
+	err := into.UnmarshalText([]byte(text))
+	if err == nil {
+		return nil
+	}
+	switch into.(type) {
+	case *slog.Level:
+		err = errors.New("is none of debug, info, warn and error")
+	case *netip.AddrPort:
+		err = errors.New("is no address with a port, such as 127.0.0.1:9464")
+	}
+	return fmt.Errorf("%s: %w", quote(text), err)
+}
+
 func setScalar(n *yaml.Node, v reflect.Value) error {
 	if v.Type() == durationType {
 		return setDuration(n.Value, v)
 	}
-	if text, ok := v.Addr().Interface().(encoding.TextUnmarshaler); ok {
+	if into, ok := v.Addr().Interface().(encoding.TextUnmarshaler); ok {
 		if n.Value == "" {
 			return errors.New("is empty: give it a value, or leave the key out")
 		}
-		if err := text.UnmarshalText([]byte(n.Value)); err != nil {
-			return fmt.Errorf("%s: %w", quote(n.Value), err)
-		}
-		return nil
+		return SetText(n.Value, into)
 	}
 	switch v.Kind() {
 	case reflect.String:

@@ -7,6 +7,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/dayflyhq/dayfly/agent"
 	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
 	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/dayflyhq/dayfly/proto/wire"
@@ -77,7 +78,7 @@ func (w *Watcher) Run(ctx context.Context) {
 
 // follow is one stream; it says whether anything came.
 func (w *Watcher) follow(ctx context.Context) (heard bool, err error) {
-	stream, err := w.client.Watch(ctx, w.request())
+	stream, err := w.client.Watch(ctx, w.request(), grpc.MaxCallSendMsgSize(agent.MaxWatchBytes))
 	if err != nil {
 		return false, err
 	}
@@ -168,7 +169,9 @@ func (w *Watcher) take(m *dayflyv1.WatchResponse) error {
 		}
 		at.cred = &sdk.Credential{
 			Token: token.NewSecret(c.GetToken()), Grant: c.GetGrant(), Audience: c.GetAudience(), Scopes: c.GetScopes(),
-			Binding: binding, IssuedAt: c.GetIssuedAt().AsTime(), Expires: c.GetExpiresAt().AsTime(), // its clock is ours
+			Binding: binding, IssuedAt: c.GetIssuedAt().AsTime(),
+			// Its clock is ours; and by the monotonic one too, which nobody sets.
+			Expires: now.Add(c.GetExpiresAt().AsTime().Sub(now)),
 		}
 		w.held[c.GetGrant()] = at.cred
 	}
@@ -194,7 +197,7 @@ func (w *Watcher) find(r sdk.Request) watched {
 // Newest implements Keeper, as do the others.
 func (w *Watcher) Newest(r sdk.Request) *sdk.Credential {
 	c := w.find(r).cred
-	if c == nil || !time.Now().Before(c.Expires) || w.isRevoked(c.Grant) {
+	if c == nil || (&held{expires: c.Expires}).over(time.Now()) || w.isRevoked(c.Grant) {
 		return nil
 	}
 	return c
