@@ -9,7 +9,8 @@
 //   - judge_test.go is what is known of the way to the broker, and what counts as lost.
 //   - check_test.go checks a token by nothing but the JWK set.
 //   - path_test.go is a TCP path that stalls, forgets and refuses.
-//   - world_test.go has the broker and the agents; faults_test.go does to them what is planned.
-//   - clients_test.go are those who ask and never stop; jumps_test.go an agent whose clock jumps.
+//   - world_test.go has the broker, unit_test.go one agent; faults_test.go does to them what is planned.
+//   - clients_test.go and relay_test.go are those who ask and never stop; sts_test.go is a token
+//     service; jumps_test.go an agent whose clock jumps.
 //   - sample_test.go and report_test.go say what it took, and how it ended.
 package soak_test

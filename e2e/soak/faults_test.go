@@ -108,8 +108,6 @@ func (w *world) breakPath(ctx context.Context, u *unit, f fault) {
 
 // breakBroker does something to the broker, which is in the way of all.
 func (w *world) breakBroker(ctx context.Context, f fault) error {
-	w.broker.Lock()
-	defer w.broker.Unlock()
 	for _, u := range w.units {
 		u.reach.begin()
 		if f.Kind == freeze {
@@ -236,8 +234,6 @@ func (w *world) operate(ctx context.Context, u *unit, f fault) (bool, error) {
 
 // checkStore has the broker's command look at the store, once nobody serves it.
 func (w *world) checkStore() {
-	w.broker.Lock()
-	defer w.broker.Unlock()
 	w.pid.Store(0)
 	if err := w.box.StopBroker(); err != nil {
 		w.t.Errorf("stopping the broker: %v", err)

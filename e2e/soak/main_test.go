@@ -18,7 +18,7 @@ import (
 var (
 	soakFor    = flag.Duration("soak.for", 70*time.Second, "how long to soak")
 	soakLife   = flag.Duration("soak.life", 12*time.Second, "the life of a token, in whole seconds; what else takes time goes with it")
-	soakNotice = flag.Duration("soak.notice", 0, "how long the broker must have been reachable, without a break, for a request to be counted as lost (default: a twelfth of a life, at least 3s)")
+	soakNotice = flag.Duration("soak.notice", 0, "how long the broker must have been reachable, without a break, for a request to be counted as lost (default: a tenth of a life, at least 4s)")
 	soakSeed   = flag.Uint64("soak.seed", 0, "of the plan of faults (default: the time)")
 	soakJSON   = flag.String("soak.json", "", "file to write the result to, as JSON")
 )

@@ -152,7 +152,7 @@ func (w *world) result(seed uint64, soaked, cpu time.Duration) result {
 	short := func(d time.Duration) string { return d.Round(10 * time.Millisecond).String() }
 	r := result{
 		Seed: seed, For: soaked.Round(time.Second).String(), Life: w.life.String(), Notice: w.notice.String(),
-		Requests: map[string]request{}, Violations: l.violations.Load(), Faults: l.faults,
+		Requests: map[string]request{}, Violations: l.violations.Load(), Faults: maps.Clone(l.faults),
 		Outage: short(l.longest), Survived: short(l.survived), Missed: short(l.missed),
 		CPU: cpu.Seconds() / soaked.Seconds(), StoreBytes: l.bytes, Processes: map[string]took{},
 	}

@@ -17,7 +17,7 @@ const judgedFrom = 30 * time.Minute
 func TestSoak(t *testing.T) {
 	life, notice, seed := *soakLife, *soakNotice, *soakSeed
 	if notice == 0 {
-		notice = max(life/12, 3*time.Second)
+		notice = max(life/10, 4*time.Second)
 	}
 	if seed == 0 {
 		seed = uint64(time.Now().UnixNano())

@@ -36,7 +36,6 @@ type world struct {
 	began  time.Time
 
 	box     *sandbox.Sandbox
-	broker  sync.Mutex   // held by whoever starts or ends it
 	pid     atomic.Int64 // of the broker, 0 while it is away
 	admin   string       // where it tells of itself
 	alice   *sdk.Client
