@@ -76,3 +76,16 @@ func (b *Broker) SetLen() int {
 	defer b.state.mu.RUnlock()
 	return b.state.set.Len()
 }
+
+// MaxRetries is how many answers are kept for calls that are repeated.
+const MaxRetries = maxRetries
+
+// NewRetries returns how answers are entered, which says whether a key is new, and how many
+// there are.
+func NewRetries() (enter func(key string, now time.Time) bool, n func() int) {
+	r := &retries{}
+	return func(key string, now time.Time) bool {
+		_, first := r.enter(key, [32]byte{}, now)
+		return first
+	}, func() int { return len(r.answers) }
+}

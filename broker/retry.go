@@ -1,6 +1,7 @@
 package broker
 
 import (
+	"container/list"
 	"context"
 	"crypto/sha256"
 	"encoding/json"
@@ -19,10 +20,12 @@ const (
 
 type retries struct {
 	mu      sync.Mutex
-	answers map[string]*retriedAnswer
+	answers map[string]*list.Element // of *retriedAnswer
+	oldest  list.List                // the same, oldest first
 }
 
 type retriedAnswer struct {
+	key     string
 	request [32]byte
 	at      time.Time
 	done    chan struct{}
@@ -83,29 +86,34 @@ func requestDigest(c Caller, req Request) [32]byte {
 func (r *retries) enter(key string, digest [32]byte, now time.Time) (*retriedAnswer, bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if a, ok := r.answers[key]; ok && now.Sub(a.at) < retryWindow {
-		return a, false
+	if e, ok := r.answers[key]; ok {
+		if a := e.Value.(*retriedAnswer); now.Sub(a.at) < retryWindow {
+			return a, false
+		}
+		r.remove(e)
 	}
 	if r.answers == nil {
-		r.answers = map[string]*retriedAnswer{}
+		r.answers = map[string]*list.Element{}
 	}
-	if len(r.answers) >= maxRetries {
-		for k, a := range r.answers {
-			if now.Sub(a.at) >= retryWindow || len(r.answers) >= maxRetries {
-				delete(r.answers, k)
-			}
-		}
+	for e := r.oldest.Front(); e != nil && (r.oldest.Len() >= maxRetries || now.Sub(e.Value.(*retriedAnswer).at) >= retryWindow); e = r.oldest.Front() {
+		r.remove(e)
 	}
-	a := &retriedAnswer{request: digest, at: now, done: make(chan struct{})}
-	r.answers[key] = a
+	a := &retriedAnswer{key: key, request: digest, at: now, done: make(chan struct{})}
+	r.answers[key] = r.oldest.PushBack(a)
 	return a, true
+}
+
+// remove forgets one; mu is held.
+func (r *retries) remove(e *list.Element) {
+	delete(r.answers, e.Value.(*retriedAnswer).key)
+	r.oldest.Remove(e)
 }
 
 func (r *retries) forget(key string, a *retriedAnswer) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.answers[key] == a {
-		delete(r.answers, key)
+	if e, ok := r.answers[key]; ok && e.Value == a {
+		r.remove(e)
 	}
 }
 
