@@ -33,7 +33,7 @@ import (
 // over both versions of HTTP, with its trailers, and a caller who goes ends it.
 func TestStreams(t *testing.T) {
 	w := newWorld(t)
-	gone := make(chan struct{}, 4)
+	here, gone := make(chan struct{}, 2), make(chan struct{}, 2)
 	at := w.upstream(orders, func(rw http.ResponseWriter, r *http.Request) {
 		_ = http.NewResponseController(rw).EnableFullDuplex()
 		rw.Header().Set("Trailer", "X-Sum")
@@ -43,6 +43,7 @@ func TestStreams(t *testing.T) {
 			_ = http.NewResponseController(rw).Flush()
 		}
 		if r.URL.Path == "/wait" {
+			here <- struct{}{}
 			<-r.Context().Done()
 			gone <- struct{}{}
 			return
@@ -78,7 +79,7 @@ func TestStreams(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		go func() { time.Sleep(20 * time.Millisecond); cancel() }()
+		go func() { <-here; cancel() }()
 		_, _ = c.Do(req)
 		select {
 		case <-gone:
