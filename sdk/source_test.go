@@ -44,6 +44,12 @@ func (m *mint) fetch(ctx context.Context) (*sdk.Credential, error) {
 	}, nil
 }
 
+func (m *mint) count() int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.calls
+}
+
 func (m *mint) set(f func()) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -301,14 +307,14 @@ func TestSourceOutageEnds(t *testing.T) {
 			time.Sleep(10*time.Minute + time.Duration(i)*time.Second)
 			m.set(func() { m.err = nil })
 			synctest.Wait()
-			calls, within := m.calls, 6*time.Second
+			calls, within := m.count(), 6*time.Second
 			if told {
 				within = 500 * time.Millisecond
 				s.Reached()
 			}
 			time.Sleep(within)
 			synctest.Wait()
-			if m.calls == calls || s.Status().Err != nil {
+			if m.count() == calls || s.Status().Err != nil {
 				t.Errorf("told %v: nothing was fetched within %v of the outage's end: %+v", told, within, s.Status())
 			}
 			stop()
