@@ -129,6 +129,7 @@ func TestFrozenAgent(t *testing.T) {
 			}
 			thaw := func() { _ = unix.Kill(pid, unix.SIGCONT) }
 			defer thaw()
+			frozen(t, pid)
 			if away {
 				box.KillBroker()
 			}
@@ -168,7 +169,7 @@ func TestFrozenAgent(t *testing.T) {
 			case !away:
 				parsed, err := token.Inspect(fmt.Sprint(r.body["access_token"]))
 				if err != nil || !parsed.Expires.After(thawed) || r.body["grant"] == first.Grant {
-					t.Errorf("when it goes on: %d, %v", r.code, err)
+					t.Errorf("when it goes on, at %v: %d, %v, grant %v (%v before)", thawed, r.code, err, r.body["grant"], first.Grant)
 				}
 			}
 			if away {
@@ -184,6 +185,27 @@ func TestFrozenAgent(t *testing.T) {
 				t.Error("it hasn't renewed")
 			}
 		})
+	}
+}
+
+// frozen waits until every thread of a process that was stopped has: what is asked before
+// that may still be answered.
+func frozen(t *testing.T, pid int) {
+	t.Helper()
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
+		running := 0
+		for _, path := range must(filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid)))(t) {
+			text, _ := os.ReadFile(path)
+			if _, after, _ := strings.Cut(string(text), ") "); !strings.HasPrefix(after, "T") {
+				running++
+			}
+		}
+		if running == 0 {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%d threads of process %d don't stop", running, pid)
+		}
 	}
 }
 
