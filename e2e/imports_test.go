@@ -88,11 +88,11 @@ var house = []room{
 	{path: "broker/web", direct: adapters},
 	{path: "policy", direct: []ban{{grpc, apart}, {bbolt, apart}, {module + "/broker/keys", apart}}},
 	{path: "agent", closure: sidecar},
-	{path: "agent/deliver", closure: append(slices.Clip(sidecar), ban{module + "/agent", "whoever keeps credentials fresh hands them in"}), except: []string{module + "/agent/field"}},                                                       // credentials in files
-	{path: "agent/outgoing", closure: append(slices.Clip(sidecar), ban{module + "/agent", "whoever keeps credentials fresh hands them in"}), except: []string{module + "/agent/hop", module + "/agent/field"}},                               // requests that get a token on their way
-	{path: "agent/incoming", closure: append(slices.Clip(sidecar), ban{module + "/agent", "whoever has a feed hands it in"}, ban{"github.com/envoyproxy", "its types weigh a fifth of a sidecar"}), except: []string{module + "/agent/hop"}}, // requests for services without SDK
-	{path: "agent/field", direct: []ban{{module, "it knows names and messages alone"}}},                                                                                                                                                      // what is wrong with a configuration
-	{path: "agent/hop", closure: []ban{{grpc, "it knows HTTP alone"}, {generated, "it knows HTTP alone"}, {module + "/sdk", "it knows HTTP alone"}}},                                                                                         // what both proxies do
+	{path: "agent/deliver", closure: append(slices.Clip(sidecar), ban{module + "/agent", "whoever keeps credentials fresh hands them in"}), except: []string{module + "/agent/field"}},                                                                                // credentials in files
+	{path: "agent/outgoing", closure: append(slices.Clip(sidecar), ban{module + "/agent", "whoever keeps credentials fresh hands them in"}), except: []string{module + "/agent/hop", module + "/agent/field"}},                                                        // requests that get a token on their way
+	{path: "agent/incoming", closure: append(slices.Clip(sidecar), ban{module + "/agent", "whoever has a feed hands it in"}, ban{"github.com/envoyproxy", "its types weigh a fifth of a sidecar"}), except: []string{module + "/agent/hop", module + "/agent/field"}}, // requests for services without SDK
+	{path: "agent/field", direct: []ban{{module, "it knows names and messages alone"}}},                                                              // what is wrong with a configuration
+	{path: "agent/hop", closure: []ban{{grpc, "it knows HTTP alone"}, {generated, "it knows HTTP alone"}, {module + "/sdk", "it knows HTTP alone"}}}, // what both proxies do
 	{path: "agent/sts", closure: []ban{{grpc, "it knows one POST"}, {generated, "it knows one POST"}, {module + "/sdk", "it knows one POST"}, {"github.com/aws", "a trade is one unsigned POST"}}},
 	{path: "sdk", closure: light},
 	{path: "sdk/verify", closure: light},

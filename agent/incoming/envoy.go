@@ -157,7 +157,7 @@ func (e *Envoy) Check(ctx context.Context, in *extauthzv1.CheckRequest) (*extaut
 	return e.passed(t, headers), nil
 }
 
-func (e *Envoy) judge(ctx context.Context, a *extauthzv1.AttributeContext, headers []field) (*verify.Verified, *refusal) {
+func (e *Envoy) judge(ctx context.Context, a *extauthzv1.AttributeContext, headers []header) (*verify.Verified, *refusal) {
 	http := a.GetRequest().GetHttp()
 	if http == nil {
 		return nil, e.malformed("the question is about no HTTP request", "put ext_authz among the HTTP filters")
@@ -183,17 +183,17 @@ func (e *Envoy) malformed(message, hint string) *refusal {
 }
 
 // headersOf lists a request's headers, in whichever way Envoy sent them.
-func headersOf(r *extauthzv1.HttpRequest) []field {
-	var out []field
+func headersOf(r *extauthzv1.HttpRequest) []header {
+	var out []header
 	for name, value := range r.GetHeaders() {
-		out = append(out, field{name, value})
+		out = append(out, header{name, value})
 	}
 	for _, h := range r.GetHeaderMap().GetHeaders() {
 		value := h.GetValue()
 		if raw := h.GetRawValue(); len(raw) > 0 {
 			value = string(raw)
 		}
-		out = append(out, field{h.GetKey(), value})
+		out = append(out, header{h.GetKey(), value})
 	}
 	return out
 }
@@ -259,7 +259,7 @@ func parseCertificate(text string) (*x509.Certificate, error) {
 
 // passed lets a request on, with the headers that say who calls. Envoy removes after it
 // has set, so that nothing is in both lists.
-func (e *Envoy) passed(t *verify.Verified, headers []field) *extauthzv1.CheckResponse {
+func (e *Envoy) passed(t *verify.Verified, headers []header) *extauthzv1.CheckResponse {
 	ok := &extauthzv1.OkHttpResponse{}
 	remove := append([]string(nil), identityNames...)
 	remove = append(remove, overriding...)

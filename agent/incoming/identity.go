@@ -23,16 +23,16 @@ var identityNames = []string{
 // request's, behind the back of whoever looked at that.
 var overriding = []string{"x-http-method-override", "x-http-method", "x-method-override", "x-original-url", "x-original-uri", "x-original-method", "x-rewrite-url"}
 
-type field struct{ name, value string }
+type header struct{ name, value string }
 
 // identity is what an accepted token says, in the order of identityNames; what it doesn't
 // say is left out.
-func identity(t *verify.Verified) []field {
+func identity(t *verify.Verified) []header {
 	var actors []string
 	for _, m := range slices.Backward(t.Lineage[1:]) {
 		actors = append(actors, m.Identity.String())
 	}
-	all := []field{
+	all := []header{
 		{"Subject", t.Root().String()}, {"Presenter", t.Presenter().String()}, {"Actors", strings.Join(actors, ", ")},
 		{"Scope", strings.Join(t.Scopes, " ")}, {"Audience", t.Audience},
 		{"Grant", t.Grant().String()}, {"Txn", t.Transaction}, {"Expires", strconv.FormatInt(t.Expires.Unix(), 10)},
@@ -40,7 +40,7 @@ func identity(t *verify.Verified) []field {
 	out := all[:0]
 	for _, f := range all {
 		if f.value != "" {
-			out = append(out, field{prefix + f.name, f.value})
+			out = append(out, header{prefix + f.name, f.value})
 		}
 	}
 	return out

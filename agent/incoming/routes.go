@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/dayflyhq/dayfly/agent/field"
 	"github.com/dayflyhq/dayfly/proto/token"
 )
 
@@ -91,18 +92,7 @@ type routes struct {
 	hosts         bool // some route names a host
 }
 
-// A RouteError says what is wrong with one route.
-type RouteError struct {
-	Index          int // from 0
-	Field, Message string
-}
-
-func (e *RouteError) Error() string {
-	return fmt.Sprintf("routes[%d].%s: %s", e.Index, e.Field, e.Message)
-}
-
-// CheckRoutes says all that is wrong with routes, each complaint a *RouteError if it is of
-// one.
+// CheckRoutes says all that is wrong with routes: *field.Error values, joined.
 func CheckRoutes(all []Route) error {
 	_, err := newRoutes(all)
 	return err
@@ -110,10 +100,10 @@ func CheckRoutes(all []Route) error {
 
 func newRoutes(all []Route) (*routes, error) {
 	if len(all) == 0 {
-		return nil, errors.New("routes: there is none, so that every request would be refused")
+		return nil, field.Wrong("routes", "there is none, so that every request would be refused")
 	}
 	if len(all) > MaxRoutes {
-		return nil, fmt.Errorf("routes: at most %d", MaxRoutes)
+		return nil, field.Wrong("routes", "at most %d", MaxRoutes)
 	}
 	b := builder{
 		routes: routes{exact: http.NewServeMux(), folded: http.NewServeMux()},
@@ -121,19 +111,13 @@ func newRoutes(all []Route) (*routes, error) {
 	}
 	var errs []error
 	for i, r := range all {
-		for _, err := range b.add(i, r) {
-			err.Index = i
-			errs = append(errs, err)
-		}
+		errs = append(errs, field.Within(fmt.Sprintf("routes[%d]", i), b.add(i, r)))
 	}
-	if len(errs) > 0 {
-		return nil, errors.Join(errs...)
+	if err := errors.Join(errs...); err != nil {
+		return nil, err
 	}
 	for i, r := range all {
-		if err := b.routes.reachable(r); err != nil {
-			err.Index = i
-			errs = append(errs, err)
-		}
+		errs = append(errs, field.Within(fmt.Sprintf("routes[%d]", i), b.routes.reachable(r)))
 	}
 	return &b.routes, errors.Join(errs...)
 }
@@ -163,17 +147,17 @@ func unnamed(pattern string) string {
 	})
 }
 
-func (b *builder) add(i int, r Route) (errs []*RouteError) {
-	need, errs := r.demand()
-	if len(errs) > 0 {
-		return errs
+func (b *builder) add(i int, r Route) error {
+	need, err := r.demand()
+	if err != nil {
+		return err
 	}
 	pattern := unnamed(r.Host + r.Path)
 	p := b.places[pattern]
 	if p == nil {
 		p = &place{byName: map[string]*rule{}}
 		if register(b.routes.exact, pattern, p) != nil || register(b.routes.folded, fold(pattern), p) != nil {
-			return []*RouteError{wrong("path", "conflicts with that of %s: some paths match both, perhaps in another case, and neither is more specific", b.partner(pattern))}
+			return field.Wrong("path", "conflicts with that of %s: some paths match both, perhaps in another case, and neither is more specific", b.partner(pattern))
 		}
 		b.places[pattern], b.first[pattern] = p, i
 		b.order = append(b.order, pattern)
@@ -181,54 +165,52 @@ func (b *builder) add(i int, r Route) (errs []*RouteError) {
 	b.routes.hosts = b.routes.hosts || r.Host != ""
 	if len(r.Methods) == 0 {
 		if p.any != nil {
-			return []*RouteError{wrong("path", "is never reached: routes[%d] is of the same path", b.first[pattern])}
+			return field.Wrong("path", "is never reached: routes[%d] is of the same path", b.first[pattern])
 		}
 		p.any = need
 	}
+	var errs []error
 	for _, m := range r.Methods {
 		if p.byName[m] != nil {
-			errs = append(errs, wrong("methods", "%s is never reached: another route of the same path has it", m))
+			errs = append(errs, field.Wrong("methods", "%s is never reached: another route of the same path has it", m))
 			continue
 		}
 		p.byName[m] = need
 	}
-	return errs
-}
-
-func wrong(field, format string, args ...any) *RouteError {
-	return &RouteError{Field: field, Message: fmt.Sprintf(format, args...)}
+	return errors.Join(errs...)
 }
 
 // demand checks all that needs no other route.
-func (r *Route) demand() (_ *rule, errs []*RouteError) {
+func (r *Route) demand() (*rule, error) {
+	var errs []error
 	if !strings.HasPrefix(r.Path, "/") {
-		errs = append(errs, wrong("path", "%q doesn't begin with a slash", r.Path))
+		errs = append(errs, field.Wrong("path", "%q doesn't begin with a slash", r.Path))
 	} else if err := register(http.NewServeMux(), r.Path, &place{}); err != nil {
 		_, what, _ := strings.Cut(err.Error(), `": `)
-		errs = append(errs, wrong("path", "%s", cmp.Or(what, err.Error())))
+		errs = append(errs, field.Wrong("path", "%s", cmp.Or(what, err.Error())))
 	}
 	if r.Host != "" && !hostName.MatchString(r.Host) {
-		errs = append(errs, wrong("host", "%q is no lower-case host name without port", r.Host))
+		errs = append(errs, field.Wrong("host", "%q is no lower-case host name without port", r.Host))
 	}
 	for _, m := range r.Methods {
 		switch {
 		case !methodName.MatchString(m):
-			errs = append(errs, wrong("methods", "%q is no method in capitals", m))
+			errs = append(errs, field.Wrong("methods", "%q is no method in capitals", m))
 		case m == http.MethodConnect:
-			errs = append(errs, wrong("methods", "CONNECT is never let through"))
+			errs = append(errs, field.Wrong("methods", "CONNECT is never let through"))
 		}
 	}
 	for _, s := range r.Scopes {
 		if err := token.ValidateScope(s); err != nil {
-			errs = append(errs, wrong("scopes", "%q: %v", s, err))
+			errs = append(errs, field.Wrong("scopes", "%q: %v", s, err))
 		}
 	}
 	if r.Public && len(r.Scopes) > 0 {
-		errs = append(errs, wrong("scopes", "a public route looks at no token: leave them or public out"))
+		errs = append(errs, field.Wrong("scopes", "a public route looks at no token: leave them or public out"))
 	}
 	scopes := slices.Clone(r.Scopes)
 	slices.Sort(scopes)
-	return &rule{r.Public, slices.Compact(scopes)}, errs
+	return &rule{r.Public, slices.Compact(scopes)}, errors.Join(errs...)
 }
 
 // register adds a pattern to a mux, which panics about what it doesn't like.
@@ -256,7 +238,7 @@ func (b *builder) partner(pattern string) string {
 }
 
 // reachable finds out whether a request for a path of the route comes to it.
-func (r *routes) reachable(route Route) *RouteError {
+func (r *routes) reachable(route Route) error {
 	var sample []string
 	for s := range strings.SplitSeq(strings.TrimSuffix(wildcard.ReplaceAllString(route.Path, "zqx-wildcard"), "{$}"), "/") {
 		if literal, err := url.PathUnescape(s); err == nil {
@@ -271,9 +253,9 @@ func (r *routes) reachable(route Route) *RouteError {
 	got, refused := r.find(method, cmp.Or(route.Host, "zqx.invalid"), strings.Join(sample, "/"))
 	switch want, _ := route.demand(); {
 	case refused != nil:
-		return wrong("path", "every request for it would be refused: %s", refused.message)
+		return field.Wrong("path", "every request for it would be refused: %s", refused.message)
 	case !got.equal(want):
-		return wrong("path", "a request for it would come to another route")
+		return field.Wrong("path", "a request for it would come to another route")
 	}
 	return nil
 }

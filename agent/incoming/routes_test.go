@@ -1,7 +1,6 @@
 package incoming_test
 
 import (
-	"errors"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -12,6 +11,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/dayflyhq/dayfly/agent/field"
 	"github.com/dayflyhq/dayfly/agent/hop"
 	"github.com/dayflyhq/dayfly/agent/incoming"
 	"pgregory.net/rapid"
@@ -156,9 +156,13 @@ func TestRouteErrors(t *testing.T) {
 		if err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%+v:\n%v\nwant %s", c.routes[:min(len(c.routes), 3)], err, c.want)
 		}
-		var one *incoming.RouteError
-		if strings.HasPrefix(c.want, "routes[") && !errors.As(err, &one) {
-			t.Errorf("%v is no RouteError", err)
+		for _, e := range field.Errors(err) {
+			if !strings.HasPrefix(c.want, e.Key) {
+				t.Errorf("%v is of %s, want %s", e, e.Key, c.want)
+			}
+		}
+		if len(field.Errors(err)) == 0 {
+			t.Errorf("%v says of no field", err)
 		}
 	}
 	err := incoming.CheckRoutes([]incoming.Route{{Path: "x"}, {Path: "/", Methods: []string{"a"}, Scopes: []string{""}}})

@@ -7,29 +7,24 @@ import (
 	"io/fs"
 	"net"
 	"net/netip"
-	"os"
 	"path/filepath"
 	"reflect"
 	"time"
 
 	"github.com/dayflyhq/dayfly/agent"
+	"github.com/dayflyhq/dayfly/agent/field"
 	"github.com/dayflyhq/dayfly/agent/hop"
 	"github.com/dayflyhq/dayfly/agent/incoming"
 	"github.com/dayflyhq/dayfly/cmd/internal/config"
 	"github.com/dayflyhq/dayfly/sdk/verify"
 )
 
-// Incoming is a proxy before a service that has no SDK.
-type Incoming struct {
+// Guard is what listens and judges: a proxy, or what an Envoy asks.
+type Guard struct {
 	Listen       string      `yaml:"listen,required"`
 	Mode         config.Mode `yaml:"mode"`
 	Group        string      `yaml:"group"`
 	Callers      `yaml:",inline"`
-	Plain        bool          `yaml:"plain"`
-	Anonymous    bool          `yaml:"anonymous"`
-	MaxConns     int           `yaml:"max_connections"`
-	Upstream     string        `yaml:"upstream,required"`
-	UpstreamCA   string        `yaml:"upstream_ca"`
 	Audiences    []string      `yaml:"audiences,required"`
 	MaxStaleness time.Duration `yaml:"max_staleness"`
 	OnStale      string        `yaml:"on_stale"`
@@ -37,18 +32,20 @@ type Incoming struct {
 	Routes       []Route       `yaml:"routes,required"`
 }
 
+// Incoming is a proxy before a service that has no SDK.
+type Incoming struct {
+	Guard      `yaml:",inline"`
+	Plain      bool   `yaml:"plain"`
+	Anonymous  bool   `yaml:"anonymous"`
+	MaxConns   int    `yaml:"max_connections"`
+	Upstream   string `yaml:"upstream,required"`
+	UpstreamCA string `yaml:"upstream_ca"`
+}
+
 // Envoy is what an Envoy before a service asks.
 type Envoy struct {
-	Listen       string      `yaml:"listen,required"`
-	Mode         config.Mode `yaml:"mode"`
-	Group        string      `yaml:"group"`
-	Callers      `yaml:",inline"`
-	Peer         string        `yaml:"peer"`
-	Audiences    []string      `yaml:"audiences,required"`
-	MaxStaleness time.Duration `yaml:"max_staleness"`
-	OnStale      string        `yaml:"on_stale"`
-	PassToken    bool          `yaml:"pass_token"`
-	Routes       []Route       `yaml:"routes,required"`
+	Guard `yaml:",inline"`
+	Peer  string `yaml:"peer"`
 }
 
 // Route is what a request needs.
@@ -60,21 +57,15 @@ type Route struct {
 	Public  bool     `yaml:"public"`
 }
 
-func (c *Incoming) doorway() doorway { return doorway{c.Listen, c.Mode, c.Group, c.Callers} }
-
-func (c *Envoy) doorway() doorway { return doorway{c.Listen, c.Mode, c.Group, c.Callers} }
-
 // Validate checks all of it.
 func (c *Incoming) Validate() error {
-	door := c.doorway()
-	policy := c.policy()
-	errs := []error{door.check(), maxConns(c.MaxConns), onStale(c.OnStale), routesWrong(policy)}
-	if door.unix() {
+	errs := []error{c.check(), maxConns(c.MaxConns)}
+	if c.unix() {
 		if c.Plain || c.Anonymous {
 			errs = append(errs, config.Wrong("plain", "and anonymous are for TCP: a unix socket is plain"))
 		}
 	} else if c.Plain {
-		if !door.loopback() {
+		if !c.loopback() {
 			errs = append(errs, config.Wrong("plain", "needs a loopback address or a unix socket: tokens would go over the network in plain text"))
 		}
 		if c.Anonymous {
@@ -90,30 +81,10 @@ func (c *Incoming) Validate() error {
 	return errors.Join(errs...)
 }
 
-func (c *Incoming) policy() incoming.Policy {
-	return policy(c.Audiences, c.MaxStaleness, c.OnStale, c.PassToken, c.Routes)
-}
-
-func (c *Incoming) roots() (*x509.CertPool, error) {
-	if c.UpstreamCA == "" {
-		return nil, nil
-	}
-	content, err := os.ReadFile(c.UpstreamCA)
-	if err != nil {
-		return nil, err
-	}
-	pool := x509.NewCertPool()
-	if !pool.AppendCertsFromPEM(content) {
-		return nil, fmt.Errorf("%s has no certificate in PEM", c.UpstreamCA)
-	}
-	return pool, nil
-}
-
 // Validate checks all of it.
 func (c *Envoy) Validate() error {
-	door := c.doorway()
-	errs := []error{door.check(), onStale(c.OnStale), routesWrong(c.policy())}
-	if !door.unix() && !door.loopback() {
+	errs := []error{c.check()}
+	if !c.unix() && !c.loopback() {
 		errs = append(errs, config.Wrong("listen", "must be the absolute path of a unix socket or a loopback address: whoever asks learns which tokens pass"))
 	}
 	if _, ok := witnesses[c.Peer]; !ok {
@@ -123,10 +94,6 @@ func (c *Envoy) Validate() error {
 }
 
 var witnesses = map[string]incoming.Witness{"": incoming.Certificate, "certificate": incoming.Certificate, "principal": incoming.Principal}
-
-func (c *Envoy) policy() incoming.Policy {
-	return policy(c.Audiences, c.MaxStaleness, c.OnStale, c.PassToken, c.Routes)
-}
 
 // checkGuards checks what is to each other.
 func (c *Config) checkGuards() error {
@@ -146,98 +113,72 @@ func maxConns(n int) error {
 	return nil
 }
 
-func onStale(s string) error {
-	if s != "" && s != "close" && s != "accept" {
-		return config.Wrong("on_stale", "is close or accept")
+// check says what is wrong with it, but leaves what is missing to the decoder, which says it
+// better.
+func (g *Guard) check() error {
+	errs := []error{g.checkListen()}
+	if g.OnStale != "" && g.OnStale != "close" && g.OnStale != "accept" {
+		errs = append(errs, config.Wrong("on_stale", "is close or accept"))
 	}
-	return nil
+	if len(g.Audiences) == 0 || len(g.Routes) == 0 {
+		return errors.Join(errs...)
+	}
+	policy := g.policy()
+	for _, e := range field.Errors(incoming.CheckRoutes(policy.Routes)) {
+		errs = append(errs, config.Wrong(e.Key, "%s", e.Message))
+	}
+	policy.Routes = []incoming.Route{{Path: "/"}}
+	if err := policy.Check(); err != nil {
+		errs = append(errs, config.Wrong("audiences", "or max_staleness: %v", err))
+	}
+	return errors.Join(errs...)
 }
 
-func policy(audiences []string, bound time.Duration, stale string, passToken bool, routes []Route) incoming.Policy {
-	p := incoming.Policy{Audiences: audiences, MaxStaleness: bound, PassToken: passToken}
-	if stale == "accept" {
+func (g *Guard) policy() incoming.Policy {
+	p := incoming.Policy{Audiences: g.Audiences, MaxStaleness: g.MaxStaleness, PassToken: g.PassToken}
+	if g.OnStale == "accept" {
 		p.OnStale = verify.Accept
 	}
-	for _, r := range routes {
+	for _, r := range g.Routes {
 		p.Routes = append(p.Routes, incoming.Route(r))
 	}
 	return p
 }
 
-// routesWrong leaves what is missing to the decoder, which says it better.
-func routesWrong(p incoming.Policy) error {
-	if len(p.Audiences) == 0 || len(p.Routes) == 0 {
-		return nil
-	}
-	routes := p.Routes
-	p.Routes = []incoming.Route{{Path: "/"}}
-	var errs []error
-	if err := p.Check(); err != nil {
-		errs = append(errs, config.Wrong("audiences", "or max_staleness: %v", err))
-	}
-	var wrong *incoming.RouteError
-	for _, err := range flat(incoming.CheckRoutes(routes)) {
-		if errors.As(err, &wrong) {
-			errs = append(errs, config.Wrong(fmt.Sprintf("routes[%d].%s", wrong.Index, wrong.Field), "%s", wrong.Message))
-			continue
-		}
-		errs = append(errs, config.Wrong("routes", "%v", err))
-	}
-	return errors.Join(errs...)
-}
+func (g *Guard) unix() bool { return filepath.IsAbs(g.Listen) }
 
-func flat(err error) []error {
-	if joined, ok := err.(interface{ Unwrap() []error }); ok {
-		return joined.Unwrap()
-	}
-	if err == nil {
-		return nil
-	}
-	return []error{err}
-}
-
-// doorway is where and for whom to listen.
-type doorway struct {
-	listen string
-	mode   config.Mode
-	group  string
-	Callers
-}
-
-func (d *doorway) unix() bool { return filepath.IsAbs(d.listen) }
-
-func (d *doorway) loopback() bool {
-	at, err := netip.ParseAddrPort(d.listen)
+func (g *Guard) loopback() bool {
+	at, err := netip.ParseAddrPort(g.Listen)
 	return err == nil && at.Addr().IsLoopback()
 }
 
-func (d *doorway) check() error {
-	if d.listen == "" {
+func (g *Guard) checkListen() error {
+	if g.Listen == "" {
 		return nil // said by the decoder
 	}
-	if !d.unix() {
-		if d.mode != 0 || d.group != "" || !reflect.ValueOf(d.Callers).IsZero() {
+	if !g.unix() {
+		if g.Mode != 0 || g.Group != "" || !reflect.ValueOf(g.Callers).IsZero() {
 			return config.Wrong("mode", "group and the lists of who is allowed are for unix sockets")
 		}
-		if _, err := netip.ParseAddrPort(d.listen); err != nil {
-			return config.Wrong("listen", "%q is neither ADDRESS:PORT nor the absolute path of a unix socket", d.listen)
+		if _, err := netip.ParseAddrPort(g.Listen); err != nil {
+			return config.Wrong("listen", "%q is neither ADDRESS:PORT nor the absolute path of a unix socket", g.Listen)
 		}
 		return nil
 	}
-	socket, err := d.socket()
+	socket, err := g.socket()
 	if err != nil {
 		return config.Wrong("group", "%v", err)
 	}
 	if err := socket.Validate(); err != nil {
 		return config.Wrong("listen", "%v", err)
 	}
-	return d.Callers.check()
+	return g.Callers.check()
 }
 
-func (d *doorway) socket() (agent.SocketConfig, error) {
-	out := agent.SocketConfig{Path: d.listen, Mode: fs.FileMode(d.mode)}
-	if d.group != "" {
-		gid, err := groupID(d.group)
+func (g *Guard) socket() (agent.SocketConfig, error) {
+	out := agent.SocketConfig{Path: g.Listen, Mode: fs.FileMode(g.Mode)}
+	if g.Group != "" {
+		gid, err := groupID(g.Group)
 		if err != nil {
 			return out, err
 		}
@@ -247,11 +188,11 @@ func (d *doorway) socket() (agent.SocketConfig, error) {
 }
 
 // open listens. The listener comes from the shelf: see workload.listen.
-func (w *workload) open(s *shelf, d doorway) (net.Listener, error) {
-	if !d.unix() {
-		return w.keep(s.tcp(d.listen, "requests that come in"))
+func (w *workload) open(s *shelf, g *Guard) (net.Listener, error) {
+	if !g.unix() {
+		return w.keep(s.tcp(g.Listen, "requests that come in"))
 	}
-	socket, err := d.socket()
+	socket, err := g.socket()
 	if err != nil {
 		return nil, err
 	}
@@ -262,26 +203,28 @@ func (w *workload) open(s *shelf, d doorway) (net.Listener, error) {
 func (w *workload) listenIncoming(s *shelf, cfg *agent.Config) error {
 	for i := range w.w.Incoming {
 		c := &w.w.Incoming[i]
-		roots, err := c.roots()
-		if err != nil {
+		var roots *x509.CertPool // nil: the system's
+		if c.UpstreamCA != "" {
+			roots = x509.NewCertPool()
+		}
+		if err := addRoots(roots, c.UpstreamCA); err != nil {
 			return fmt.Errorf("incoming[%d].upstream_ca: %w", i, err)
 		}
-		at := c.doorway()
-		l, err := w.open(s, at)
+		l, err := w.open(s, &c.Guard)
 		if err != nil {
 			return err
 		}
 		out := agent.Incoming{Allow: c.allow(), ProxyConfig: incoming.ProxyConfig{
 			Policy: c.policy(), Listener: l, Anonymous: c.Anonymous, MaxConnections: c.MaxConns, Upstream: c.Upstream, UpstreamCA: roots,
 		}}
-		if !c.Plain && !at.unix() {
+		if !c.Plain && !c.unix() {
 			out.Source = cfg.Source
 		}
 		cfg.Incoming = append(cfg.Incoming, out)
 	}
 	for i := range w.w.Envoy {
 		c := &w.w.Envoy[i]
-		l, err := w.open(s, c.doorway())
+		l, err := w.open(s, &c.Guard)
 		if err != nil {
 			return err
 		}
