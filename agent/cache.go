@@ -218,10 +218,14 @@ func (c *cache) whenChanged() <-chan struct{} {
 }
 
 // find returns the entry of a request that is kept, nil for none.
-func (c *cache) find(r Request) *entry {
+func (c *cache) find(r sdk.Request) *entry {
+	want := fileRequest(r)
+	if want.normalize() != nil {
+		return nil
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.entries[r.key()]
+	return c.entries[want.key()]
 }
 
 // newest returns what may be given out of an entry now, and what it says of itself; nil for

@@ -48,14 +48,8 @@ func (t outgoingTokens) Token(ctx context.Context, r sdk.Request) (*sdk.Credenti
 
 // Refused lets the credential's source decide: it knows when it dropped the one before.
 func (t outgoingTokens) Refused(r sdk.Request, cred *sdk.Credential) bool {
-	want := fileRequest(r)
-	if want.normalize() != nil {
-		return false
-	}
-	t.cache.mu.Lock()
-	e, ok := t.cache.entries[want.key()]
-	t.cache.mu.Unlock()
-	return !ok || e.source.Refused(cred.Grant)
+	e := t.cache.find(r)
+	return e == nil || e.source.Refused(cred.Grant)
 }
 
 // Revoked is the feed's word alone: a rotated certificate ends no request on a connection

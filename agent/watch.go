@@ -25,11 +25,7 @@ const (
 // Newest returns the newest credential of a request that may be given out now, nil for
 // none. The request must be among Config.Prefetch. It asks nobody.
 func (a *Agent) Newest(r sdk.Request) *sdk.Credential {
-	want := fileRequest(r)
-	if want.normalize() != nil { // was checked at the start
-		return nil
-	}
-	e := a.cache.find(want)
+	e := a.cache.find(r)
 	if e == nil {
 		return nil
 	}
@@ -39,11 +35,7 @@ func (a *Agent) Newest(r sdk.Request) *sdk.Credential {
 
 // Refusal is why the last attempt to fetch a credential failed, nil after one that didn't.
 func (a *Agent) Refusal(r sdk.Request) *sdk.Error {
-	want := fileRequest(r)
-	if want.normalize() != nil {
-		return nil
-	}
-	e := a.cache.find(want)
+	e := a.cache.find(r)
 	if e == nil {
 		return nil
 	}
