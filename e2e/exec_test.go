@@ -161,7 +161,7 @@ func proc(pid string) string { return "/proc/" + pid }
 func TestExecRevoked(t *testing.T) {
 	_, agent, revoke := execBox(t)
 	s := dayflyExec(t, agent, "--audience", "orders", "--file", "web.jwt=web", "--grace", "1s", "--",
-		"sh", "-c", `trap 'echo told' TERM; setsid sleep 1000 & echo left $!.; echo at $DAYFLY_FILES; cat $DAYFLY_FILES/web.jwt; echo "; $DAYFLY_TOKEN."; while :; do sleep 0.1; done`)
+		"sh", "-c", `trap 'echo told' TERM; setsid sleep 1000 & echo left $!.; echo at $DAYFLY_FILES; echo "$(cat $DAYFLY_FILES/web.jwt); $DAYFLY_TOKEN."; while :; do sleep 0.1; done`)
 	left := s.await(`left (\d+)\.`)[1]
 	at := s.await(`at (/\S+)`)[1]
 	s.await(`eyJ\S+; eyJ\S+\.`)
@@ -385,7 +385,7 @@ func TestAgentExec(t *testing.T) {
 	files := fmt.Sprintf("files:\n  - path: %s/t\n    credential: {audience: orders}\n    on_change: {command: [/bin/sh, -c, 'echo $DAYFLY_CHANGE >>%s/told']}\n", dir, dir)
 	stale := []string{"DAYFLY_AGENT=unix:///stale", "DAYFLY_AGENT_HTTP=/stale"}
 	s := execWith(t, stale, nil, filepath.Join(bin, "dayfly-agent"), agentExec(t, box, files, "--env", "W=web", "--",
-		"sh", "-c", fmt.Sprintf(`cat %s/t; echo "; $W; $(dayfly token get --audience orders)."; echo at ${DAYFLY_AGENT#unix://} $DAYFLY_AGENT_HTTP.; exit 9`, dir))...)
+		"sh", "-c", fmt.Sprintf(`echo "$(cat %s/t); $W; $(dayfly token get --audience orders)."; echo at ${DAYFLY_AGENT#unix://} $DAYFLY_AGENT_HTTP.; exit 9`, dir))...)
 	m := s.await(`(eyJ\S+); eyJ\S+; (eyJ\S+)\.\n`)
 	if m[1] != m[2] {
 		t.Error("the socket has another token than the file")
