@@ -4,8 +4,9 @@ import (
 	"container/list"
 	"context"
 	"crypto/sha256"
-	"encoding/json"
+	"encoding/binary"
 	"fmt"
+	"strconv"
 	"sync"
 	"time"
 )
@@ -79,7 +80,12 @@ func (b *Broker) first(key string, a *retriedAnswer, issue func() (*Credential, 
 // requestDigest covers the certificate too: a credential bound to one SVID is no
 // answer to another.
 func requestDigest(c Caller, req Request) [32]byte {
-	b, _ := json.Marshal([]any{c.certificate(), req.Audience, req.Scopes, req.TTL, req.Binding, sha256.Sum256([]byte(req.Subject.Reveal()))})
+	svid := c.certificate()
+	b := svid[:]
+	for _, field := range append([]string{req.Audience, strconv.FormatInt(int64(req.TTL), 10), string(req.Binding), req.Subject.Reveal()}, req.Scopes...) {
+		b = binary.AppendUvarint(b, uint64(len(field)))
+		b = append(b, field...)
+	}
 	return sha256.Sum256(b)
 }
 

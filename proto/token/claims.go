@@ -409,7 +409,9 @@ func NormalizeScopes(scopes []string) ([]string, error) {
 			return nil, err
 		}
 	}
-	out := slices.Compact(slices.Sorted(slices.Values(scopes)))
+	out := slices.Clone(scopes)
+	slices.Sort(out)
+	out = slices.Compact(out)
 	if len(out) > MaxScopes {
 		return nil, fmt.Errorf("at most %d scopes, not %d", MaxScopes, len(out))
 	}

@@ -1,0 +1,54 @@
+package brokerd
+
+import (
+	"runtime"
+	"runtime/debug"
+	rtmetrics "runtime/metrics"
+	"testing"
+	"time"
+)
+
+func TestGarbagePercent(t *testing.T) {
+	for live, want := range map[uint64]int{
+		0: 1600, 4 << 20: 1600, 16 << 20: 400, 48 << 20: 133, 64 << 20: 100, 1 << 40: 100,
+	} {
+		if got := garbagePercent(live); got != want {
+			t.Errorf("with %d MiB in use GOGC is %d, want %d", live>>20, got, want)
+		}
+	}
+}
+
+// TestCollectLess: a process with little in use has room for garbage, one with more is as
+// by default, and one whose owner set GOGC is left alone.
+func TestCollectLess(t *testing.T) {
+	before := debug.SetGCPercent(100)
+	t.Cleanup(func() { debug.SetGCPercent(before) })
+	t.Setenv("GOGC", "100")
+	collectLess()
+	if p := gogc(); p != 100 {
+		t.Fatalf("GOGC is %d where its owner set 100", p)
+	}
+
+	t.Setenv("GOGC", "")
+	collectLess()
+	until := func(what string, ok func(p uint64) bool) {
+		t.Helper()
+		for deadline := time.Now().Add(time.Minute); !ok(gogc()); time.Sleep(time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatalf("GOGC is %d with %s in use", gogc(), what)
+			}
+			runtime.GC()
+		}
+	}
+	until("little", func(p uint64) bool { return p > 100 })
+	kept := make([]byte, 2*garbageRoom)
+	until("much", func(p uint64) bool { return p == 100 })
+	runtime.KeepAlive(kept)
+	until("little again", func(p uint64) bool { return p > 100 })
+}
+
+func gogc() uint64 {
+	s := []rtmetrics.Sample{{Name: "/gc/gogc:percent"}}
+	rtmetrics.Read(s)
+	return s[0].Value.Uint64()
+}
