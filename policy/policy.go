@@ -112,8 +112,6 @@ type Policy struct {
 	from    origin
 	current atomic.Pointer[generation]
 
-	warm warm
-
 	ready chan struct{} // closed when the first generation is in force
 
 	turn    sync.Mutex // held by a reload, which may wait for the network
@@ -209,14 +207,7 @@ func (p *Policy) Decide(ctx context.Context, in Input) (Decision, error) {
 	if g == nil {
 		return Decision{}, ErrNone
 	}
-	var (
-		d   Decision
-		err error
-	)
-	if panicked := p.warm.do(func() { d, err = g.decide(ctx, p.cfg, in) }); panicked != nil {
-		return Decision{}, fmt.Errorf("%w: %w", ErrEvaluation, panicked)
-	}
-	return d, err
+	return g.decide(ctx, p.cfg, in)
 }
 
 func (g *generation) decide(ctx context.Context, cfg Config, in Input, opts ...rego.EvalOption) (Decision, error) {

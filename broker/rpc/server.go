@@ -161,6 +161,7 @@ type handlers struct {
 	// bundlesChanged must be asked before caller, or a change between the two is missed.
 	bundlesChanged func() <-chan struct{}
 	stopping       chan struct{}
+	calls          warm
 }
 
 func (h *handlers) server(options []grpc.ServerOption, more ...grpc.ServerOption) *Server {
@@ -198,7 +199,13 @@ func (s *Server) Shutdown(ctx context.Context) {
 	}
 }
 
+// unary runs a call on a goroutine whose stack is deep already.
 func (h *handlers) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (resp any, err error) {
+	h.calls.do(func() { resp, err = h.call(ctx, req, info, next) })
+	return resp, err
+}
+
+func (h *handlers) call(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (resp any, err error) {
 	defer func() { err = h.finish(ctx, info.FullMethod, recover(), err) }()
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()

@@ -249,33 +249,19 @@ func revoke(ctx context.Context, client dayflyv1.RevocationServiceClient, identi
 	return err
 }
 
-// policyRows: one decision of the default rules, in this process. A server decides in a
-// goroutine that has just begun, whose stack must grow on the way: that is a row too.
+// policyRows: one decision of the default rules, in this process.
 func policyRows(s size) []row {
 	var rows []row
-	for i, n := range s.entitlements {
+	for _, n := range s.entitlements {
 		r := row{row: "policy", name: groups(n) + " entitlements", fixture: "policy", unit: inSeconds, target: atMost(1.2), series: "policy", x: float64(n)}
-		r.setup = func(ctx context.Context, l *lab) (pair, error) { return l.deciding(ctx, n, directly) }
+		r.setup = func(ctx context.Context, l *lab) (pair, error) { return l.deciding(ctx, n) }
 		rows = append(rows, r)
-		if i == 0 {
-			r.name, r.target, r.series = r.name+", each in a new goroutine", nil, ""
-			r.setup = func(ctx context.Context, l *lab) (pair, error) { return l.deciding(ctx, n, inGoroutine) }
-			rows = append(rows, r)
-		}
 	}
 	return rows
 }
 
-func directly(f func() error) error { return f() }
-
-func inGoroutine(f func() error) error {
-	done := make(chan error, 1)
-	go func() { done <- f() }()
-	return <-done
-}
-
 // deciding measures decisions of the demo's policy with more entitlements, and signing.
-func (l *lab) deciding(ctx context.Context, n int, do func(func() error) error) (pair, error) {
+func (l *lab) deciding(ctx context.Context, n int) (pair, error) {
 	p, err := shared(l, fmt.Sprintf("policy %d", n), func() (*policy.Policy, error) {
 		dir := filepath.Join(l.newDir(fmt.Sprintf("policy %d", n)), "policy")
 		if err := policy.WriteDemo(dir); err != nil {
@@ -313,10 +299,10 @@ func (l *lab) deciding(ctx context.Context, n int, do func(func() error) error) 
 	}
 	return pair{
 		ours: func(context.Context) (sample, error) {
-			return repeat(repeats, func(int) error { return do(decide) })
+			return repeat(repeats, func(int) error { return decide() })
 		},
 		floor: func(context.Context) (sample, error) {
-			return repeat(repeats, func(int) error { return do(sign) })
+			return repeat(repeats, func(int) error { return sign() })
 		},
 	}, nil
 }
