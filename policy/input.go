@@ -191,13 +191,26 @@ type facts struct {
 	target   string   // what the audience stands under: its name, or a template
 }
 
+// The words of the input document are made once: half of what building one allocated.
+func init() {
+	ast.InternStringTerm(
+		"action", "caller", "match", "time_ns", "peer_address", "audience", "target", "scopes", "ttl_ns", "binding",
+		"parent", "selectors", "lock", "verifier", "id", "trust_domain", "path", "patterns", "names", "attestation",
+		"svid", "serial", "age_ns", "remaining_ns", "grant", "key_id", "lineage", "audiences", "max_staleness_ns", "on_stale",
+		string(ActionIssue), string(ActionExchange), string(ActionFollow), string(ActionRelay), string(ActionReport),
+		string(ActionRevoke), string(ActionRevokeEverything), string(ActionLift), string(ActionLiftConfirm), string(ActionList),
+		string(ActionPlan), string(ActionGiveBack), string(ActionIntrospect),
+		AttestationX509, AttestationJWT, BindingNone, BindingSPIFFE, BindingX5T, OnStaleRefuse, OnStaleAccept,
+	)
+}
+
 // value is the input document. It is built as AST values, because converting a Go
 // map costs more than the whole evaluation. docs/policy.md has its schema.
 func (in Input) value(f facts) ast.Value {
 	items := make([][2]*ast.Term, 0, 16)
 	add := func(key string, v *ast.Term) { items = append(items, item(key, v)) }
 
-	add("action", ast.StringTerm(string(in.Action)))
+	add("action", ast.InternedTerm(string(in.Action)))
 	add("caller", in.Caller.term(f))
 	add("match", ast.StringTerm(f.match))
 	add("time_ns", int64Term(in.Time.UnixNano()))
@@ -213,7 +226,7 @@ func (in Input) value(f facts) ast.Value {
 			add("ttl_ns", int64Term(int64(in.TTL)))
 		}
 		if in.Binding != "" {
-			add("binding", ast.StringTerm(in.Binding))
+			add("binding", ast.InternedTerm(in.Binding))
 		}
 	}
 	if in.Action == ActionExchange || in.Action == ActionGiveBack || in.Action == ActionIntrospect {
@@ -240,7 +253,7 @@ func (c Caller) term(f facts) *ast.Term {
 		item("path", ast.StringTerm(c.ID.Path())),
 		item("patterns", stringsTerm(f.patterns)),
 		item("names", stringsTerm(f.names)),
-		item("attestation", ast.StringTerm(attestation)),
+		item("attestation", ast.InternedTerm(attestation)),
 		item("svid", ast.ObjectTerm(
 			item("serial", ast.StringTerm(c.SVIDSerial)),
 			item("age_ns", int64Term(int64(c.SVIDAge))),
@@ -273,7 +286,7 @@ func (v Verifier) term() *ast.Term {
 	return ast.ObjectTerm(
 		item("audiences", stringsTerm(v.Audiences)),
 		item("max_staleness_ns", int64Term(int64(v.MaxStaleness))),
-		item("on_stale", ast.StringTerm(onStale)),
+		item("on_stale", ast.InternedTerm(onStale)),
 	)
 }
 
