@@ -53,7 +53,7 @@ func TestSameAnswers(t *testing.T) {
 		}
 	})
 	t.Logf("remembered tokens and what was said of them: %v", hits)
-	if hits[""] == 0 || len(hits) < 6 {
+	if hits[""] == 0 || len(hits) < 3 {
 		t.Errorf("the histories show nothing: %v", hits)
 	}
 }
@@ -415,7 +415,7 @@ func (w *twins) showAs(t *rapid.T, raw string, peer verify.Peer) {
 		t.Fatalf("remembered %t: got %+v, want %+v", remembered, got, want)
 	}
 	for i := range got.Lineage { // it is the caller's
-		got.Lineage[i] = token.Member{Identity: thief}
+		got.Lineage[i].Identity = thief
 	}
 	for i := range got.Scopes {
 		got.Scopes[i] = "admin"
