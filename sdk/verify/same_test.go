@@ -45,7 +45,7 @@ func TestSameAnswers(t *testing.T) {
 		rt.Repeat(map[string]func(*rapid.T){
 			"issue": w.issue, "issue again": w.issue, "exchange": w.exchange, "forge": w.forge,
 			"publish": w.publish, "revoke": w.revoke, "era": w.newEra, "horizon": w.moveHorizon, "fork": w.fork,
-			"deliver": w.deliver, "ping": w.ping, "welcome": w.welcome, "time": w.pass, "sweep": w.sweep,
+			"deliver": w.deliver, "ping": w.ping, "welcome": w.welcome, "time": w.pass, "silence": w.silence, "sweep": w.sweep,
 			"show": w.show, "show again": w.show, "": w.showAll,
 		})
 		if with, without := w.with.TakeUses(), w.without.TakeUses(); !maps.Equal(with, without) {
@@ -224,6 +224,14 @@ func (w *twins) pass(t *rapid.T) {
 	if usually(t, "answered", true, false) {
 		w.ping(t)
 	}
+}
+
+// silence is longer than any bound, and what begins when it ends is looked at too.
+func (w *twins) silence(t *rapid.T) {
+	w.boot = w.boot.Add(31 * time.Second)
+	w.now = w.now.Add(31 * time.Second)
+	w.showAll(t)
+	w.ping(t)
 }
 
 func (w *twins) sweep(*rapid.T) { w.with.Sweep() }
@@ -420,4 +428,46 @@ func (w *twins) showAs(t *rapid.T, raw string, peer verify.Peer) {
 	for i := range got.Scopes {
 		got.Scopes[i] = "admin"
 	}
+}
+
+// FuzzRemembered shows anything to a verifier that remembers two good tokens: only what
+// one that remembers nothing accepts is accepted.
+func FuzzRemembered(f *testing.F) {
+	w := newTwins(f, append([]signingKey{newSigningKey(f), newSigningKey(f)}, collidingKeys(f)...), map[verify.Reason]int{})
+	w.start()
+	peer := verify.Peer{ID: payments}
+	var good []string
+	for _, scope := range []string{"orders:read", "orders:write"} {
+		raw := signWith(f, &token.Claims{
+			Issuer: issuer, Audience: "orders", Scopes: []string{scope},
+			Lineage:  []token.Member{{Identity: payments, Grant: must(token.NewGrantID(payments, w.now, rand.Reader)), Key: w.keys[0].public.ID}},
+			IssuedAt: w.now, NotBefore: w.now, Expires: w.now.Add(time.Minute),
+			Binding: token.BindingSPIFFE, Transaction: "txn", Position: w.log.Head().Token(),
+		}, w.keys[0].private)
+		if _, err := w.with.Verify(f.Context(), raw, peer); err != nil || !w.with.Remembers(raw) {
+			f.Fatalf("%v, remembered %t", err, w.with.Remembers(raw))
+		}
+		good = append(good, raw)
+	}
+	f.Add(0, 0, "")
+	f.Add(0, len(good[0]), "A")
+	f.Add(len(good[0])-1, 1, "A")
+	f.Add(strings.LastIndexByte(good[0], '.'), 100, good[1][strings.LastIndexByte(good[1], '.'):])
+	f.Add(0, strings.LastIndexByte(good[0], '.'), good[1][:strings.LastIndexByte(good[1], '.')])
+	gone, cancel := context.WithCancel(context.Background())
+	cancel()
+	f.Fuzz(func(t *testing.T, at, cut int, put string) {
+		raw := good[0]
+		at = min(max(at, 0), len(raw))
+		raw = raw[:at] + put + raw[min(at+min(max(cut, 0), len(raw)), len(raw)):]
+		_, got := w.with.Verify(gone, raw, peer)
+		_, want := w.without.Verify(gone, raw, peer)
+		w.without.Forget()
+		if fmt.Sprint(got) != fmt.Sprint(want) {
+			t.Errorf("got %v, want %v", got, want)
+		}
+		if got == nil && raw != good[0] && raw != good[1] && raw[:strings.LastIndexByte(raw, '.')] != good[0][:strings.LastIndexByte(good[0], '.')] {
+			t.Errorf("accepted: %q", put)
+		}
+	})
 }
