@@ -58,12 +58,15 @@ type Set struct {
 	sums    map[uint64][8]byte
 
 	// The highest number that revokes each thing, by the types of a token's own
-	// fields: a look-up makes no text. Named holds what is text anyway.
-	everything uint64
-	grants     map[token.GrantID]uint64
-	svids      map[token.Thumbprint]uint64
-	named      map[Selector]uint64
-	keys       map[token.KeyID]uint64
+	// fields: a look-up makes no text, and one among no selectors of a kind costs nothing.
+	everything   uint64
+	grants       map[token.GrantID]uint64
+	svids        map[token.Thumbprint]uint64
+	identities   map[string]uint64
+	subtrees     map[string]uint64
+	trustDomains map[string]uint64
+	audiences    map[string]uint64
+	keys         map[token.KeyID]uint64
 	// What each number selects, keys excepted, to forget it.
 	selected map[uint64][]Selector
 }
@@ -71,13 +74,16 @@ type Set struct {
 // NewSet returns the set of an era, before its first record.
 func NewSet(era token.Era) *Set {
 	return &Set{
-		era:      era,
-		sums:     map[uint64][8]byte{0: {}},
-		grants:   map[token.GrantID]uint64{},
-		svids:    map[token.Thumbprint]uint64{},
-		named:    map[Selector]uint64{},
-		keys:     map[token.KeyID]uint64{},
-		selected: map[uint64][]Selector{},
+		era:          era,
+		sums:         map[uint64][8]byte{0: {}},
+		grants:       map[token.GrantID]uint64{},
+		svids:        map[token.Thumbprint]uint64{},
+		identities:   map[string]uint64{},
+		subtrees:     map[string]uint64{},
+		trustDomains: map[string]uint64{},
+		audiences:    map[string]uint64{},
+		keys:         map[token.KeyID]uint64{},
+		selected:     map[uint64][]Selector{},
 	}
 }
 
@@ -92,7 +98,7 @@ func (s *Set) Horizon() uint64 { return s.horizon }
 
 // Len returns how many different selectors are held.
 func (s *Set) Len() int {
-	n := len(s.grants) + len(s.svids) + len(s.named) + len(s.keys)
+	n := len(s.grants) + len(s.svids) + len(s.identities) + len(s.subtrees) + len(s.trustDomains) + len(s.audiences) + len(s.keys)
 	if s.everything > 0 {
 		n++
 	}
@@ -144,8 +150,24 @@ func (s *Set) raise(sel Selector, seq uint64) {
 			s.svids[t] = max(s.svids[t], seq)
 		}
 	default:
-		s.named[sel] = max(s.named[sel], seq)
+		named := s.named(sel.kind)
+		named[sel.value] = max(named[sel.value], seq)
 	}
+}
+
+// named returns where the selectors of a kind are that is text anyway.
+func (s *Set) named(kind Kind) map[string]uint64 {
+	switch kind {
+	case KindIdentity:
+		return s.identities
+	case KindSubtree:
+		return s.subtrees
+	case KindTrustDomain:
+		return s.trustDomains
+	case KindAudience:
+		return s.audiences
+	}
+	panic("internal error: a selector of no kind that is named: " + string(kind))
 }
 
 // SetHorizon moves the horizon up and forgets what no token at or above it can be
@@ -196,8 +218,8 @@ func (s *Set) drop(sel Selector, seq uint64) {
 			delete(s.svids, t)
 		}
 	default:
-		if s.named[sel] == seq {
-			delete(s.named, sel)
+		if named := s.named(sel.kind); named[sel.value] == seq {
+			delete(named, sel.value)
 		}
 	}
 }
@@ -238,7 +260,7 @@ func (s *Set) Judge(sub Subject) Verdict {
 // newestMatch returns the highest number that matches, 0 for none. Every look-up is
 // by key: its cost depends on the lineage, not on the set.
 func (s *Set) newestMatch(sub Subject) uint64 {
-	newest := max(s.everything, s.named[Selector{KindAudience, sub.Audience}])
+	newest := max(s.everything, s.audiences[sub.Audience])
 	for _, m := range sub.Lineage {
 		newest = max(newest, s.grants[m.Grant], s.newestForIdentity(m.Identity))
 		if !m.SVID.IsZero() {
@@ -250,10 +272,13 @@ func (s *Set) newestMatch(sub Subject) uint64 {
 
 func (s *Set) newestForIdentity(id spiffeid.ID) uint64 {
 	text := id.String()
-	newest := max(s.named[Selector{KindIdentity, text}], s.named[Selector{KindTrustDomain, id.TrustDomain().Name()}])
+	newest := max(s.identities[text], s.trustDomains[id.TrustDomain().Name()])
+	if len(s.subtrees) == 0 {
+		return newest
+	}
 	root := len(text) - len(id.Path())
 	for end := strings.LastIndexByte(text, '/'); end > root; end = strings.LastIndexByte(text[:end], '/') {
-		newest = max(newest, s.named[Selector{KindSubtree, text[:end]}])
+		newest = max(newest, s.subtrees[text[:end]])
 	}
 	return newest
 }

@@ -44,6 +44,18 @@ func BenchmarkParse(b *testing.B) {
 	}
 }
 
+// BenchmarkInspect is what reading costs beside the signature.
+func BenchmarkInspect(b *testing.B) {
+	k := fixedKey(b, token.ES256, "bench")
+	raw := sign(b, claims(b, k.public.ID, token.MaxDepth), k)
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := token.Inspect(raw); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
 func BenchmarkEncode(b *testing.B) {
 	k := fixedKey(b, token.ES256, "bench")
 	c := claims(b, k.public.ID, 2)

@@ -107,6 +107,13 @@ func (c *Claims) Self() Member { return c.Lineage[len(c.Lineage)-1] }
 // Presenter is who may use the token: the outermost act.sub, else sub.
 func (c *Claims) Presenter() spiffeid.ID { return c.Self().Identity }
 
+// Clone returns a copy that shares nothing that could be changed.
+func (c *Claims) Clone() Claims {
+	out := *c
+	out.Lineage, out.Scopes = slices.Clone(c.Lineage), slices.Clone(c.Scopes)
+	return out
+}
+
 // Grant is the jti.
 func (c *Claims) Grant() GrantID { return c.Self().Grant }
 

@@ -146,24 +146,26 @@ func ParseEra(s string) (Era, error) {
 
 func (e Era) String() string { return fmt.Sprintf("%08x", uint32(e)) }
 
-// decode reads unpadded base64url and accepts one spelling of any bytes: no spare
-// bits, and none of the line breaks that encoding/base64 reads past.
+// base64url is unpadded, and has one spelling of any bytes: no spare bits.
+var base64url = base64.RawURLEncoding.Strict()
+
+// decode reads base64url, without the line breaks that encoding/base64 reads past.
 func decode(s string) ([]byte, error) {
-	if strings.ContainsAny(s, "\r\n") {
+	if strings.IndexByte(s, '\n') >= 0 || strings.IndexByte(s, '\r') >= 0 {
 		return nil, errors.New("line break in base64url")
 	}
-	return base64.RawURLEncoding.Strict().DecodeString(s)
+	return base64url.DecodeString(s)
 }
 
-// decodeExact fills dst from its only base64url spelling.
+// decodeExact fills dst from its only base64url spelling. With a line break in it the
+// right number of characters is too few bytes.
 func decodeExact(dst []byte, s string) error {
-	b, err := decode(s)
-	if err != nil {
-		return err
-	}
-	if len(b) != len(dst) {
+	if len(s) != base64url.EncodedLen(len(dst)) {
 		return errors.New("wrong length")
 	}
-	copy(dst, b)
-	return nil
+	n, err := base64url.Decode(dst, []byte(s))
+	if err == nil && n != len(dst) {
+		err = errors.New("wrong length")
+	}
+	return err
 }

@@ -156,6 +156,22 @@ func NewPublicKey(alg Algorithm, key crypto.PublicKey) (PublicKey, error) {
 	return PublicKey{id, alg, key}, nil
 }
 
+// Equal reports whether two keys are the same: not whether their IDs are, which are short.
+func (k PublicKey) Equal(other PublicKey) bool {
+	if k.Algorithm != other.Algorithm {
+		return false
+	}
+	switch key := k.Key.(type) {
+	case *ecdsa.PublicKey:
+		return key == other.Key || key.Equal(other.Key)
+	case *rsa.PublicKey:
+		return key == other.Key || key.Equal(other.Key)
+	case ed25519.PublicKey:
+		return key.Equal(other.Key)
+	}
+	return false
+}
+
 // A Token is one that was read.
 type Token struct {
 	Claims

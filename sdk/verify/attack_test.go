@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"context"
 	"crypto/tls"
-	"encoding/base64"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -34,13 +33,6 @@ import (
 // key is revoked any token within the caps, at a position that the log has; after it
 // nothing, whatever number the token bears, nor what an honest broker derived from it.
 func TestStolenKey(t *testing.T) {
-	payload := func(raw string) string {
-		b, err := base64.RawURLEncoding.DecodeString(strings.Split(raw, ".")[1])
-		if err != nil {
-			t.Fatal(err)
-		}
-		return string(b)
-	}
 	for _, tt := range []struct {
 		name   string
 		change func(w *world, c *token.Claims)
@@ -86,8 +78,8 @@ func TestStolenKey(t *testing.T) {
 				}
 				raw := signWith(t, c, key)
 				if tt.edit != nil {
-					edited := tt.edit(payload(raw))
-					if edited == payload(raw) {
+					edited := tt.edit(payloadOf(t, raw))
+					if edited == payloadOf(t, raw) {
 						t.Fatalf("nothing to edit in %s", edited)
 					}
 					raw = resign(t, key, raw, edited)

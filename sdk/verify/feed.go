@@ -75,6 +75,7 @@ func (v *Verifier) stop() {
 
 // lost notes why a stream ended.
 func (v *Verifier) lost(ctx context.Context, err error) {
+	v.seen.sweep(v.cfg.Now())
 	v.mu.Lock()
 	v.feedErr = err
 	v.notify()
@@ -241,10 +242,12 @@ func (s *stream) serve() error {
 	}
 }
 
-// tick reports and then pings: the answer says that the reports have arrived.
+// tick reports and then pings: the answer says that the reports have arrived. It also
+// forgets what has expired.
 func (s *stream) tick() error {
 	u := &s.v.uses
 	u.pack(s.v.cfg.Boot(), s.v.currentBound())
+	s.v.seen.sweep(s.v.cfg.Now())
 	for m := u.outbox.Next(); m != nil; m = u.outbox.Next() {
 		if err := s.rpc.Send(&dayflyv1.FollowRequest{Message: &dayflyv1.FollowRequest_UseReport{UseReport: m}}); err != nil {
 			return err

@@ -7,6 +7,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"log/slog"
 	"slices"
 	"sync"
@@ -148,6 +149,7 @@ type Verifier struct {
 	cfg      Config
 	client   dayflyv1.FeedServiceClient
 	instance string // random, of this verifier and no other
+	seen     cache
 	uses     uses
 	asks     asks
 	watches  watches
@@ -186,6 +188,7 @@ func New(cfg Config) (*Verifier, error) {
 		cfg:      cfg,
 		client:   dayflyv1.NewFeedServiceClient(cfg.Conn),
 		instance: rand.Text(),
+		seen:     cache{seed: maphash.MakeSeed()},
 		issuer:   cfg.Issuer,
 		changed:  make(chan struct{}),
 	}
@@ -235,41 +238,84 @@ func (t *Verified) RequireScope(scopes ...string) error {
 // Verify judges a token by what is known now. It makes no call, with one exception: a
 // token that names a signing key or a position that is not known yet is held for one
 // ping of the feed, for two seconds at most. Errors are *Refusal.
+//
+// A token that was accepted is remembered until it expires, for its signature and nothing
+// else: it is judged anew each time.
 func (v *Verifier) Verify(ctx context.Context, rawToken string, peer Peer) (*Verified, error) {
-	t, at, refusal := v.judge(rawToken, peer)
-	if refusal != nil && (refusal.Reason == KeyUnknown || refusal.Reason == Ahead) && v.asks.ask(ctx) {
-		t, at, refusal = v.judge(rawToken, peer)
+	s, j := v.try(rawToken, peer)
+	if r := j.refusal; r != nil && (r.Reason == KeyUnknown || r.Reason == Ahead) && v.asks.ask(ctx) {
+		s, j = v.try(rawToken, peer)
 	}
-	if t != nil {
-		v.uses.note(t, at, peer, refusal, v.cfg.Now())
+	if s != nil {
+		v.uses.note(&s.Token, j.at, peer, j.refusal, j.now)
 	}
-	if refusal != nil {
-		return nil, refusal
+	if j.refusal != nil {
+		return nil, j.refusal
 	}
-	return &Verified{Claims: t.Claims, Token: token.NewSecret(rawToken), Peer: peer}, nil
+	return &Verified{Claims: s.Claims.Clone(), Token: s.secret, Peer: peer}, nil
 }
 
-// judge returns the token, nil where its signature proves nothing, the position that it
-// was judged at, and why it is refused.
-func (v *Verifier) judge(raw string, peer Peer) (*token.Token, feed.Position, *Refusal) {
-	if r := v.closed(); r != nil {
-		return nil, feed.Position{}, r
+// A judgement is of one token at one moment.
+type judgement struct {
+	at      feed.Position // of what was known
+	now     time.Time
+	refusal *Refusal
+}
+
+// try judges a token once. It returns nil for it where nothing proves that it is one.
+func (v *Verifier) try(raw string, peer Peer) (*signed, judgement) {
+	if s := v.seen.get(raw); s != nil {
+		if j, ok := v.judge(s, peer); ok {
+			return s, j
+		}
 	}
-	t, err := token.Parse(raw, v.key)
-	if err != nil {
-		return nil, feed.Position{}, v.unparsed(raw, err)
-	}
-	at, r := v.dead(&t.Claims)
+	s, r := v.parse(raw)
 	if r != nil {
-		return t, at, r
+		return nil, judgement{refusal: r}
 	}
-	if r := v.expired(&t.Claims); r != nil {
-		return t, at, r
+	j, ok := v.judge(s, peer)
+	if !ok {
+		return nil, j
 	}
-	if !slices.Contains(v.cfg.Audiences, t.Audience) {
-		return t, at, Because(AudienceMismatch)
+	if j.refusal == nil {
+		v.seen.put(s, j.now)
 	}
-	return t, at, unbound(&t.Claims, peer)
+	return s, j
+}
+
+// judge is all that is asked of a token whose signature holds, each time that it is
+// shown. It returns false where the verifier is closed, or where the key that vouches for
+// the token is no longer what the feed publishes under its ID: then nothing is proven.
+func (v *Verifier) judge(s *signed, peer Peer) (j judgement, proven bool) {
+	j, proven = v.judgeByFeed(s)
+	j.now = v.cfg.Now()
+	if j.refusal == nil {
+		j.refusal = v.expired(&s.Claims, j.now)
+	}
+	if j.refusal == nil && !slices.Contains(v.cfg.Audiences, s.Audience) {
+		j.refusal = Because(AudienceMismatch)
+	}
+	if j.refusal == nil {
+		j.refusal = unbound(&s.Claims, peer)
+	}
+	return j, proven
+}
+
+// judgeByFeed is one moment: that what is known is fresh, the rule of revocation by it,
+// and its position: a later one would make a use that was accepted rightly look like one
+// that was not.
+func (v *Verifier) judgeByFeed(s *signed) (j judgement, proven bool) {
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	if j.refusal = v.closedLocked(); j.refusal != nil {
+		return j, false
+	}
+	if key, ok := v.view.Key(s.Self().Key); !ok || !key.Equal(s.key) {
+		j.refusal = Because(KeyUnknown)
+		return j, false
+	}
+	j.at, j.refusal = v.view.Position(), v.deadLocked(&s.Claims)
+	return j, true
 }
 
 // unparsed says why a token proves nothing. The keys of earlier eras are forgotten: a
@@ -314,30 +360,31 @@ func (v *Verifier) closedLocked() *Refusal {
 	return nil
 }
 
-// dead applies the rule of revocation, in one moment with the check that what it is
-// applied to is fresh, and with reading the position: a later one would make a use that
-// was accepted rightly look like one that was not.
-func (v *Verifier) dead(c *token.Claims) (feed.Position, *Refusal) {
+// dead says why a token that was accepted would not be now, whatever the clock says.
+func (v *Verifier) dead(c *token.Claims) *Refusal {
 	v.mu.RLock()
 	defer v.mu.RUnlock()
-	at := v.view.Position()
 	if r := v.closedLocked(); r != nil {
-		return at, r
+		return r
 	}
+	return v.deadLocked(c)
+}
+
+// deadLocked applies the rule of revocation, and the terms of the feed.
+func (v *Verifier) deadLocked(c *token.Claims) *Refusal {
 	if r := killed(v.view.Judge(revocation.SubjectOf(c))); r != nil {
-		return at, r
+		return r
 	}
 	switch {
 	case c.Issuer != v.issuer:
-		return at, Because(IssuerMismatch)
+		return Because(IssuerMismatch)
 	case c.Expires.Sub(c.IssuedAt) > v.maxTTL:
-		return at, Because(TokenTooLong)
+		return Because(TokenTooLong)
 	}
-	return at, nil
+	return nil
 }
 
-func (v *Verifier) expired(c *token.Claims) *Refusal {
-	now := v.cfg.Now()
+func (v *Verifier) expired(c *token.Claims, now time.Time) *Refusal {
 	switch {
 	case !now.Before(c.Expires.Add(v.cfg.Leeway)):
 		return Because(TokenExpired)

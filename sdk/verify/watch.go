@@ -35,7 +35,7 @@ func (v *Verifier) Watch(ctx context.Context, t *Verified) (context.Context, con
 	v.watches.all[w] = struct{}{}
 	w.timer = time.AfterFunc(v.watchFor(t), func() { v.endWatch(w) })
 	v.watches.mu.Unlock()
-	if _, r := v.dead(&t.Claims); r != nil {
+	if r := v.dead(&t.Claims); r != nil {
 		cancel(r)
 	}
 	return ctx, func() {
@@ -61,7 +61,7 @@ func (v *Verifier) watchFor(t *Verified) time.Duration {
 
 // endWatch is called by a watch's timer.
 func (v *Verifier) endWatch(w *watch) {
-	r := v.expired(&w.token.Claims)
+	r := v.expired(&w.token.Claims, v.cfg.Now())
 	if r == nil {
 		r = v.closed()
 	}
@@ -81,7 +81,7 @@ func (v *Verifier) judgeWatches() {
 	v.watches.mu.Lock()
 	defer v.watches.mu.Unlock()
 	for w := range v.watches.all {
-		if _, r := v.dead(&w.token.Claims); r != nil {
+		if r := v.dead(&w.token.Claims); r != nil {
 			w.end(r)
 		}
 	}

@@ -1,6 +1,6 @@
-// Command mutants plants mistakes in the code, one at a time, and lets the simulation
-// find each: it shows that TestSimulation has teeth. make mutants runs it; the table that
-// it prints is in docs/simulation.md.
+// Command mutants plants mistakes in the code, one at a time, and lets the simulation, or
+// another test that goes through histories, find each: it shows that these have teeth.
+// make mutants runs it; the table that it prints is in docs/simulation.md.
 //
 // A mistake is planted by go build's -overlay, so that the code holds no switch for it.
 package main
@@ -50,21 +50,24 @@ func run(ctx context.Context, args []string, out, progress io.Writer) error {
 	}
 	defer os.RemoveAll(dir)
 	fmt.Fprintf(out, "| trap | mistake | found by | histories until found | seconds |\n| --- | --- | --- | --- | --- |\n")
-	survivors := 0
-	for i, m := range mutants {
-		if !match.MatchString(m.trap + " " + m.mistake) {
-			continue
+	survivors, planted := 0, 0
+	for _, h := range hunts {
+		for _, m := range h.mutants {
+			if !match.MatchString(m.trap + " " + m.mistake) {
+				continue
+			}
+			planted++
+			fmt.Fprintf(progress, "%d: %s\n", planted, m.mistake)
+			f, err := h.hunt(ctx, m, *root, filepath.Join(dir, strconv.Itoa(planted)), *seeds)
+			if err != nil {
+				return fmt.Errorf("%s: %w", m.mistake, err)
+			}
+			if f.invariant == "" {
+				survivors++
+				f.invariant = "**nothing**"
+			}
+			fmt.Fprintf(out, "| %s | %s | %s | %d | %.0f |\n", m.trap, m.mistake, f.invariant, f.histories, f.elapsed.Seconds())
 		}
-		fmt.Fprintf(progress, "%d of %d: %s\n", i+1, len(mutants), m.mistake)
-		f, err := m.hunt(ctx, *root, filepath.Join(dir, strconv.Itoa(i)), *seeds)
-		if err != nil {
-			return fmt.Errorf("%s: %w", m.mistake, err)
-		}
-		if f.invariant == "" {
-			survivors++
-			f.invariant = "**nothing**"
-		}
-		fmt.Fprintf(out, "| %s | %s | %s | %d | %.0f |\n", m.trap, m.mistake, f.invariant, f.histories, f.elapsed.Seconds())
 	}
 	if survivors > 0 {
 		return fmt.Errorf("%d mistakes were not found", survivors)
@@ -72,17 +75,15 @@ func run(ctx context.Context, args []string, out, progress io.Writer) error {
 	return nil
 }
 
-// A finding is which invariant broke, after how many histories.
+// A finding is which invariant broke, or which test failed, after how many histories.
 type finding struct {
 	invariant string
 	histories int
 	elapsed   time.Duration
 }
 
-var violation = regexp.MustCompile(`seed (\d+): ([A-Z]\d): `)
-
-// hunt builds the simulation with the mistake and runs it until it fails.
-func (m mutant) hunt(ctx context.Context, root, dir string, seeds int) (finding, error) {
+// hunt builds the test with the mistake and runs it until it fails.
+func (h hunter) hunt(ctx context.Context, m mutant, root, dir string, seeds int) (finding, error) {
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return finding{}, err
 	}
@@ -90,16 +91,16 @@ func (m mutant) hunt(ctx context.Context, root, dir string, seeds int) (finding,
 	if err != nil {
 		return finding{}, err
 	}
-	binary := filepath.Join(dir, "sim.test")
-	build := exec.CommandContext(ctx, "go", "test", "-c", "-vet=off", "-overlay", overlay, "-o", binary, "./broker")
+	binary := filepath.Join(dir, "hunter.test")
+	build := exec.CommandContext(ctx, "go", "test", "-c", "-vet=off", "-overlay", overlay, "-o", binary, "./"+h.dir)
 	build.Dir = root
 	if b, err := build.CombinedOutput(); err != nil {
 		return finding{}, fmt.Errorf("building: %w\n%s", err, b)
 	}
 	began := time.Now()
-	sim := exec.CommandContext(ctx, binary, "-test.run", "^TestSimulation$", "-test.timeout", "30m", "-sim.seeds", strconv.Itoa(seeds), "-sim.noshrink")
-	sim.Dir = filepath.Join(root, "broker")
-	b, err := sim.CombinedOutput()
+	test := exec.CommandContext(ctx, binary, append([]string{"-test.run", "^" + h.test + "$", "-test.timeout", "30m"}, h.flags(seeds)...)...)
+	test.Dir = filepath.Join(root, h.dir)
+	b, err := test.CombinedOutput()
 	var exit *exec.ExitError
 	switch {
 	case err == nil:
@@ -107,12 +108,25 @@ func (m mutant) hunt(ctx context.Context, root, dir string, seeds int) (finding,
 	case !errors.As(err, &exit) || ctx.Err() != nil:
 		return finding{}, errors.Join(err, ctx.Err())
 	}
-	found := violation.FindSubmatch(b)
+	found := h.found.FindSubmatch(b)
 	if found == nil {
-		return finding{}, fmt.Errorf("the simulation ended in another way:\n%.2000s", b)
+		return finding{}, fmt.Errorf("%s ended in another way:\n%.2000s", h.test, b)
 	}
-	n, err := strconv.Atoi(string(found[1]))
-	return finding{string(found[2]), n, time.Since(began)}, err
+	f := finding{invariant: h.test, elapsed: time.Since(began)}
+	for i, group := range h.found.SubexpNames() {
+		switch group {
+		case "broken":
+			f.invariant = string(found[i])
+		case "history", "passed":
+			if f.histories, err = strconv.Atoi(string(found[i])); err != nil {
+				return finding{}, err
+			}
+			if group == "passed" {
+				f.histories++
+			}
+		}
+	}
+	return f, nil
 }
 
 // plant writes the changed files and the overlay that puts them in place.

@@ -1,6 +1,11 @@
 package main
 
-// A mutant is one mistake, planted in the code for one build of the simulation.
+import (
+	"regexp"
+	"strconv"
+)
+
+// A mutant is one mistake, planted in the code for one build of the test that is to find it.
 type mutant struct {
 	// trap is its number in the list of the design's traps; "" for one of our own.
 	trap string
@@ -10,7 +15,37 @@ type mutant struct {
 	edits []edit
 }
 
+// A hunter is a test that goes through histories.
+type hunter struct {
+	dir, test string
+	flags     func(seeds int) []string
+	// found has two groups: which history failed (or how many had passed, from which its
+	// number is one more), and, where the test alone doesn't say, what it broke.
+	found *regexp.Regexp
+}
+
+var simulation = hunter{
+	dir: "broker", test: "TestSimulation",
+	flags: func(seeds int) []string { return []string{"-sim.seeds", strconv.Itoa(seeds), "-sim.noshrink"} },
+	found: regexp.MustCompile(`seed (?P<history>\d+): (?P<broken>[A-Z]\d): `),
+}
+
+// twins are a verifier that remembers signed tokens and one that doesn't.
+var twins = hunter{
+	dir: "sdk/verify", test: "TestSameAnswers",
+	flags: func(seeds int) []string {
+		return []string{"-rapid.checks", strconv.Itoa(seeds), "-rapid.nofailfile", "-rapid.shrinktime", "1ms"}
+	},
+	found: regexp.MustCompile(`\[rapid\] (?:failed|panic) after (?P<passed>\d+) tests`),
+}
+
 type edit struct{ file, old, new string }
+
+// hunts is who is to find what.
+var hunts = []struct {
+	hunter
+	mutants []mutant
+}{{simulation, mutants}, {twins, remembering}}
 
 // Where the mistakes are made: the real code, or, for what a verifier's or an agent's
 // streams do with it, the simulation's follower, which does the same in the same order.
@@ -27,6 +62,8 @@ const (
 	stateGo   = "broker/state.go"
 	uses      = "broker/uses.go"
 	feedSign  = "proto/feed/signed.go"
+	remember  = "sdk/verify/signed.go"
+	verifier  = "sdk/verify/verifier.go"
 	screen    = "proto/feed/screen.go"
 	freshness = "proto/feed/freshness.go"
 	logGo     = "proto/feed/log.go"
@@ -199,4 +236,32 @@ var mutants = []mutant{
 		"if sel.Kind() == revocation.KindSVID || l.Mode", "if l.Mode")},
 	{"", "keys are forgotten while tokens that they signed live", one(prune,
 		"if seq >= oldest {\n\t\t\tkeep[seq] = true", "if seq > oldest && false {\n\t\t\tkeep[seq] = true")},
+}
+
+// What a verifier could do wrong with the signed tokens that it remembers.
+var remembering = []mutant{
+	{"", "a verifier remembers its verdict", one(verifier,
+		"if j, ok := v.judge(s, peer); ok {", "if j := (judgement{now: v.cfg.Now()}); true {")},
+	{"", "what is remembered is accepted while the feed is stale", one(verifier,
+		"if j.refusal = v.closedLocked(); j.refusal != nil {", "if v.view.Err() != nil {\n\t\tj.refusal = v.closedLocked()")},
+	{"", "the rule isn't asked about what is remembered", one(verifier,
+		"if j, ok := v.judge(s, peer); ok {", "s.Lineage = s.Lineage[len(s.Lineage):]\n\t\tif j, ok := v.judge(s, peer); ok {")},
+	{"", "a remembered token is anybody's", one(verifier,
+		"if j, ok := v.judge(s, peer); ok {", "if j, ok := v.judge(s, Peer{ID: s.Presenter(), Certificate: peer.Certificate}); ok {")},
+	{"", "a remembered token's key may have left", one(verifier,
+		"!ok || !key.Equal(s.key)", "ok && !key.Equal(s.key)")},
+	{"", "a remembered token's key is compared by its ID", one(verifier,
+		"!ok || !key.Equal(s.key)", "!ok || key.ID != s.key.ID")},
+	{"", "a token is remembered without its signature", []edit{
+		{remember, "return maphash.String(c.seed, raw)", "return maphash.String(c.seed, raw[:strings.LastIndexByte(raw, '.')+1])"},
+		{remember, "s.hash == hash && s.raw == raw", "s.hash == hash"},
+	}},
+	{"", "a token is remembered by its signature alone", []edit{
+		{remember, "return maphash.String(c.seed, raw)", "return maphash.String(c.seed, raw[strings.LastIndexByte(raw, '.')+1:])"},
+		{remember, "s.hash == hash && s.raw == raw", "s.hash == hash"},
+	}},
+	{"", "callers share what is remembered", one(verifier,
+		"Claims: s.Claims.Clone()", "Claims: s.Claims")},
+	{"", "what is refused is remembered", one(verifier,
+		"if j.refusal == nil {\n\t\tv.seen.put", "if true {\n\t\tv.seen.put")},
 }
