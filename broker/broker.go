@@ -89,6 +89,7 @@ type Broker struct {
 	uses    usage
 	seen    seenSVIDs
 	retries retries
+	signed  token.Memory[*signed]
 	issuers issuers
 	flight  singleflight.Group
 	// proposing is held by lifts, and by whatever takes two persons.

@@ -114,9 +114,26 @@ func (b *Broker) subject(ctx context.Context, c Caller, secret token.Secret) (*t
 	return t, err
 }
 
-// parse reads a presented token of this broker, and checks form and signature.
+// A signed is a presented token whose signature holds, and the key that vouches for it.
+type signed struct {
+	token token.Token
+	key   token.PublicKey
+}
+
+// parse reads a presented token of this broker, and checks form and signature: once, as
+// long as the key that vouches for it is the one of that name.
 func (b *Broker) parse(secret token.Secret) (*token.Token, error) {
-	t, err := token.Parse(secret.Reveal(), b.state.key)
+	raw := secret.Reveal()
+	if s, ok := b.signed.Get(raw); ok {
+		if key, ok := b.state.key(s.token.Self().Key); ok && key.Equal(s.key) {
+			return s.copy(), nil
+		}
+	}
+	var s signed
+	t, err := token.Parse(raw, func(id token.KeyID) (key token.PublicKey, ok bool) {
+		s.key, ok = b.state.key(id)
+		return s.key, ok
+	})
 	switch {
 	case errors.Is(err, token.ErrUnknownKey):
 		return nil, ErrSubjectKeyUnknown
@@ -127,7 +144,16 @@ func (b *Broker) parse(secret token.Secret) (*token.Token, error) {
 	case t.Issuer != b.cfg.Issuer:
 		return nil, ErrSubjectMalformed.because("the subject token is of another issuer")
 	}
-	return t, nil
+	s.token = *t
+	b.signed.Put(strings.Clone(raw), &s, t.Expires, b.cfg.Now())
+	return s.copy(), nil
+}
+
+// copy is what a caller may change.
+func (s *signed) copy() *token.Token {
+	t := s.token
+	t.Claims = s.token.Claims.Clone()
+	return &t
 }
 
 // onRecord returns the grant of a presented token. One that verifies and was never

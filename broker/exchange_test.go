@@ -401,3 +401,81 @@ func TestDeadAncestor(t *testing.T) {
 		})
 	}
 }
+
+// TestSignatureOnce: what is remembered of a presented token is that its signature holds,
+// for its very bytes and as long as the key is the same. Everything else is asked anew.
+func TestSignatureOnce(t *testing.T) {
+	w := newWorld(t)
+	orders := w.caller("orders")
+	w.policy.names[orders.ID] = "orders"
+	cred, other := w.issue(w.caller("payments"), "orders"), w.issue(w.caller("payments"), "orders")
+	exchange := func(s token.Secret) error {
+		_, err := w.b.Exchange(ctx, orders, broker.Request{Audience: "ledger", Subject: s})
+		return err
+	}
+	for _, c := range []*broker.Credential{cred, other} {
+		if err := exchange(c.Token); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := w.b.Remembered(); n != 2 {
+		t.Fatalf("%d tokens are remembered, want 2", n)
+	}
+	raw, otherRaw := cred.Token.Reveal(), other.Token.Reveal()
+	input, signature := cutLast(raw)
+	_, otherSignature := cutLast(otherRaw)
+	flipped := []byte(signature)
+	flipped[3] ^= 1
+	for name, forged := range map[string]string{
+		"another's signature": input + "." + otherSignature,
+		"one bit":             input + "." + string(flipped),
+		"noise":               input + "." + base64.RawURLEncoding.EncodeToString(make([]byte, 64)),
+	} {
+		for range 2 {
+			if err := exchange(token.NewSecret(forged)); !errors.Is(err, broker.ErrSubjectSignature) {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+	}
+	if n := w.b.Remembered(); n != 2 {
+		t.Errorf("%d tokens are remembered after forgeries, want 2", n)
+	}
+
+	// What a caller does with the answer is nobody else's.
+	got, err := w.b.Introspect(ctx, orders, cred.Token)
+	if err != nil || !got.Active() {
+		t.Fatal(got, err)
+	}
+	got.Claims.Scopes = append(got.Claims.Scopes[:0], "admin")
+	got.Claims.Lineage[0].Identity = id("somebody")
+	again, err := w.b.Introspect(ctx, orders, cred.Token)
+	if err != nil || again.Claims.Root() != id("payments") || slices.Contains(again.Claims.Scopes, "admin") {
+		t.Errorf("it says %+v, %v", again.Claims, err)
+	}
+
+	w.revoke(broker.LockNone, revocation.Grant(cred.Grant.ID()))
+	if err := exchange(cred.Token); !errors.Is(err, broker.ErrSubjectRevoked) {
+		t.Errorf("revoked: %v", err)
+	}
+	// Another key of the same ID vouches for nothing that this one did.
+	restore := w.b.SwapKey(w.public.ID, newKey(t).Public())
+	if err := exchange(other.Token); !errors.Is(err, broker.ErrSubjectSignature) {
+		t.Errorf("under another key of that ID: %v", err)
+	}
+	restore()
+	if err := exchange(other.Token); err != nil {
+		t.Error(err)
+	}
+	w.clock.advance(broker.DefaultTTL)
+	if err := exchange(other.Token); !errors.Is(err, broker.ErrSubjectExpired) {
+		t.Errorf("expired: %v", err)
+	}
+	if err := w.b.Prune(ctx); err != nil || w.b.Remembered() != 0 {
+		t.Errorf("%d tokens are remembered after their time, %v", w.b.Remembered(), err)
+	}
+}
+
+func cutLast(raw string) (input, signature string) {
+	dot := strings.LastIndexByte(raw, '.')
+	return raw[:dot], raw[dot+1:]
+}

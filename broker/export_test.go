@@ -2,6 +2,7 @@ package broker
 
 import (
 	"context"
+	"crypto"
 	"time"
 
 	"github.com/dayflyhq/dayfly/proto/token"
@@ -88,4 +89,21 @@ func NewRetries() (enter func(key string, now time.Time) bool, n func() int) {
 		_, first := r.enter(key, [32]byte{}, now)
 		return first
 	}, func() int { return len(r.answers) }
+}
+
+// Remembered is how many tokens are known to have a good signature.
+func (b *Broker) Remembered() int { return b.signed.Len() }
+
+// SwapKey puts another key in the place of one, under its ID, until it is undone.
+func (b *Broker) SwapKey(id token.KeyID, key crypto.PublicKey) (restore func()) {
+	set := func(key crypto.PublicKey) (before crypto.PublicKey) {
+		b.state.mu.Lock()
+		defer b.state.mu.Unlock()
+		k := b.state.keys[id]
+		before, k.Public.Key = k.Public.Key, key
+		b.state.keys[id] = k
+		return before
+	}
+	before := set(key)
+	return func() { set(before) }
 }

@@ -30,6 +30,7 @@ func (b *Broker) pruneLoop(ctx context.Context) {
 func (b *Broker) Prune(ctx context.Context) error {
 	now := b.cfg.Boot()
 	b.issuers.tidy(now)
+	b.signed.Sweep(b.cfg.Now())
 	b.signer() // so that a key is known to sign though nobody asks for a token
 	horizon, moved := b.nextHorizon(now)
 	keep := b.keeper(now)

@@ -49,25 +49,16 @@ func (v *Verifier) TakeUses() map[string]uint64 {
 }
 
 // Forget empties the memory of signed tokens: what Verify answers then can't be of it.
-func (v *Verifier) Forget() { v.seen.table.Store(nil) }
+func (v *Verifier) Forget() { v.seen.Clear() }
 
 // Remembers reports whether a signed token is remembered.
-func (v *Verifier) Remembers(raw string) bool { return v.seen.get(raw) != nil }
+func (v *Verifier) Remembers(raw string) bool {
+	_, ok := v.seen.Get(raw)
+	return ok
+}
 
 // Sweep forgets what has expired.
-func (v *Verifier) Sweep() { v.seen.sweep(v.cfg.Now()) }
-
-// MaxSigned is the most that are remembered.
-const MaxSigned = maxSigned
+func (v *Verifier) Sweep() { v.seen.Sweep(v.cfg.Now()) }
 
 // Remembered returns how many signed tokens are remembered.
-func (v *Verifier) Remembered() (n int) {
-	if table := v.seen.table.Load(); table != nil {
-		for i := range table {
-			if table[i].Load() != nil {
-				n++
-			}
-		}
-	}
-	return n
-}
+func (v *Verifier) Remembered() int { return v.seen.Len() }

@@ -75,7 +75,7 @@ func (v *Verifier) stop() {
 
 // lost notes why a stream ended.
 func (v *Verifier) lost(ctx context.Context, err error) {
-	v.seen.sweep(v.cfg.Now())
+	v.seen.Sweep(v.cfg.Now())
 	v.mu.Lock()
 	v.feedErr = err
 	v.notify()
@@ -247,7 +247,7 @@ func (s *stream) serve() error {
 func (s *stream) tick() error {
 	u := &s.v.uses
 	u.pack(s.v.cfg.Boot(), s.v.currentBound())
-	s.v.seen.sweep(s.v.cfg.Now())
+	s.v.seen.Sweep(s.v.cfg.Now())
 	for m := u.outbox.Next(); m != nil; m = u.outbox.Next() {
 		if err := s.rpc.Send(&dayflyv1.FollowRequest{Message: &dayflyv1.FollowRequest_UseReport{UseReport: m}}); err != nil {
 			return err

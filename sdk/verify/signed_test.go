@@ -334,7 +334,7 @@ func TestRememberedIsBounded(t *testing.T) {
 	}
 	grown, held := heap()-before, w.verifier.Remembered()
 	t.Logf("%d of %d tokens of %d bytes are remembered, in %d bytes: %d for each", held, n, size, grown, grown/held)
-	if held > verify.MaxSigned || held < verify.MaxSigned/2 || grown > 20<<20 {
+	if held > token.MaxRemembered || held < token.MaxRemembered/2 || grown > 20<<20 {
 		t.Errorf("%d are remembered, in %d bytes", held, grown)
 	}
 }

@@ -7,7 +7,6 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"hash/maphash"
 	"log/slog"
 	"slices"
 	"sync"
@@ -148,8 +147,8 @@ func (c *Config) setDefaults() {
 type Verifier struct {
 	cfg      Config
 	client   dayflyv1.FeedServiceClient
-	instance string // random, of this verifier and no other
-	seen     cache
+	instance string                // random, of this verifier and no other
+	seen     token.Memory[*signed] // only what was accepted: a stranger drives nothing out of it
 	uses     uses
 	asks     asks
 	watches  watches
@@ -188,7 +187,6 @@ func New(cfg Config) (*Verifier, error) {
 		cfg:      cfg,
 		client:   dayflyv1.NewFeedServiceClient(cfg.Conn),
 		instance: rand.Text(),
-		seen:     cache{seed: maphash.MakeSeed()},
 		issuer:   cfg.Issuer,
 		changed:  make(chan struct{}),
 	}
@@ -264,7 +262,7 @@ type judgement struct {
 
 // try judges a token once. It returns nil for it where nothing proves that it is one.
 func (v *Verifier) try(raw string, peer Peer) (*signed, judgement) {
-	if s := v.seen.get(raw); s != nil {
+	if s, ok := v.seen.Get(raw); ok {
 		if j, ok := v.judge(s, peer); ok {
 			return s, j
 		}
@@ -278,7 +276,7 @@ func (v *Verifier) try(raw string, peer Peer) (*signed, judgement) {
 		return nil, j
 	}
 	if j.refusal == nil {
-		v.seen.put(s, j.now)
+		v.seen.Put(s.secret.Reveal(), s, s.Expires.Add(v.cfg.Leeway), j.now)
 	}
 	return s, j
 }

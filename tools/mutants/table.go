@@ -62,7 +62,7 @@ const (
 	stateGo   = "broker/state.go"
 	uses      = "broker/uses.go"
 	feedSign  = "proto/feed/signed.go"
-	remember  = "sdk/verify/signed.go"
+	memory    = "proto/token/memory.go"
 	verifier  = "sdk/verify/verifier.go"
 	screen    = "proto/feed/screen.go"
 	freshness = "proto/feed/freshness.go"
@@ -253,15 +253,17 @@ var remembering = []mutant{
 	{"", "a remembered token's key is compared by its ID", one(verifier,
 		"!ok || !key.Equal(s.key)", "!ok || key.ID != s.key.ID")},
 	{"", "a token is remembered without its signature", []edit{
-		{remember, "return maphash.String(c.seed, raw)", "return maphash.String(c.seed, raw[:strings.LastIndexByte(raw, '.')+1])"},
-		{remember, "s.hash == hash && s.raw == raw", "s.hash == hash"},
+		{memory, "\t\"sync/atomic\"", "\t\"strings\"\n\t\"sync/atomic\""},
+		{memory, "return maphash.String(t.seed, raw)", "return maphash.String(t.seed, raw[:strings.LastIndexByte(raw, '.')+1])"},
+		{memory, "r.hash == hash && r.raw == raw", "r.hash == hash"},
 	}},
 	{"", "a token is remembered by its signature alone", []edit{
-		{remember, "return maphash.String(c.seed, raw)", "return maphash.String(c.seed, raw[strings.LastIndexByte(raw, '.')+1:])"},
-		{remember, "s.hash == hash && s.raw == raw", "s.hash == hash"},
+		{memory, "\t\"sync/atomic\"", "\t\"strings\"\n\t\"sync/atomic\""},
+		{memory, "return maphash.String(t.seed, raw)", "return maphash.String(t.seed, raw[strings.LastIndexByte(raw, '.')+1:])"},
+		{memory, "r.hash == hash && r.raw == raw", "r.hash == hash"},
 	}},
 	{"", "callers share what is remembered", one(verifier,
 		"Claims: s.Claims.Clone()", "Claims: s.Claims")},
 	{"", "what is refused is remembered", one(verifier,
-		"if j.refusal == nil {\n\t\tv.seen.put", "if true {\n\t\tv.seen.put")},
+		"if j.refusal == nil {\n\t\tv.seen.Put", "if true {\n\t\tv.seen.Put")},
 }
