@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/dayflyhq/dayfly/broker"
+	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/spiffe/go-spiffe/v2/bundle/jwtbundle"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -27,8 +28,9 @@ type Config struct {
 
 // An Attestor proves peers. Its methods may be called at once.
 type Attestor struct {
-	cfg   Config
-	rates rates
+	cfg    Config
+	rates  rates
+	signed token.Memory[asserted]
 }
 
 // New checks the configuration.

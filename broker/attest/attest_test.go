@@ -35,7 +35,8 @@ var (
 // world is an attestor, and the authorities that it believes.
 type world struct {
 	*attest.Attestor
-	key *ecdsa.PrivateKey // of the JWT authority "one"
+	key    *ecdsa.PrivateKey // of the JWT authority "one"
+	bundle *jwtbundle.Bundle // of domain
 
 	mu  sync.Mutex
 	now time.Time
@@ -47,13 +48,13 @@ func newWorld(t testing.TB) *world {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w := &world{key: key, now: time.Now()}
+	authorities := map[string]crypto.PublicKey{"one": key.Public()}
+	w := &world{key: key, bundle: jwtbundle.FromJWTAuthorities(domain, authorities), now: time.Now()}
 	// A trust domain that is known and not served, with the same key.
 	elsewhere := spiffeid.RequireTrustDomainFromString("elsewhere.example")
-	authorities := map[string]crypto.PublicKey{"one": key.Public()}
 	w.Attestor, err = attest.New(attest.Config{
 		X509:         x509bundle.NewSet(),
-		JWT:          jwtbundle.NewSet(jwtbundle.FromJWTAuthorities(domain, authorities), jwtbundle.FromJWTAuthorities(elsewhere, authorities)),
+		JWT:          jwtbundle.NewSet(w.bundle, jwtbundle.FromJWTAuthorities(elsewhere, authorities)),
 		TrustDomains: []spiffeid.TrustDomain{domain}, Audience: issuer, Now: w.Now,
 	})
 	if err != nil {
@@ -223,6 +224,63 @@ func TestJWTSVIDExpires(t *testing.T) {
 	if _, err := w.JWT(assertion); !errors.Is(err, attest.ErrJWTSVID) {
 		t.Errorf("after its exp: %v", err)
 	}
+}
+
+// TestJWTSVIDSignatureOnce: what is remembered of a JWT-SVID is that its signature holds,
+// for its very bytes and as long as the bundle is the same.
+func TestJWTSVIDSignatureOnce(t *testing.T) {
+	w := newWorld(t)
+	assertion := w.sign(t, nil, w.claims())
+	shop := w.claims()
+	shop["sub"] = "spiffe://example.org/shop"
+	other := w.sign(t, nil, shop)
+	good := func(why string) {
+		t.Helper()
+		for range 2 {
+			if c, err := w.JWT(assertion); err != nil || c.ID != payments {
+				t.Errorf("%s: %v, %v", why, c.ID, err)
+			}
+		}
+		if c, err := w.JWT(other); err != nil || c.ID.Path() != "/shop" {
+			t.Errorf("another one, %s: %v, %v", why, c.ID, err)
+		}
+	}
+	refused := func(why, assertion string) {
+		t.Helper()
+		for range 2 {
+			if c, err := w.JWT(assertion); !errors.Is(err, attest.ErrJWTSVID) {
+				t.Errorf("%s: %v, %v", why, c.ID, err)
+			}
+		}
+	}
+	good("for the first time")
+	input, signature := assertion[:strings.LastIndexByte(assertion, '.')], other[strings.LastIndexByte(other, '.'):]
+	refused("another one's signature", input+signature)
+	refused("no signature", input+".")
+
+	stranger, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for why, key := range map[string]crypto.PublicKey{"the authority has gone": nil, "it has another key": stranger.Public()} {
+		w.bundle.RemoveJWTAuthority("one")
+		if key != nil {
+			if err := w.bundle.AddJWTAuthority("one", key); err != nil {
+				t.Fatal(err)
+			}
+		}
+		refused(why, assertion)
+		if err := w.bundle.AddJWTAuthority("one", w.key.Public()); err != nil {
+			t.Fatal(err)
+		}
+		good("with the authority back")
+	}
+	if err := w.bundle.AddJWTAuthority("two", stranger.Public()); err != nil {
+		t.Fatal(err)
+	}
+	good("with a second authority")
+	w.advance(4*time.Minute + time.Second)
+	refused("expired", assertion)
 }
 
 // One identity that shows assertions without end is told to wait, others are not, and a

@@ -1,6 +1,7 @@
 package attest
 
 import (
+	"strings"
 	"time"
 
 	"github.com/dayflyhq/dayfly/broker"
@@ -45,47 +46,87 @@ func (a *Attestor) JWT(assertion string) (broker.Caller, error) {
 	if len(assertion) > maxAssertionBytes {
 		return broker.Caller{}, badJWT("the JWT-SVID is larger than 8 KiB")
 	}
-	// No audience here: it would be content with one among others.
-	svid, err := jwtsvid.ParseAndValidate(assertion, served{a}, nil)
-	if err != nil {
-		return broker.Caller{}, badJWT("this is no JWT-SVID, or it has expired, or no authority of a trust domain that is served here has signed it")
-	}
-	if len(svid.Audience) != 1 || svid.Audience[0] != a.cfg.Audience {
-		return broker.Caller{}, badJWT("the aud of the JWT-SVID must be the issuer of this broker, and that alone")
-	}
-	if a.serves(svid.ID) != nil {
-		return broker.Caller{}, badJWT("the sub of the JWT-SVID is a trust domain and no workload")
-	}
-	proof, err := a.period(svid)
+	p, err := a.assertion(assertion)
 	if err != nil {
 		return broker.Caller{}, err
 	}
+	if err := a.inTime(p.JWTSVID); err != nil {
+		return broker.Caller{}, err
+	}
 	// Now, not earlier: a stranger who names somebody else uses up nothing of it.
-	if !a.rates.draw(svid.ID, a.cfg.Now()) {
+	if !a.rates.draw(p.id, a.cfg.Now()) {
 		r := *ErrJWTSVIDRate
 		r.Metadata = map[string]string{"retry_after": (time.Second / assertionsPerSecond).String()}
 		return broker.Caller{}, &r
 	}
-	return broker.Caller{ID: svid.ID, JWT: proof}, nil
+	return broker.Caller{ID: p.id, JWT: &p.JWTSVID}, nil
 }
 
-// period judges the times of a JWT-SVID whose signature is good.
-func (a *Attestor) period(svid *jwtsvid.SVID) (*broker.JWTSVID, error) {
+// An asserted is what a JWT-SVID says whose signature holds, and the bundle with which it
+// does.
+type asserted struct {
+	broker.JWTSVID
+	id     spiffeid.ID
+	bundle *jwtbundle.Bundle
+}
+
+// assertion reads a JWT-SVID and checks form and signature: once, as long as the bundle
+// of its trust domain is the same.
+func (a *Attestor) assertion(raw string) (asserted, error) {
+	if p, ok := a.signed.Get(raw); ok {
+		bundle, err := served{a}.GetJWTBundleForTrustDomain(p.id.TrustDomain())
+		if err == nil && bundle.Equal(p.bundle) {
+			return p, nil
+		}
+	}
+	bundles := &noting{Source: served{a}}
+	// No audience here: it would be content with one among others.
+	svid, err := jwtsvid.ParseAndValidate(raw, bundles, nil)
+	if err != nil {
+		return asserted{}, badJWT("this is no JWT-SVID, or it has expired, or no authority of a trust domain that is served here has signed it")
+	}
+	if len(svid.Audience) != 1 || svid.Audience[0] != a.cfg.Audience {
+		return asserted{}, badJWT("the aud of the JWT-SVID must be the issuer of this broker, and that alone")
+	}
+	if a.serves(svid.ID) != nil {
+		return asserted{}, badJWT("the sub of the JWT-SVID is a trust domain and no workload")
+	}
 	issued, ok := svid.Claims["iat"].(float64)
 	if !ok || issued < 0 || issued > float64(svid.Expiry.Unix()) {
-		return nil, badJWT("the JWT-SVID must say in iat when it was issued")
+		return asserted{}, badJWT("the JWT-SVID must say in iat when it was issued")
 	}
-	proof := &broker.JWTSVID{IssuedAt: time.Unix(int64(issued), 0).UTC(), Expires: svid.Expiry}
+	p := asserted{broker.JWTSVID{IssuedAt: time.Unix(int64(issued), 0).UTC(), Expires: svid.Expiry}, svid.ID, bundles.gave}
+	a.signed.Put(strings.Clone(raw), p, p.Expires, a.cfg.Now())
+	return p, nil
+}
+
+// inTime judges the times of a JWT-SVID whose signature is good.
+func (a *Attestor) inTime(proof broker.JWTSVID) error {
 	now := a.cfg.Now()
 	switch {
 	case proof.Expires.Sub(proof.IssuedAt) > MaxAssertionLife:
-		return nil, badJWT("the JWT-SVID lives for more than 5m")
+		return badJWT("the JWT-SVID lives for more than 5m")
 	case proof.IssuedAt.After(now.Add(broker.ClockSkew)):
-		return nil, badJWT("the JWT-SVID is from the future")
+		return badJWT("the JWT-SVID is from the future")
 	case now.After(proof.Expires):
-		return nil, badJWT("the JWT-SVID has expired")
+		return badJWT("the JWT-SVID has expired")
 	}
-	return proof, nil
+	return nil
+}
+
+// noting is a source that notes what it gave: the bundle that one JWT-SVID was checked with.
+type noting struct {
+	jwtbundle.Source
+	gave *jwtbundle.Bundle
+}
+
+func (n *noting) GetJWTBundleForTrustDomain(td spiffeid.TrustDomain) (*jwtbundle.Bundle, error) {
+	b, err := n.Source.GetJWTBundleForTrustDomain(td)
+	if err == nil {
+		b = b.Clone() // as it is now: its owner may change it
+		n.gave = b
+	}
+	return b, err
 }
 
 // served gives the JWT authorities of the trust domains that are served, and no others.
