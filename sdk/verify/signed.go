@@ -15,8 +15,7 @@ import (
 // time. Nothing in it is ever changed, and nobody outside gets hold of its memory.
 type signed struct {
 	token.Token
-	raw     string
-	secret  token.Secret // the same
+	raw     token.Secret // all of its bytes, in memory of its own
 	key     token.PublicKey
 	hash    uint64    // of raw
 	expires time.Time // with the leeway: then it may be forgotten
@@ -35,8 +34,8 @@ func (v *Verifier) parse(raw string) (*signed, *Refusal) {
 	if err != nil {
 		return nil, v.unparsed(raw, err)
 	}
-	raw = strings.Clone(raw) // it may be a piece of something larger
-	return &signed{Token: *t, raw: raw, secret: token.NewSecret(raw), key: key, hash: v.seen.sum(raw), expires: t.Expires.Add(v.cfg.Leeway)}, nil
+	own := token.NewSecret(strings.Clone(raw)) // what was shown may be a piece of something larger
+	return &signed{Token: *t, raw: own, key: key, hash: v.seen.sum(raw), expires: t.Expires.Add(v.cfg.Leeway)}, nil
 }
 
 const (
@@ -67,7 +66,7 @@ func (c *cache) get(raw string) *signed {
 	}
 	hash := c.sum(raw)
 	for i := range signedWays {
-		if s := table[place(hash, i)].Load(); s != nil && s.hash == hash && s.raw == raw {
+		if s := table[place(hash, i)].Load(); s != nil && s.hash == hash && s.raw.Reveal() == raw {
 			return s
 		}
 	}
