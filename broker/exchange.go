@@ -145,7 +145,7 @@ func (b *Broker) parse(secret token.Secret) (*token.Token, error) {
 		return nil, ErrSubjectMalformed.because("the subject token is of another issuer")
 	}
 	s.token = *t
-	b.signed.Put(strings.Clone(raw), &s, t.Expires, b.cfg.Now())
+	b.signed.Put(token.NewSecret(strings.Clone(raw)), &s, t.Expires, b.cfg.Now())
 	return s.copy(), nil
 }
 

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/dayflyhq/dayfly/broker"
+	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/spiffe/go-spiffe/v2/bundle/jwtbundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
@@ -96,7 +97,7 @@ func (a *Attestor) assertion(raw string) (asserted, error) {
 		return asserted{}, badJWT("the JWT-SVID must say in iat when it was issued")
 	}
 	p := asserted{broker.JWTSVID{IssuedAt: time.Unix(int64(issued), 0).UTC(), Expires: svid.Expiry}, svid.ID, bundles.gave}
-	a.signed.Put(strings.Clone(raw), p, p.Expires, a.cfg.Now())
+	a.signed.Put(token.NewSecret(strings.Clone(raw)), p, p.Expires, a.cfg.Now())
 	return p, nil
 }
 

@@ -37,7 +37,7 @@ type memoryTable[T any] struct {
 func (t *memoryTable[T]) hash(raw string) uint64 { return maphash.String(t.seed, raw) }
 
 type remembered[T any] struct {
-	raw     string
+	raw     Secret
 	hash    uint64 // of raw
 	expires time.Time
 	what    T
@@ -51,7 +51,7 @@ func (m *Memory[T]) Get(raw string) (what T, ok bool) {
 	}
 	hash := t.hash(raw)
 	for i := range memoryWays {
-		if r := t.places[memoryPlace(hash, i)].Load(); r != nil && r.hash == hash && r.raw == raw {
+		if r := t.places[memoryPlace(hash, i)].Load(); r != nil && r.hash == hash && r.raw.Reveal() == raw {
 			return r.what, true
 		}
 	}
@@ -60,12 +60,12 @@ func (m *Memory[T]) Get(raw string) (what T, ok bool) {
 
 // Put remembers a token until it expires or gives way to another. It keeps raw, which
 // must be no piece of something larger.
-func (m *Memory[T]) Put(raw string, what T, expires, now time.Time) {
+func (m *Memory[T]) Put(raw Secret, what T, expires, now time.Time) {
 	if m.table.Load() == nil {
 		m.table.CompareAndSwap(nil, &memoryTable[T]{seed: maphash.MakeSeed()})
 	}
 	t := m.table.Load()
-	r := &remembered[T]{raw, t.hash(raw), expires, what}
+	r := &remembered[T]{raw, t.hash(raw.Reveal()), expires, what}
 	at := memoryPlace(r.hash, rand.IntN(memoryWays)) // of any,
 	for i := range memoryWays {
 		if old := t.places[memoryPlace(r.hash, i)].Load(); old == nil || !now.Before(old.expires) {

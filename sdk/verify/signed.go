@@ -11,8 +11,8 @@ import (
 // time. Nothing in it is ever changed, and nobody outside gets hold of its memory.
 type signed struct {
 	token.Token
-	secret token.Secret // the whole token
-	key    token.PublicKey
+	raw token.Secret // all of its bytes, in memory of its own
+	key token.PublicKey
 }
 
 // parse reads a token and checks its signature, unless the verifier is closed anyway.
@@ -28,6 +28,6 @@ func (v *Verifier) parse(raw string) (*signed, *Refusal) {
 	if err != nil {
 		return nil, v.unparsed(raw, err)
 	}
-	raw = strings.Clone(raw) // it may be a piece of something larger
-	return &signed{*t, token.NewSecret(raw), key}, nil
+	own := token.NewSecret(strings.Clone(raw)) // what was shown may be a piece of something larger
+	return &signed{*t, own, key}, nil
 }

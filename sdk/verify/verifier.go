@@ -205,7 +205,7 @@ type Peer struct {
 	Address string
 }
 
-// A Verified is a token that was accepted, and what it said.
+// A Verified is a token that was accepted, and what it said. It is its receiver's own.
 type Verified struct {
 	token.Claims
 	// Token is the token itself, to be exchanged for one of the next service. It
@@ -250,7 +250,7 @@ func (v *Verifier) Verify(ctx context.Context, rawToken string, peer Peer) (*Ver
 	if j.refusal != nil {
 		return nil, j.refusal
 	}
-	return &Verified{Claims: s.Claims.Clone(), Token: s.secret, Peer: peer}, nil
+	return &Verified{Claims: s.Claims.Clone(), Token: s.raw, Peer: peer}, nil
 }
 
 // A judgement is of one token at one moment.
@@ -276,7 +276,7 @@ func (v *Verifier) try(raw string, peer Peer) (*signed, judgement) {
 		return nil, j
 	}
 	if j.refusal == nil {
-		v.seen.Put(s.secret.Reveal(), s, s.Expires.Add(v.cfg.Leeway), j.now)
+		v.seen.Put(s.raw, s, s.Expires.Add(v.cfg.Leeway), j.now)
 	}
 	return s, j
 }

@@ -825,12 +825,16 @@ func TestRedaction(t *testing.T) {
 		b, _ := json.Marshal(got)
 		slog.New(slog.NewTextHandler(&log, nil)).Info("verified", "token", got)
 		out := fmt.Sprintf("%v %+v %#v %s", got, *got, got, b)
+		if !w.verifier.Remembers(raw) {
+			t.Fatal("not remembered")
+		}
 		for _, bad := range []string{raw + "x", "x" + raw, raw[:len(raw)-3], raw} {
 			_, err := w.verify(bad, thief)
 			out += fmt.Sprintf("%v %+v %#v", err, err, err)
 		}
 		w.cancel()
 		<-w.ended
+		out += fmt.Sprintf("%v %+v %#v", w.verifier, w.verifier, w.verifier)
 		if strings.Contains(out+log.String(), secret[:20]) {
 			t.Error("the token shows")
 		}
