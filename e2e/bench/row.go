@@ -77,6 +77,7 @@ type size struct {
 
 	callers      []int // issuing
 	depths       []int // of exchanged and verified tokens
+	presented    int   // distinct tokens, to be exchanged for the first time
 	jwtLogins    bool
 	introspect   bool
 	agent        []int // callers
@@ -96,13 +97,13 @@ type size struct {
 var sizes = map[string]size{
 	"tiny": {
 		rounds: 1, window: 30 * time.Millisecond,
-		callers: []int{1, 4}, depths: []int{1, 6}, jwtLogins: true, introspect: true, agent: []int{1, 4},
+		callers: []int{1, 4}, depths: []int{1, 6}, presented: 100, jwtLogins: true, introspect: true, agent: []int{1, 4},
 		live: []int{100, 200}, verifiers: []int{6}, bound: 3 * time.Second, tokens: 10, revocations: 40,
 		entitlements: []int{10, 20}, stored: []int{300}, pruned: 300, prunes: 1, binaries: true, pings: 200 * time.Millisecond,
 	},
 	"normal": {
 		rounds: 5, window: 700 * time.Millisecond,
-		callers: []int{1, 16, 64, 256}, depths: []int{1, 2, 3, 4, 5, 6}, jwtLogins: true, introspect: true, agent: []int{1, 64},
+		callers: []int{1, 16, 64, 256}, depths: []int{1, 2, 3, 4, 5, 6}, presented: 20_000, jwtLogins: true, introspect: true, agent: []int{1, 64},
 		live: []int{1_000, 10_000, 100_000}, verifiers: []int{10, 100, 1_000}, bound: 30 * time.Second, tokens: 400, revocations: 10_000,
 		entitlements: []int{10, 1_000, 100_000}, stored: []int{100_000}, pruned: 100_000, prunes: 3, binaries: true, pings: 5 * time.Second,
 	},

@@ -18,6 +18,7 @@ import (
 	"github.com/dayflyhq/dayfly/sdk"
 	"github.com/dayflyhq/dayfly/sdk/spiffetest"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
+	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
@@ -141,38 +142,49 @@ func exchangeRows(s size) []row {
 		if depth == 1 || depth == token.MaxDepth {
 			r.target = atLeast(0.65)
 		}
-		r.setup = func(ctx context.Context, l *lab) (pair, error) {
-			b, err := l.started(ctx, tokens)
-			if err != nil {
-				return pair{}, err
-			}
-			presented, err := b.chain(ctx, made-1)
-			if err != nil {
-				return pair{}, err
-			}
-			result, err := b.chain(ctx, made)
-			if err != nil {
-				return pair{}, err
-			}
-			ours, err := b.conns(exchangeCallers, hop(made-1), b.Info.GRPC, sandbox.Broker)
-			if err != nil {
-				return pair{}, err
-			}
-			floor, err := b.exchangeFloor(ctx, len(result))
-			if err != nil {
-				return pair{}, err
-			}
-			return pair{
-				ours:  calls(byRate, exchangeCallers, l.size.window, 0, exchange(ours, presented, audience(made))),
-				floor: floor,
-			}, nil
-		}
+		r.setup = exchanging(made, func(ctx context.Context, b *box) (func() string, error) {
+			one, err := b.chain(ctx, made-1)
+			return func() string { return one }, err
+		})
 		rows = append(rows, r)
+	}
+	if s.presented > 0 {
+		rows = append(rows, row{
+			row: "exchange", name: "depth 1, each token for the first time", fixture: tokens, unit: perSecond, target: atLeast(0.65),
+			setup: exchanging(2, func(ctx context.Context, b *box) (func() string, error) { return b.fresh(ctx, s.presented) }),
+		})
 	}
 	if s.jwtLogins {
 		rows = append(rows, row{row: "exchange", name: "JWT-SVID login", fixture: tokens, unit: perSecond, target: atLeast(0.65), setup: jwtLogin})
 	}
 	return rows
+}
+
+// exchanging makes tokens of a depth out of those presented.
+func exchanging(made int, presenting func(context.Context, *box) (func() string, error)) func(context.Context, *lab) (pair, error) {
+	return func(ctx context.Context, l *lab) (pair, error) {
+		b, err := l.started(ctx, tokens)
+		if err != nil {
+			return pair{}, err
+		}
+		presented, err := presenting(ctx, b)
+		if err != nil {
+			return pair{}, err
+		}
+		result, err := b.chain(ctx, made)
+		if err != nil {
+			return pair{}, err
+		}
+		ours, err := b.conns(exchangeCallers, hop(made-1), b.Info.GRPC, sandbox.Broker)
+		if err != nil {
+			return pair{}, err
+		}
+		floor, err := b.exchangeFloor(ctx, len(result))
+		return pair{
+			ours:  calls(byRate, exchangeCallers, l.size.window, 0, exchange(ours, presented, audience(made))),
+			floor: floor,
+		}, err
+	}
 }
 
 // exchangeFloor verifies a token of a length, signs another one, and records.
@@ -189,14 +201,38 @@ func (b *box) exchangeFloor(ctx context.Context, length int) (side, error) {
 	if err != nil {
 		return nil, err
 	}
-	return calls(byRate, exchangeCallers, b.lab.size.window, 0, exchange(bare, first.GetCredential().GetToken(), "")), nil
+	return calls(byRate, exchangeCallers, b.lab.size.window, 0, exchange(bare, first.GetCredential().GetToken, "")), nil
 }
 
-func exchange(conns []*grpc.ClientConn, presented, audience string) func(context.Context, int) error {
+func exchange(conns []*grpc.ClientConn, presented func() string, audience string) func(context.Context, int) error {
 	return func(ctx context.Context, caller int) error {
-		_, err := dayflyv1.NewTokenServiceClient(of(conns, caller)).Exchange(ctx, &dayflyv1.ExchangeRequest{SubjectToken: presented, Audience: audience, IdempotencyKey: rand.Text()})
+		_, err := dayflyv1.NewTokenServiceClient(of(conns, caller)).Exchange(ctx, &dayflyv1.ExchangeRequest{SubjectToken: presented(), Audience: audience, IdempotencyKey: rand.Text()})
 		return err
 	}
+}
+
+// fresh makes root tokens, and returns what gives one after the other: whoever remembers
+// tokens has not seen them, or has forgotten them when they come again.
+func (b *box) fresh(ctx context.Context, n int) (next func() string, err error) {
+	conns, err := b.conns(exchangeCallers, hop(0), b.Info.GRPC, sandbox.Broker)
+	if err != nil {
+		return nil, err
+	}
+	all := make([]string, n)
+	group, ctx := errgroup.WithContext(ctx)
+	group.SetLimit(exchangeCallers)
+	for i := range all {
+		group.Go(func() error {
+			_, err := insist(ctx, func() error {
+				resp, err := dayflyv1.NewTokenServiceClient(of(conns, i%exchangeCallers)).Issue(ctx, &dayflyv1.IssueRequest{Audience: audience(1)})
+				all[i] = resp.GetCredential().GetToken()
+				return err
+			})
+			return err
+		})
+	}
+	var given atomic.Int64
+	return func() string { return all[int(given.Add(1))%n] }, group.Wait()
 }
 
 // A JWT-SVID logs in some 50 times a second and no more, and its connection carries eight
