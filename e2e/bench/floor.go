@@ -9,6 +9,7 @@ import (
 	"crypto/tls"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -22,6 +23,7 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
+	"go.etcd.io/bbolt"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
@@ -37,6 +39,7 @@ const recordBytes = 300
 // floorFlags are of the hidden command that is a floor's process.
 type floorFlags struct {
 	workloadAPI, listen, unix, journal string
+	tree                               bool
 	tokenBytes                         int
 }
 
@@ -61,6 +64,7 @@ func floorCommand(stdin io.Reader) *cobra.Command {
 	fs.StringVar(&f.listen, "listen", "127.0.0.1:0", "loopback address for gRPC with mTLS")
 	fs.StringVar(&f.unix, "unix", "", "path of a socket for gRPC without TLS")
 	fs.StringVar(&f.journal, "journal", "", "file of the records")
+	fs.BoolVar(&f.tree, "bbolt", false, "it is a bbolt file")
 	fs.IntVar(&f.tokenBytes, "token-bytes", 0, "about how long its tokens are")
 	return cmd
 }
@@ -71,7 +75,11 @@ func (f *floorFlags) serve(ctx context.Context, out io.Writer) error {
 		return err
 	}
 	defer svids.Close()
-	j, err := openJournal(f.journal)
+	open := openJournal
+	if f.tree {
+		open = openTree
+	}
+	j, err := open(f.journal)
 	if err != nil {
 		return err
 	}
@@ -301,11 +309,11 @@ func method[In, Out any](name string, serve func(context.Context, *In) (*Out, er
 	}}
 }
 
-// A journal is a file of records with group commit: one sync carries all that came while
-// the last one ran. Its room is allocated ahead, as that of ours: a sync then writes no size.
+// A journal keeps records with group commit: one commit carries all that came while the last
+// one ran.
 type journal struct {
-	f               *os.File
-	size, allocated int64 // of run alone
+	commit func(records [][]byte) error // of run alone
+	file   io.Closer
 
 	mu      sync.Mutex
 	waiting []*entry
@@ -320,15 +328,66 @@ type entry struct {
 	done   chan struct{}
 }
 
+// openJournal keeps records in a file, with one sync for a commit. Its room is allocated
+// ahead, as that of ours: a sync then writes no size.
 func openJournal(path string) (*journal, error) {
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
 	if err != nil {
 		return nil, err
 	}
-	j := &journal{f: f, done: make(chan struct{})}
+	var size, allocated int64
+	return newJournal(f, func(records [][]byte) error {
+		b := bytes.Join(records, nil)
+		if size+int64(len(b)) > allocated {
+			if err := unix.Fallocate(int(f.Fd()), 0, allocated, allocation); err != nil {
+				return err
+			}
+			allocated += allocation
+		}
+		if _, err := f.WriteAt(b, size); err != nil {
+			return err
+		}
+		size += int64(len(b))
+		return unix.Fdatasync(int(f.Fd())) // as bbolt does
+	}), nil
+}
+
+// openTree keeps them in a bbolt file with the options of ours.
+func openTree(path string) (*journal, error) {
+	db, err := bbolt.Open(path, 0o600, &bbolt.Options{NoFreelistSync: true, FreelistType: bbolt.FreelistMapType, InitialMmapSize: allocation, OpenFile: allocated})
+	if err != nil {
+		return nil, err
+	}
+	n := 0
+	return newJournal(db, func(records [][]byte) error {
+		return db.Update(func(tx *bbolt.Tx) error {
+			b, err := tx.CreateBucketIfNotExists([]byte("b"))
+			for _, r := range records {
+				n++
+				err = errors.Join(err, b.Put(fmt.Appendf(nil, "%020d", n), r))
+			}
+			return err
+		})
+	}), nil
+}
+
+// allocation is the step in which a file grows.
+const allocation = 64 << 20
+
+// allocated opens a file with room to come.
+func allocated(path string, flag int, mode os.FileMode) (*os.File, error) {
+	f, err := os.OpenFile(path, flag, mode)
+	if err != nil {
+		return nil, err
+	}
+	return f, unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_KEEP_SIZE, 0, allocation)
+}
+
+func newJournal(file io.Closer, commit func([][]byte) error) *journal {
+	j := &journal{commit: commit, file: file, done: make(chan struct{})}
 	j.more = sync.NewCond(&j.mu)
 	go j.run()
-	return j, nil
+	return j
 }
 
 func (j *journal) append(record []byte) error {
@@ -343,7 +402,6 @@ func (j *journal) append(record []byte) error {
 
 func (j *journal) run() {
 	defer close(j.done)
-	var buf bytes.Buffer
 	for {
 		j.mu.Lock()
 		for len(j.waiting) == 0 && !j.closed {
@@ -355,33 +413,16 @@ func (j *journal) run() {
 		if len(batch) == 0 {
 			return
 		}
-		buf.Reset()
-		for _, e := range batch {
-			buf.Write(e.record)
+		records := make([][]byte, len(batch))
+		for i, e := range batch {
+			records[i] = e.record
 		}
-		err := j.write(buf.Bytes())
+		err := j.commit(records)
 		for _, e := range batch {
 			e.err = err
 			close(e.done)
 		}
 	}
-}
-
-// allocation is the step in which the file grows.
-const allocation = 64 << 20
-
-func (j *journal) write(b []byte) error {
-	if j.size+int64(len(b)) > j.allocated {
-		if err := unix.Fallocate(int(j.f.Fd()), 0, j.allocated, allocation); err != nil {
-			return err
-		}
-		j.allocated += allocation
-	}
-	if _, err := j.f.WriteAt(b, j.size); err != nil {
-		return err
-	}
-	j.size += int64(len(b))
-	return unix.Fdatasync(int(j.f.Fd())) // as bbolt does
 }
 
 func (j *journal) close() error {
@@ -390,5 +431,5 @@ func (j *journal) close() error {
 	j.mu.Unlock()
 	j.more.Signal()
 	<-j.done
-	return j.f.Close()
+	return j.file.Close()
 }

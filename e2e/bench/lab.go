@@ -194,8 +194,8 @@ type server struct {
 }
 
 // floor starts one in a box's trust domain. Its tokens are about as long as was said.
-func (b *box) floor(ctx context.Context, tokenBytes int) (*server, error) {
-	key := fmt.Sprintf("floor %d", tokenBytes)
+func (b *box) floor(ctx context.Context, tokenBytes int, more ...string) (*server, error) {
+	key := strings.Join(append([]string{"floor", fmt.Sprint(tokenBytes)}, more...), " ")
 	return shared(b.lab, key+" of "+b.Dir, func() (*server, error) {
 		socket, err := b.TD.Workload(floorID)
 		if err != nil {
@@ -206,6 +206,7 @@ func (b *box) floor(ctx context.Context, tokenBytes int) (*server, error) {
 			"floor", "--workload-api", socket, "--unix", filepath.Join(dir, "floor.sock"),
 			"--journal", filepath.Join(dir, "journal"), "--token-bytes", fmt.Sprint(tokenBytes),
 		}}
+		s.args = append(s.args, more...)
 		if err := s.start(ctx); err != nil {
 			return nil, err
 		}

@@ -5,7 +5,6 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"sync"
 	"sync/atomic"
@@ -20,7 +19,6 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"go.etcd.io/bbolt"
 	"golang.org/x/sync/errgroup"
-	"golang.org/x/sys/unix"
 )
 
 // fillers write at once.
@@ -182,15 +180,6 @@ func (l *lab) updating(ctx context.Context) (side, error) {
 			return b.Put(fmt.Appendf(nil, "%020d", n), record)
 		})
 	}), nil
-}
-
-// allocated opens a file with room to come.
-func allocated(path string, flag int, mode os.FileMode) (*os.File, error) {
-	f, err := os.OpenFile(path, flag, mode)
-	if err != nil {
-		return nil, err
-	}
-	return f, unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_KEEP_SIZE, 0, allocation)
 }
 
 // storeRows: what grants take up, on disk and in a broker's memory.

@@ -43,35 +43,43 @@ func issueRows(s size) []row {
 		case exchangeCallers: // what an exchange is compared with in the plot
 			r.target, r.series, r.x = atLeast(0.65), "exchange", 1
 		}
-		r.setup = func(ctx context.Context, l *lab) (pair, error) {
-			b, err := l.started(ctx, tokens)
-			if err != nil {
-				return pair{}, err
-			}
-			first, err := b.issued(ctx)
-			if err != nil {
-				return pair{}, err
-			}
-			f, err := b.floor(ctx, len(first))
-			if err != nil {
-				return pair{}, err
-			}
-			ours, err := b.conns(callers, hop(0), b.Info.GRPC, sandbox.Broker)
-			if err != nil {
-				return pair{}, err
-			}
-			bare, err := b.conns(callers, hop(0), f.GRPC, floorID)
-			if err != nil {
-				return pair{}, err
-			}
-			return pair{
-				ours:  calls(by, callers, l.size.window, 0, issue(ours)),
-				floor: calls(by, callers, l.size.window, 0, issue(bare)),
-			}, nil
-		}
+		r.setup = func(ctx context.Context, l *lab) (pair, error) { return l.issuing(ctx, by, callers) }
 		rows = append(rows, r)
+		if callers == 1 || callers == exchangeCallers { // how much of it is bbolt's second sync
+			r.name, r.target, r.series = r.name+", the floor records in bbolt", nil, ""
+			r.setup = func(ctx context.Context, l *lab) (pair, error) { return l.issuing(ctx, by, callers, inBbolt) }
+			rows = append(rows, r)
+		}
 	}
 	return rows
+}
+
+// inBbolt is of a floor whose records are put into a bbolt file.
+const inBbolt = "--bbolt"
+
+// issuing is both sides, with flags of the floor.
+func (l *lab) issuing(ctx context.Context, by judged, callers int, flags ...string) (pair, error) {
+	b, err := l.started(ctx, tokens)
+	if err != nil {
+		return pair{}, err
+	}
+	first, err := b.issued(ctx)
+	if err != nil {
+		return pair{}, err
+	}
+	f, err := b.floor(ctx, len(first), flags...)
+	if err != nil {
+		return pair{}, err
+	}
+	ours, err := b.conns(callers, hop(0), b.Info.GRPC, sandbox.Broker)
+	if err != nil {
+		return pair{}, err
+	}
+	bare, err := b.conns(callers, hop(0), f.GRPC, floorID)
+	return pair{
+		ours:  calls(by, callers, l.size.window, 0, issue(ours)),
+		floor: calls(by, callers, l.size.window, 0, issue(bare)),
+	}, err
 }
 
 // issue asks for a token as the SDK does.
