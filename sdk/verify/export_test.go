@@ -1,6 +1,10 @@
 package verify
 
-import dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
+import (
+	"crypto/x509"
+
+	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
+)
 
 // Judge is Verify without counting the use: what counting costs is measured against it.
 func (v *Verifier) Judge(raw string, peer Peer) error {
@@ -55,7 +59,19 @@ func (v *Verifier) Forget() { v.seen.table.Store(nil) }
 func (v *Verifier) Remembers(raw string) bool { return v.seen.get(raw) != nil }
 
 // Sweep forgets what has expired.
-func (v *Verifier) Sweep() { v.seen.sweep(v.cfg.Now()) }
+func (v *Verifier) Sweep() { v.forget() }
+
+// RemembersChain reports whether a chain with the leaf is remembered, Chains how many are.
+func (v *Verifier) RemembersChain(leaf *x509.Certificate) bool { return v.peers.get(leaf.Raw) != nil }
+
+func (v *Verifier) Chains() int {
+	v.peers.mu.RLock()
+	defer v.peers.mu.RUnlock()
+	return len(v.peers.chains)
+}
+
+// MaxChains is the most that are remembered.
+const MaxChains = maxChains
 
 // MaxSigned is the most that are remembered.
 const MaxSigned = maxSigned

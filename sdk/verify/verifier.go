@@ -150,6 +150,7 @@ type Verifier struct {
 	client   dayflyv1.FeedServiceClient
 	instance string // random, of this verifier and no other
 	seen     cache
+	peers    peers
 	uses     uses
 	asks     asks
 	watches  watches
