@@ -4,9 +4,12 @@ import (
 	"crypto/ecdsa"
 	"crypto/rand"
 	"crypto/sha256"
+	"crypto/tls"
 	"testing"
+	"time"
 
 	"github.com/dayflyhq/dayfly/proto/revocation"
+	"github.com/dayflyhq/dayfly/sdk/spiffetest"
 	"github.com/dayflyhq/dayfly/sdk/verify"
 )
 
@@ -56,6 +59,34 @@ func BenchmarkVerify(b *testing.B) {
 			}
 		})
 	})
+}
+
+// BenchmarkPeerOf is what the middleware does beside it: "first" has never seen the chain.
+func BenchmarkPeerOf(b *testing.B) {
+	td := spiffetest.ForTest(b, spiffetest.Config{TrustDomain: payments.TrustDomain()})
+	svid, err := td.IssueSVID(payments, spiffetest.SVIDOptions{})
+	if err != nil {
+		b.Fatal(err)
+	}
+	bundle := td.Bundle()
+	v, err := verify.New(verify.Config{Conn: noConn{}, Audiences: []string{"orders"}, Bundles: bundle})
+	if err != nil {
+		b.Fatal(err)
+	}
+	state := &tls.ConnectionState{PeerCertificates: svid.Certificates}
+	for name, of := range map[string]func() verify.Peer{
+		"first": func() verify.Peer { return verify.PeerOf(state, bundle, "192.0.2.1:443", time.Now()) },
+		"again": func() verify.Peer { return v.PeerOf(state, "192.0.2.1:443") },
+	} {
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				if of().ID != payments {
+					b.Fatal("not believed")
+				}
+			}
+		})
+	}
 }
 
 func BenchmarkFloor(b *testing.B) {

@@ -1,6 +1,10 @@
 package verify
 
-import dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
+import (
+	"crypto/x509"
+
+	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
+)
 
 // Judge is Verify without counting the use: what counting costs is measured against it.
 func (v *Verifier) Judge(raw string, peer Peer) error {
@@ -58,7 +62,19 @@ func (v *Verifier) Remembers(raw string) bool {
 }
 
 // Sweep forgets what has expired.
-func (v *Verifier) Sweep() { v.seen.Sweep(v.cfg.Now()) }
+func (v *Verifier) Sweep() { v.forget() }
+
+// RemembersChain reports whether a chain with the leaf is remembered, Chains how many are.
+func (v *Verifier) RemembersChain(leaf *x509.Certificate) bool { return v.peers.get(leaf.Raw) != nil }
+
+func (v *Verifier) Chains() int {
+	v.peers.mu.RLock()
+	defer v.peers.mu.RUnlock()
+	return len(v.peers.chains)
+}
+
+// MaxChains is the most that are remembered.
+const MaxChains = maxChains
 
 // Remembered returns how many signed tokens are remembered.
 func (v *Verifier) Remembered() int { return v.seen.Len() }

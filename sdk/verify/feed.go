@@ -75,7 +75,7 @@ func (v *Verifier) stop() {
 
 // lost notes why a stream ended.
 func (v *Verifier) lost(ctx context.Context, err error) {
-	v.seen.Sweep(v.cfg.Now())
+	v.forget()
 	v.mu.Lock()
 	v.feedErr = err
 	v.notify()
@@ -247,13 +247,20 @@ func (s *stream) serve() error {
 func (s *stream) tick() error {
 	u := &s.v.uses
 	u.pack(s.v.cfg.Boot(), s.v.currentBound())
-	s.v.seen.Sweep(s.v.cfg.Now())
+	s.v.forget()
 	for m := u.outbox.Next(); m != nil; m = u.outbox.Next() {
 		if err := s.rpc.Send(&dayflyv1.FollowRequest{Message: &dayflyv1.FollowRequest_UseReport{UseReport: m}}); err != nil {
 			return err
 		}
 	}
 	return s.ping(rand.Text())
+}
+
+// forget drops what has expired of what is remembered.
+func (v *Verifier) forget() {
+	now := v.cfg.Now()
+	v.seen.Sweep(now)
+	v.peers.sweep(now)
 }
 
 func (s *stream) ping(nonce string) error {

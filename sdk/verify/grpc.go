@@ -166,7 +166,7 @@ func (v *Verifier) grpcPeer(ctx context.Context) Peer {
 	if !ok {
 		return Peer{Address: withoutPort(address)}
 	}
-	return PeerOf(&info.State, v.cfg.Bundles, address, v.cfg.Now())
+	return v.PeerOf(&info.State, address)
 }
 
 // toStatus translates refusals; every other error passes.

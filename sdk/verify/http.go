@@ -72,7 +72,7 @@ func (v *Verifier) request(r *http.Request, scopes []string) (*Verified, error) 
 	if err != nil {
 		return nil, err
 	}
-	t, err := v.Verify(r.Context(), raw, PeerOf(r.TLS, v.cfg.Bundles, r.RemoteAddr, v.cfg.Now()))
+	t, err := v.Verify(r.Context(), raw, v.PeerOf(r.TLS, r.RemoteAddr))
 	if err != nil {
 		return nil, err
 	}

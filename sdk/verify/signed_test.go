@@ -414,7 +414,7 @@ func TestRememberedCosts(t *testing.T) {
 	w.ready(t)
 	raw := w.good(t)
 	peer := verify.Peer{ID: payments, Address: "192.0.2.1"}
-	if n := testing.AllocsPerRun(100, func() {
+	if n := testing.AllocsPerRun(1000, func() {
 		if _, err := w.verifier.Verify(t.Context(), raw, peer); err != nil {
 			t.Fatal(err)
 		}

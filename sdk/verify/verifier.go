@@ -149,6 +149,7 @@ type Verifier struct {
 	client   dayflyv1.FeedServiceClient
 	instance string                // random, of this verifier and no other
 	seen     token.Memory[*signed] // only what was accepted: a stranger drives nothing out of it
+	peers    peers
 	uses     uses
 	asks     asks
 	watches  watches

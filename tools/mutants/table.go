@@ -30,13 +30,21 @@ var simulation = hunter{
 	found: regexp.MustCompile(`seed (?P<history>\d+): (?P<broken>[A-Z]\d): `),
 }
 
-// twins are a verifier that remembers signed tokens and one that doesn't.
-var twins = hunter{
-	dir: "sdk/verify", test: "TestSameAnswers",
-	flags: func(seeds int) []string {
-		return []string{"-rapid.checks", strconv.Itoa(seeds), "-rapid.nofailfile", "-rapid.shrinktime", "1ms"}
-	},
-	found: regexp.MustCompile(`\[rapid\] (?:failed|panic) after (?P<passed>\d+) tests`),
+// twins are a verifier that remembers signed tokens and one that doesn't, peers the same
+// for chains of certificates.
+var (
+	twins = sameAs("TestSameAnswers")
+	peers = sameAs("TestSamePeers")
+)
+
+func sameAs(test string) hunter {
+	return hunter{
+		dir: "sdk/verify", test: test,
+		flags: func(seeds int) []string {
+			return []string{"-rapid.checks", strconv.Itoa(seeds), "-rapid.nofailfile", "-rapid.shrinktime", "1ms"}
+		},
+		found: regexp.MustCompile(`\[rapid\] (?:failed|panic) after (?P<passed>\d+) tests`),
+	}
 }
 
 type edit struct{ file, old, new string }
@@ -45,7 +53,7 @@ type edit struct{ file, old, new string }
 var hunts = []struct {
 	hunter
 	mutants []mutant
-}{{simulation, mutants}, {twins, remembering}}
+}{{simulation, mutants}, {twins, remembering}, {peers, rememberingPeers}}
 
 // Where the mistakes are made: the real code, or, for what a verifier's or an agent's
 // streams do with it, the simulation's follower, which does the same in the same order.
@@ -64,6 +72,7 @@ const (
 	feedSign  = "proto/feed/signed.go"
 	memory    = "proto/token/memory.go"
 	verifier  = "sdk/verify/verifier.go"
+	peerGo    = "sdk/verify/peer.go"
 	screen    = "proto/feed/screen.go"
 	freshness = "proto/feed/freshness.go"
 	logGo     = "proto/feed/log.go"
@@ -266,4 +275,19 @@ var remembering = []mutant{
 		"Claims: s.Claims.Clone()", "Claims: s.Claims")},
 	{"", "what is refused is remembered", one(verifier,
 		"if j.refusal == nil {\n\t\tv.seen.Put", "if true {\n\t\tv.seen.Put")},
+}
+
+// And with the chains of certificates.
+var rememberingPeers = []mutant{
+	{"", "a chain is believed whatever becomes of the bundle", one(peerGo,
+		" && slices.EqualFunc(c.authorities, authorities, same)", "")},
+	{"", "a chain is believed by its leaf", one(peerGo,
+		"slices.EqualFunc(c.certs, certs, same) &&", "len(certs) > 0 &&")},
+	{"", "only the leaf of a chain expires", one(peerGo,
+		"if cert.NotAfter.Before(c.until) {", "if false {")},
+	{"", "a chain is believed before it is valid", one(peerGo,
+		"!now.Before(c.from) && ", "")},
+	{"", "a chain is believed of a trust domain that has left", one(peerGo,
+		"bundle, err := bundles.GetX509BundleForTrustDomain(id.TrustDomain())\n\tif err != nil {",
+		"bundle, err := bundles.GetX509BundleForTrustDomain(id.TrustDomain())\n\tif c := p.get(certs[0].Raw); err != nil && c != nil && c.holds(certs, c.authorities, now) {\n\t\treturn id, nil\n\t}\n\tif err != nil {")},
 }
