@@ -230,12 +230,12 @@ func (s *TokenSource) Token(ctx context.Context) (*Credential, error) {
 // take returns a valid credential, or an error, or the flight to wait for; with a flight,
 // what there is in case that fails.
 func (s *TokenSource) take() (*Credential, *flight, error) {
+	now := s.now() // outside of the lock that all callers share
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.ctx.Err() != nil {
 		return nil, nil, errors.New("the token source is closed")
 	}
-	now := s.now()
 	cred := s.valid(now)
 	if cred != nil && now.apart(cred.asked) < s.renewAt {
 		return cred, nil, nil
