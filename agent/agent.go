@@ -41,6 +41,8 @@ const (
 	// can have a reason: beyond it gRPC itself answers ResourceExhausted. At the sockets of
 	// this host it is MaxWatchBytes.
 	maxReceiveBytes = 256 << 10
+	// maxWorkers is how many calls at the gRPC socket begin with a stack that was used before.
+	maxWorkers = 32
 	// stopWithin is how long calls under way may take to end at shutdown.
 	stopWithin = 5 * time.Second
 	// lookEvery is how often readiness is looked at: knowledge grows old by itself.
@@ -236,7 +238,7 @@ func New(cfg Config) (*Agent, error) {
 	a.cache = &cache{
 		tokens: dayflyv1.NewTokenServiceClient(cfg.Upstream), svids: cfg.Source, judge: a.judge(),
 		now: cfg.Now, boot: cfg.Boot, jitter: cfg.Jitter, log: cfg.Log, counts: &a.counts,
-		entries: map[string]*entry{}, changed: make(chan struct{}),
+		entries: map[key]*entry{}, changed: make(chan struct{}),
 	}
 	if !cfg.BrokerID.IsZero() && cfg.Bundles != nil {
 		a.k.verify = cfg.verifyHead
@@ -275,6 +277,12 @@ func (a *Agent) serveGRPC() {
 		grpc.ChainUnaryInterceptor(a.countUnary, admitUnary),
 		grpc.ChainStreamInterceptor(admitStream),
 		grpc.WaitForHandlers(true),
+		// A call's stack has grown already. Streams stay with their workers; once they have
+		// them all, a call gets a goroutine of its own, as without workers.
+		grpc.NumStreamWorkers(maxWorkers),
+		// Windows that grow cost a ping for nearly every call, and what comes is small.
+		grpc.StaticStreamWindowSize(MaxRequestBytes),
+		grpc.StaticConnWindowSize(MaxRequestBytes),
 	)
 	dayflyv1.RegisterTokenServiceServer(a.grpc, &tokenService{agent: a})
 	dayflyv1.RegisterWatchServiceServer(a.grpc, &watchService{agent: a})

@@ -73,8 +73,15 @@ func (r *Request) normalize() error {
 	return nil
 }
 
-func (r *Request) key() string {
-	return fmt.Sprintf("%s\x00%s\x00%d\x00%s", r.Audience, strings.Join(r.Scopes, " "), r.TTL, r.Binding)
+// A key is what makes two normalized requests the same.
+type key struct {
+	audience, scopes string
+	ttl              time.Duration
+	binding          token.Binding
+}
+
+func (r *Request) key() key {
+	return key{r.Audience, strings.Join(r.Scopes, " "), r.TTL, r.Binding}
 }
 
 func (r *Request) message(idempotencyKey string) *dayflyv1.IssueRequest {
@@ -101,7 +108,7 @@ type cache struct {
 	wg     sync.WaitGroup
 
 	mu      sync.Mutex
-	entries map[string]*entry
+	entries map[key]*entry
 	// limited is the broker's refusal for a limit of this identity, whatever was asked
 	// for, and when it came: for as long as it says no call is made.
 	limited   *sdk.Error
@@ -145,8 +152,10 @@ type mark struct {
 func (c *cache) mark() mark { return mark{c.now(), c.boot()} }
 
 // since is how long ago a moment was.
-func (c *cache) since(m mark) time.Duration {
-	return max(c.now().Sub(m.time), c.boot().Sub(m.boot))
+func (c *cache) since(m mark) time.Duration { return c.mark().since(m) }
+
+func (m mark) since(then mark) time.Duration {
+	return max(m.time.Sub(then.time), m.boot.Sub(then.boot))
 }
 
 // longestAttempt is how long a call is repeated as the same, at the longest: a broker that
@@ -181,14 +190,15 @@ func (c *cache) left(h *held) time.Duration { return h.life - c.since(h.asked) }
 // told returns the credential with its times by the wall clock as it is now: it may have
 // been set since, or the machine may have slept.
 func (c *cache) told(h *held) *sdk.Credential {
-	age, now := c.since(h.asked), c.now()
-	expires := now.Add(h.life - age)
+	now := c.mark()
+	age := now.since(h.asked)
+	expires := now.time.Add(h.life - age)
 	by := max(expires.Round(0).Sub(h.cred.Expires.Round(0)).Abs(), expires.Sub(h.cred.Expires).Abs())
 	if by < maxDrift {
 		return h.cred // the same for all who ask
 	}
 	out := *h.cred
-	out.IssuedAt, out.Expires = now.Add(-age), expires
+	out.IssuedAt, out.Expires = now.time.Add(-age), expires
 	return &out
 }
 
@@ -242,7 +252,7 @@ func (c *cache) newest(e *entry) (*sdk.Credential, *token.Claims) {
 func (c *cache) close() {
 	c.mu.Lock()
 	entries := c.entries
-	c.entries = map[string]*entry{}
+	c.entries = map[key]*entry{}
 	c.cancel()
 	c.mu.Unlock()
 	for _, e := range entries {
@@ -259,7 +269,7 @@ func (c *cache) pin(requests []Request) error {
 	if c.ctx.Err() != nil {
 		return stopping()
 	}
-	wanted := map[string]bool{}
+	wanted := map[key]bool{}
 	for _, r := range requests {
 		wanted[r.key()] = true
 	}

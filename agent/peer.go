@@ -147,10 +147,12 @@ func admitted(ctx context.Context) error {
 	return local.door.admit(local.conn)
 }
 
+var tokenMethods = "/" + dayflyv1.TokenService_ServiceDesc.ServiceName + "/"
+
 // countUnary counts what is asked of the TokenService.
 func (a *Agent) countUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
 	resp, err := handle(ctx, req)
-	if strings.HasPrefix(info.FullMethod, "/"+dayflyv1.TokenService_ServiceDesc.ServiceName+"/") {
+	if strings.HasPrefix(info.FullMethod, tokenMethods) {
 		a.CountRequest(ListenerGRPC, err)
 	}
 	return resp, err
