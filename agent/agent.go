@@ -274,7 +274,7 @@ func (a *Agent) serveGRPC() {
 		grpc.MaxRecvMsgSize(MaxWatchBytes),
 		grpc.MaxConcurrentStreams(uint32(a.cfg.MaxStreams)+maxEntries),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
-		grpc.ChainUnaryInterceptor(a.countUnary, admitUnary),
+		grpc.UnaryInterceptor(a.admitUnary),
 		grpc.ChainStreamInterceptor(admitStream),
 		grpc.WaitForHandlers(true),
 		// A call's stack has grown already. Streams stay with their workers; once they have

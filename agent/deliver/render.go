@@ -41,7 +41,10 @@ const DefaultVariable = "DAYFLY_TOKEN"
 // MaxFileBytes bounds what a file may hold: a hundred of the longest tokens.
 const MaxFileBytes = 256 << 10
 
-var variableName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]{0,127}$`)
+// A bounded repetition would be compiled into as many copies.
+var variableName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
+
+const maxVariable = 128
 
 // jsonFile is the format JSON.
 type jsonFile struct {
@@ -80,7 +83,7 @@ func (f *File) compile() (func(credentials) ([]byte, error), error) {
 	if f.Format != Env && f.Variable != "" {
 		errs = append(errs, field.Wrong("variable", "is for the format env"))
 	}
-	if f.Variable != "" && !variableName.MatchString(f.Variable) {
+	if f.Variable != "" && (len(f.Variable) > maxVariable || !variableName.MatchString(f.Variable)) {
 		errs = append(errs, field.Wrong("variable", "isn't the name of a variable"))
 	}
 	if n := len(f.Credentials); n != 1 && (f.Format != Template || n == 0) {
@@ -210,11 +213,21 @@ func (l *limited) Write(p []byte) (int, error) {
 	return l.Buffer.Write(p)
 }
 
-// secretLike is whatever might be a credential, or part of one, in any of its encodings.
-var secretLike = regexp.MustCompile(`[A-Za-z0-9_.+/=-]{64,}`)
+// secretLike is whatever might be a credential, or part of one, in any of its encodings, if
+// it is long enough.
+var secretLike = regexp.MustCompile(`[A-Za-z0-9_.+/=-]+`)
+
+const shortestSecret = 64
 
 // redact takes from a text what might be a credential.
-func redact(s string) string { return secretLike.ReplaceAllString(s, "[redacted]") }
+func redact(s string) string {
+	return secretLike.ReplaceAllStringFunc(s, func(run string) string {
+		if len(run) < shortestSecret {
+			return run
+		}
+		return "[redacted]"
+	})
+}
 
 var jwt = regexp.MustCompile(`eyJ[A-Za-z0-9_-]*\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+`)
 
