@@ -42,7 +42,8 @@ const (
 	// this host it is MaxWatchBytes.
 	maxReceiveBytes = 256 << 10
 	// maxWorkers is how many calls at the gRPC socket begin with a stack that was used before.
-	maxWorkers = 32
+	// A daemon may be many agents.
+	maxWorkers = 16
 	// stopWithin is how long calls under way may take to end at shutdown.
 	stopWithin = 5 * time.Second
 	// lookEvery is how often readiness is looked at: knowledge grows old by itself.
@@ -210,7 +211,7 @@ type Agent struct {
 	guards   *guards
 	counts   counters
 	health   *health.Server
-	grpc     *grpc.Server
+	grpc     *grpc.Server // nil for none, and before Run: its workers are goroutines
 	remote   *grpc.Server // for verifiers on other hosts, nil for none
 	http     *http.Server
 	stopping chan struct{} // closed when Run begins to stop
@@ -262,7 +263,6 @@ func New(cfg Config) (*Agent, error) {
 	if a.outgoing, err = a.outgoingProxy(); err != nil {
 		return nil, fmt.Errorf("configuring agent: %w", err)
 	}
-	a.serveGRPC()
 	a.serveRemote()
 	a.serveHTTP()
 	return a, nil
@@ -317,6 +317,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	}
 	group, ctx := errgroup.WithContext(ctx)
 	if a.cfg.GRPC != nil {
+		a.serveGRPC()
 		group.Go(func() error {
 			if err := a.grpc.Serve(a.cfg.GRPC); !errors.Is(err, grpc.ErrServerStopped) {
 				return wrap("serving grpc", err)
@@ -409,7 +410,9 @@ func (a *Agent) stop() {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		a.grpc.GracefulStop()
+		if a.grpc != nil {
+			a.grpc.GracefulStop()
+		}
 		if a.remote != nil {
 			a.remote.GracefulStop()
 		}
@@ -420,7 +423,9 @@ func (a *Agent) stop() {
 	select {
 	case <-done:
 	case <-ctx.Done():
-		a.grpc.Stop()
+		if a.grpc != nil {
+			a.grpc.Stop()
+		}
 		if a.remote != nil {
 			a.remote.Stop()
 		}
@@ -434,7 +439,7 @@ func (a *Agent) look(ctx context.Context) {
 	defer every.Stop()
 	tidied := a.cfg.Now()
 	var state State
-	clocks := a.beat()
+	clocks, looked := a.beat(), look{time.Now(), a.cache.mark()}
 	rotated := a.cfg.Changed()
 	for {
 		status := a.Status()
@@ -443,7 +448,7 @@ func (a *Agent) look(ctx context.Context) {
 			a.tell(ctx, state, status)
 			state = status.State
 		}
-		clocks = a.jumped(ctx, clocks)
+		clocks, looked = a.jumped(ctx, clocks), a.cache.look(ctx, looked)
 		if now := a.cfg.Now(); now.Sub(tidied) > tidyEvery {
 			tidied = now
 			a.cache.tidy()

@@ -303,7 +303,7 @@ func (c *cache) add(r Request, pinned bool) (*entry, error) {
 		Fetch: func(ctx context.Context) (*sdk.Credential, error) { return c.fetch(ctx, e) },
 		// What dies on its way must not wait for somebody who asks: files and watchers don't.
 		Fits: func(cred *sdk.Credential) bool { return !c.dead(e, cred) }, Unfit: deadOnArrival(),
-		Landed:    c.ring,
+		Looked: true, Landed: c.ring,
 		RenewFrom: renewFrom, RenewTo: renewTo,
 		Timeout: issueTimeout, Now: c.now, Boot: c.boot, Jitter: c.jitter,
 		Log: c.log.With("audience", r.Audience),
@@ -444,10 +444,45 @@ func (c *cache) tidy() {
 	}
 }
 
-// sweep drops every credential that is dead by what is known now, so that what is
-// renewed ahead is fetched at once and not when somebody asks.
+// sweep is drop where something is known anew.
 func (c *cache) sweep(ctx context.Context) {
-	defer c.ring() // whether or not anything is dropped: there may be copies of what isn't here
+	c.drop(ctx)
+	c.ring() // whether or not anything was dropped: there may be copies of what isn't here
+}
+
+// A look is when the clocks were last found to go as timers do.
+type look struct {
+	timers time.Time
+	clocks mark
+}
+
+// minLeap is what counts as a leap of a clock: they aren't read at one moment.
+const minLeap = 20 * time.Millisecond
+
+// look is called every second, and does for all entries what timers can't: those sleep with
+// the machine, and nothing need tell of a clock that was set or of a rotation. It returns
+// what to call it with next.
+func (c *cache) look(ctx context.Context, last look) look {
+	if c.drop(ctx) {
+		c.ring()
+	}
+	now := look{time.Now(), c.mark()}
+	went := now.timers.Sub(last.timers)
+	leapt := func(d time.Duration) bool { return (d - went).Abs() >= minLeap }
+	if !leapt(now.clocks.time.Sub(last.clocks.time)) && !leapt(now.clocks.time.Round(0).Sub(last.clocks.time.Round(0))) && !leapt(now.clocks.boot.Sub(last.clocks.boot)) {
+		return last // so that small leaps add up
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, e := range c.entries {
+		e.source.Look()
+	}
+	return now
+}
+
+// drop drops every credential that is dead by what is known now, so that what is
+// renewed ahead is fetched at once and not when somebody asks. It reports whether it did.
+func (c *cache) drop(ctx context.Context) (dropped bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, e := range c.entries {
@@ -461,10 +496,12 @@ func (c *cache) sweep(ctx context.Context) {
 			e.source.Revoked(h.grant)
 		}
 		if e.latest.CompareAndSwap(h, nil) {
+			dropped = true
 			c.counts.dropped.Add(1)
 			c.log.InfoContext(ctx, "dropped a dead credential", "grant", h.grant, "audience", e.req.Audience)
 		}
 	}
+	return dropped
 }
 
 // reached ends the pauses of what could not be fetched: the broker is heard again. A fleet

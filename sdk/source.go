@@ -79,6 +79,10 @@ type SourceConfig struct {
 	// protects nothing.
 	Jitter func() float64
 
+	// Looked says that whoever has many sources calls Look when a clock was set, the machine
+	// has slept, or what Fits answers may have changed. Else Run looks every second.
+	Looked bool
+
 	// Landed is called after each fetch, once Token and Status answer by it. It must be
 	// quick. Nil: nobody is.
 	Landed func()
@@ -442,6 +446,13 @@ func (s *TokenSource) Reached() {
 	}
 }
 
+// Look has Run look at the clocks and at what fits.
+func (s *TokenSource) Look() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.notify()
+}
+
 // A SourceStatus is how a TokenSource is.
 type SourceStatus struct {
 	// RenewIn is how long until the credential is renewed while all goes well, or until the
@@ -500,7 +511,10 @@ func (s *TokenSource) Refused(grant string) bool {
 func (s *TokenSource) Run(ctx context.Context) error {
 	for {
 		wait, changed := s.tend()
-		timer := time.NewTimer(min(wait, lookEvery))
+		if !s.cfg.Looked {
+			wait = min(wait, lookEvery)
+		}
+		timer := time.NewTimer(wait)
 		select {
 		case <-ctx.Done():
 			timer.Stop()
