@@ -204,6 +204,7 @@ type Agent struct {
 	cfg      Config
 	k        *knowledge
 	cache    *cache
+	all      *hearer
 	follower *follower
 	files    *deliver.Deliverer
 	outgoing *outgoing.Proxy
@@ -239,8 +240,9 @@ func New(cfg Config) (*Agent, error) {
 	a.cache = &cache{
 		tokens: dayflyv1.NewTokenServiceClient(cfg.Upstream), svids: cfg.Source, judge: a.judge(),
 		now: cfg.Now, boot: cfg.Boot, jitter: cfg.Jitter, log: cfg.Log, counts: &a.counts,
-		entries: map[key]*entry{}, changed: make(chan struct{}),
+		entries: map[key]*entry{}, hearing: map[*hearer]struct{}{},
 	}
+	a.all = &hearer{cache: a.cache}
 	if !cfg.BrokerID.IsZero() && cfg.Bundles != nil {
 		a.k.verify = cfg.verifyHead
 	}

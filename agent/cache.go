@@ -114,8 +114,8 @@ type cache struct {
 	limited   *sdk.Error
 	limitedAt mark
 	upstream  contact
-	// changed is closed at every change that somebody who keeps copies must hear of.
-	changed chan struct{}
+	// hearing are those who keep copies and wait for a change.
+	hearing map[*hearer]struct{}
 }
 
 // An entry is one request and its credential.
@@ -211,20 +211,54 @@ func (c *cache) open() {
 	c.ctx, c.cancel = context.WithCancel(context.Background())
 }
 
-// ring wakes those who keep copies.
-func (c *cache) ring() {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	close(c.changed)
-	c.changed = make(chan struct{})
+// A hearer keeps copies of some credentials: it hears of each change of these, and of all
+// that may concern any.
+type hearer struct {
+	cache *cache
+	of    map[key]bool  // nil: of whatever changes
+	next  chan struct{} // guarded by cache.mu; nil after it was closed
 }
 
-// whenChanged returns a channel that is closed when newest may answer otherwise next, but
-// for what expires.
-func (c *cache) whenChanged() <-chan struct{} {
+// hear returns who hears of these, or, without any, of none alone.
+func (c *cache) hear(of ...key) *hearer {
+	h := &hearer{cache: c, of: map[key]bool{}}
+	for _, k := range of {
+		h.of[k] = true
+	}
+	return h
+}
+
+// changed returns a channel that is closed when newest may answer otherwise next, but for
+// what expires. Whoever is gone is forgotten at the next change that it would have heard of.
+func (h *hearer) changed() <-chan struct{} {
+	h.cache.mu.Lock()
+	defer h.cache.mu.Unlock()
+	if h.next == nil {
+		h.next = make(chan struct{})
+		h.cache.hearing[h] = struct{}{}
+	}
+	return h.next
+}
+
+// ring wakes all who keep copies.
+func (c *cache) ring() { c.wake(func(*hearer) bool { return true }) }
+
+// landed wakes those who keep copies of one credential.
+func (c *cache) landed(k key) { c.wake(func(h *hearer) bool { return h.of == nil || h.of[k] }) }
+
+// delivered wakes those who hear of whatever changes: of files too.
+func (c *cache) delivered() { c.wake(func(h *hearer) bool { return h.of == nil }) }
+
+func (c *cache) wake(whom func(*hearer) bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.changed
+	for h := range c.hearing {
+		if whom(h) {
+			close(h.next)
+			h.next = nil
+			delete(c.hearing, h)
+		}
+	}
 }
 
 // find returns the entry of a request that is kept, nil for none.
@@ -297,13 +331,13 @@ func (c *cache) pin(requests []Request) error {
 
 // add makes an entry; mu is held.
 func (c *cache) add(r Request, pinned bool) (*entry, error) {
-	e := &entry{req: r, pinned: pinned, asked: c.now()}
+	e, k := &entry{req: r, pinned: pinned, asked: c.now()}, r.key()
 	e.ctx, e.cancel = context.WithCancel(c.ctx)
 	source, err := sdk.NewTokenSource(sdk.SourceConfig{
 		Fetch: func(ctx context.Context) (*sdk.Credential, error) { return c.fetch(ctx, e) },
 		// What dies on its way must not wait for somebody who asks: files and watchers don't.
 		Fits: func(cred *sdk.Credential) bool { return !c.dead(e, cred) }, Unfit: deadOnArrival(),
-		Looked: true, Landed: c.ring,
+		Looked: true, Landed: func() { c.landed(k) },
 		RenewFrom: renewFrom, RenewTo: renewTo,
 		Timeout: issueTimeout, Now: c.now, Boot: c.boot, Jitter: c.jitter,
 		Log: c.log.With("audience", r.Audience),
@@ -312,7 +346,7 @@ func (c *cache) add(r Request, pinned bool) (*entry, error) {
 		return nil, err
 	}
 	e.source = source
-	c.entries[r.key()] = e
+	c.entries[k] = e
 	return e, nil
 }
 
