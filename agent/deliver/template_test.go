@@ -13,7 +13,7 @@ import (
 	"pgregory.net/rapid"
 )
 
-var threeCredentials = credentials{
+var twoCredentials = credentials{
 	"a": {Token: token.NewSecret("the.token.a"), Grant: "grant-a", Audience: "orders", Scopes: []string{"r", "w"}, Expires: time.Unix(2_000_000_000, 0)},
 	"b": {Token: token.NewSecret("the.token.b"), Grant: "grant-b", Audience: "it's <web>", Expires: time.Unix(1_900_000_000, 0)},
 }
@@ -39,9 +39,7 @@ func theirs(creds credentials) template.FuncMap {
 // A value of a template is drawn with its kind, so that most of them can be run.
 func drawText(t *rapid.T, deep int, names []string) string {
 	kinds := []string{`"x"`, "`a`", `""`, `"the.token.a"`, `"é<&"`}
-	for _, n := range names {
-		kinds = append(kinds, n)
-	}
+	kinds = append(kinds, names...)
 	if deep > 0 {
 		kinds = append(kinds, "of", "of", "piped", "printf", "print", "html", "urlquery", "base64", "and", "or")
 	}
@@ -138,14 +136,14 @@ func TestTemplateAsGo(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
 		text := drawBody(rt, 2, nil)
 		var want strings.Builder
-		parsed, err := template.New("template").Funcs(theirs(threeCredentials)).Parse(text)
+		parsed, err := template.New("template").Funcs(theirs(twoCredentials)).Parse(text)
 		if err == nil {
 			err = parsed.Execute(&want, map[string]any{})
 		}
 		var got strings.Builder
-		ours, ourErr := parseTemplate(text, functions(threeCredentials))
+		ours, ourErr := parseTemplate(text, functions(twoCredentials))
 		if ourErr == nil {
-			ourErr = ours.run(&got, functions(threeCredentials))
+			ourErr = ours.run(&got, functions(twoCredentials))
 		}
 		if (err == nil) != (ourErr == nil) || err == nil && got.String() != want.String() {
 			rt.Fatalf("%q makes %q (%v), and Go makes %q (%v)", text, got.String(), ourErr, want.String(), err)
