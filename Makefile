@@ -39,9 +39,11 @@ need: need-go
 	@version=$$(node --version 2>/dev/null) || version=none; [[ "$$version" =~ ^v([0-9]+) ]] && (( BASH_REMATCH[1] >= 20 )) || { echo "the tests of other people's clients need Node 20 or newer, and this is $$version: see https://nodejs.org" >&2; exit 1; }
 	@cc=$$($(GO) env CC); command -v "$${cc%% *}" >/dev/null || { echo "the race detector needs a C compiler, and there is no '$$cc': apt-get install gcc libc6-dev" >&2; exit 1; }
 
+# Without gRPC's pages of traces, which bring html/template: because that may call any method
+# by its name, the linker would keep each of every package.
 .PHONY: build
 build: need-go ## the commands, into bin/
-	CGO_ENABLED=0 $(GO) build -trimpath -ldflags='-s -w' -o bin/ ./cmd/...
+	CGO_ENABLED=0 $(GO) build -tags grpcnotrace -trimpath -ldflags='-s -w' -o bin/ ./cmd/...
 
 # Other people's clients are a module of their own, so that nobody who uses
 # dayfly compiles them. The first time they build MinIO, which takes minutes.

@@ -41,6 +41,9 @@ const (
 	// can have a reason: beyond it gRPC itself answers ResourceExhausted. At the sockets of
 	// this host it is MaxWatchBytes.
 	maxReceiveBytes = 256 << 10
+	// maxWorkers is how many calls at the gRPC socket begin with a stack that was used before.
+	// A daemon may be many agents.
+	maxWorkers = 16
 	// stopWithin is how long calls under way may take to end at shutdown.
 	stopWithin = 5 * time.Second
 	// lookEvery is how often readiness is looked at: knowledge grows old by itself.
@@ -201,6 +204,7 @@ type Agent struct {
 	cfg      Config
 	k        *knowledge
 	cache    *cache
+	all      *hearer
 	follower *follower
 	files    *deliver.Deliverer
 	outgoing *outgoing.Proxy
@@ -208,7 +212,7 @@ type Agent struct {
 	guards   *guards
 	counts   counters
 	health   *health.Server
-	grpc     *grpc.Server
+	grpc     *grpc.Server // nil for none, and before Run: its workers are goroutines
 	remote   *grpc.Server // for verifiers on other hosts, nil for none
 	http     *http.Server
 	stopping chan struct{} // closed when Run begins to stop
@@ -236,8 +240,9 @@ func New(cfg Config) (*Agent, error) {
 	a.cache = &cache{
 		tokens: dayflyv1.NewTokenServiceClient(cfg.Upstream), svids: cfg.Source, judge: a.judge(),
 		now: cfg.Now, boot: cfg.Boot, jitter: cfg.Jitter, log: cfg.Log, counts: &a.counts,
-		entries: map[string]*entry{}, changed: make(chan struct{}),
+		entries: map[key]*entry{}, hearing: map[*hearer]struct{}{},
 	}
+	a.all = &hearer{cache: a.cache}
 	if !cfg.BrokerID.IsZero() && cfg.Bundles != nil {
 		a.k.verify = cfg.verifyHead
 	}
@@ -260,7 +265,6 @@ func New(cfg Config) (*Agent, error) {
 	if a.outgoing, err = a.outgoingProxy(); err != nil {
 		return nil, fmt.Errorf("configuring agent: %w", err)
 	}
-	a.serveGRPC()
 	a.serveRemote()
 	a.serveHTTP()
 	return a, nil
@@ -272,9 +276,15 @@ func (a *Agent) serveGRPC() {
 		grpc.MaxRecvMsgSize(MaxWatchBytes),
 		grpc.MaxConcurrentStreams(uint32(a.cfg.MaxStreams)+maxEntries),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
-		grpc.ChainUnaryInterceptor(a.countUnary, admitUnary),
+		grpc.UnaryInterceptor(a.admitUnary),
 		grpc.ChainStreamInterceptor(admitStream),
 		grpc.WaitForHandlers(true),
+		// A call's stack has grown already. Streams stay with their workers; once they have
+		// them all, a call gets a goroutine of its own, as without workers.
+		grpc.NumStreamWorkers(maxWorkers),
+		// Windows that grow cost a ping for nearly every call, and what comes is small.
+		grpc.StaticStreamWindowSize(MaxRequestBytes),
+		grpc.StaticConnWindowSize(MaxRequestBytes),
 	)
 	dayflyv1.RegisterTokenServiceServer(a.grpc, &tokenService{agent: a})
 	dayflyv1.RegisterWatchServiceServer(a.grpc, &watchService{agent: a})
@@ -309,6 +319,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	}
 	group, ctx := errgroup.WithContext(ctx)
 	if a.cfg.GRPC != nil {
+		a.serveGRPC()
 		group.Go(func() error {
 			if err := a.grpc.Serve(a.cfg.GRPC); !errors.Is(err, grpc.ErrServerStopped) {
 				return wrap("serving grpc", err)
@@ -401,7 +412,9 @@ func (a *Agent) stop() {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		a.grpc.GracefulStop()
+		if a.grpc != nil {
+			a.grpc.GracefulStop()
+		}
 		if a.remote != nil {
 			a.remote.GracefulStop()
 		}
@@ -412,7 +425,9 @@ func (a *Agent) stop() {
 	select {
 	case <-done:
 	case <-ctx.Done():
-		a.grpc.Stop()
+		if a.grpc != nil {
+			a.grpc.Stop()
+		}
 		if a.remote != nil {
 			a.remote.Stop()
 		}
@@ -426,7 +441,7 @@ func (a *Agent) look(ctx context.Context) {
 	defer every.Stop()
 	tidied := a.cfg.Now()
 	var state State
-	clocks := a.beat()
+	clocks, looked := a.beat(), look{time.Now(), a.cache.mark()}
 	rotated := a.cfg.Changed()
 	for {
 		status := a.Status()
@@ -435,7 +450,7 @@ func (a *Agent) look(ctx context.Context) {
 			a.tell(ctx, state, status)
 			state = status.State
 		}
-		clocks = a.jumped(ctx, clocks)
+		clocks, looked = a.jumped(ctx, clocks), a.cache.look(ctx, looked)
 		if now := a.cfg.Now(); now.Sub(tidied) > tidyEvery {
 			tidied = now
 			a.cache.tidy()

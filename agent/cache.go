@@ -73,8 +73,15 @@ func (r *Request) normalize() error {
 	return nil
 }
 
-func (r *Request) key() string {
-	return fmt.Sprintf("%s\x00%s\x00%d\x00%s", r.Audience, strings.Join(r.Scopes, " "), r.TTL, r.Binding)
+// A key is what makes two normalized requests the same.
+type key struct {
+	audience, scopes string
+	ttl              time.Duration
+	binding          token.Binding
+}
+
+func (r *Request) key() key {
+	return key{r.Audience, strings.Join(r.Scopes, " "), r.TTL, r.Binding}
 }
 
 func (r *Request) message(idempotencyKey string) *dayflyv1.IssueRequest {
@@ -101,14 +108,14 @@ type cache struct {
 	wg     sync.WaitGroup
 
 	mu      sync.Mutex
-	entries map[string]*entry
+	entries map[key]*entry
 	// limited is the broker's refusal for a limit of this identity, whatever was asked
 	// for, and when it came: for as long as it says no call is made.
 	limited   *sdk.Error
 	limitedAt mark
 	upstream  contact
-	// changed is closed at every change that somebody who keeps copies must hear of.
-	changed chan struct{}
+	// hearing are those who keep copies and wait for a change.
+	hearing map[*hearer]struct{}
 }
 
 // An entry is one request and its credential.
@@ -145,8 +152,10 @@ type mark struct {
 func (c *cache) mark() mark { return mark{c.now(), c.boot()} }
 
 // since is how long ago a moment was.
-func (c *cache) since(m mark) time.Duration {
-	return max(c.now().Sub(m.time), c.boot().Sub(m.boot))
+func (c *cache) since(m mark) time.Duration { return c.mark().since(m) }
+
+func (m mark) since(then mark) time.Duration {
+	return max(m.time.Sub(then.time), m.boot.Sub(then.boot))
 }
 
 // longestAttempt is how long a call is repeated as the same, at the longest: a broker that
@@ -181,14 +190,15 @@ func (c *cache) left(h *held) time.Duration { return h.life - c.since(h.asked) }
 // told returns the credential with its times by the wall clock as it is now: it may have
 // been set since, or the machine may have slept.
 func (c *cache) told(h *held) *sdk.Credential {
-	age, now := c.since(h.asked), c.now()
-	expires := now.Add(h.life - age)
+	now := c.mark()
+	age := now.since(h.asked)
+	expires := now.time.Add(h.life - age)
 	by := max(expires.Round(0).Sub(h.cred.Expires.Round(0)).Abs(), expires.Sub(h.cred.Expires).Abs())
 	if by < maxDrift {
 		return h.cred // the same for all who ask
 	}
 	out := *h.cred
-	out.IssuedAt, out.Expires = now.Add(-age), expires
+	out.IssuedAt, out.Expires = now.time.Add(-age), expires
 	return &out
 }
 
@@ -201,20 +211,54 @@ func (c *cache) open() {
 	c.ctx, c.cancel = context.WithCancel(context.Background())
 }
 
-// ring wakes those who keep copies.
-func (c *cache) ring() {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	close(c.changed)
-	c.changed = make(chan struct{})
+// A hearer keeps copies of some credentials: it hears of each change of these, and of all
+// that may concern any.
+type hearer struct {
+	cache *cache
+	of    map[key]bool  // nil: of whatever changes
+	next  chan struct{} // guarded by cache.mu; nil after it was closed
 }
 
-// whenChanged returns a channel that is closed when newest may answer otherwise next, but
-// for what expires.
-func (c *cache) whenChanged() <-chan struct{} {
+// hear returns who hears of these, or, without any, of none alone.
+func (c *cache) hear(of ...key) *hearer {
+	h := &hearer{cache: c, of: map[key]bool{}}
+	for _, k := range of {
+		h.of[k] = true
+	}
+	return h
+}
+
+// changed returns a channel that is closed when newest may answer otherwise next, but for
+// what expires. Whoever is gone is forgotten at the next change that it would have heard of.
+func (h *hearer) changed() <-chan struct{} {
+	h.cache.mu.Lock()
+	defer h.cache.mu.Unlock()
+	if h.next == nil {
+		h.next = make(chan struct{})
+		h.cache.hearing[h] = struct{}{}
+	}
+	return h.next
+}
+
+// ring wakes all who keep copies.
+func (c *cache) ring() { c.wake(func(*hearer) bool { return true }) }
+
+// landed wakes those who keep copies of one credential.
+func (c *cache) landed(k key) { c.wake(func(h *hearer) bool { return h.of == nil || h.of[k] }) }
+
+// delivered wakes those who hear of whatever changes: of files too.
+func (c *cache) delivered() { c.wake(func(h *hearer) bool { return h.of == nil }) }
+
+func (c *cache) wake(whom func(*hearer) bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.changed
+	for h := range c.hearing {
+		if whom(h) {
+			close(h.next)
+			h.next = nil
+			delete(c.hearing, h)
+		}
+	}
 }
 
 // find returns the entry of a request that is kept, nil for none.
@@ -242,7 +286,7 @@ func (c *cache) newest(e *entry) (*sdk.Credential, *token.Claims) {
 func (c *cache) close() {
 	c.mu.Lock()
 	entries := c.entries
-	c.entries = map[string]*entry{}
+	c.entries = map[key]*entry{}
 	c.cancel()
 	c.mu.Unlock()
 	for _, e := range entries {
@@ -259,7 +303,7 @@ func (c *cache) pin(requests []Request) error {
 	if c.ctx.Err() != nil {
 		return stopping()
 	}
-	wanted := map[string]bool{}
+	wanted := map[key]bool{}
 	for _, r := range requests {
 		wanted[r.key()] = true
 	}
@@ -287,13 +331,13 @@ func (c *cache) pin(requests []Request) error {
 
 // add makes an entry; mu is held.
 func (c *cache) add(r Request, pinned bool) (*entry, error) {
-	e := &entry{req: r, pinned: pinned, asked: c.now()}
+	e, k := &entry{req: r, pinned: pinned, asked: c.now()}, r.key()
 	e.ctx, e.cancel = context.WithCancel(c.ctx)
 	source, err := sdk.NewTokenSource(sdk.SourceConfig{
 		Fetch: func(ctx context.Context) (*sdk.Credential, error) { return c.fetch(ctx, e) },
 		// What dies on its way must not wait for somebody who asks: files and watchers don't.
 		Fits: func(cred *sdk.Credential) bool { return !c.dead(e, cred) }, Unfit: deadOnArrival(),
-		Landed:    c.ring,
+		Looked: true, Landed: func() { c.landed(k) },
 		RenewFrom: renewFrom, RenewTo: renewTo,
 		Timeout: issueTimeout, Now: c.now, Boot: c.boot, Jitter: c.jitter,
 		Log: c.log.With("audience", r.Audience),
@@ -302,7 +346,7 @@ func (c *cache) add(r Request, pinned bool) (*entry, error) {
 		return nil, err
 	}
 	e.source = source
-	c.entries[r.key()] = e
+	c.entries[k] = e
 	return e, nil
 }
 
@@ -434,10 +478,45 @@ func (c *cache) tidy() {
 	}
 }
 
-// sweep drops every credential that is dead by what is known now, so that what is
-// renewed ahead is fetched at once and not when somebody asks.
+// sweep is drop where something is known anew.
 func (c *cache) sweep(ctx context.Context) {
-	defer c.ring() // whether or not anything is dropped: there may be copies of what isn't here
+	c.drop(ctx)
+	c.ring() // whether or not anything was dropped: there may be copies of what isn't here
+}
+
+// A look is when the clocks were last found to go as timers do.
+type look struct {
+	timers time.Time
+	clocks mark
+}
+
+// minLeap is what counts as a leap of a clock: they aren't read at one moment.
+const minLeap = 20 * time.Millisecond
+
+// look is called every second, and does for all entries what timers can't: those sleep with
+// the machine, and nothing need tell of a clock that was set or of a rotation. It returns
+// what to call it with next.
+func (c *cache) look(ctx context.Context, last look) look {
+	if c.drop(ctx) {
+		c.ring()
+	}
+	now := look{time.Now(), c.mark()}
+	went := now.timers.Sub(last.timers)
+	leapt := func(d time.Duration) bool { return (d - went).Abs() >= minLeap }
+	if !leapt(now.clocks.time.Sub(last.clocks.time)) && !leapt(now.clocks.time.Round(0).Sub(last.clocks.time.Round(0))) && !leapt(now.clocks.boot.Sub(last.clocks.boot)) {
+		return last // so that small leaps add up
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, e := range c.entries {
+		e.source.Look()
+	}
+	return now
+}
+
+// drop drops every credential that is dead by what is known now, so that what is
+// renewed ahead is fetched at once and not when somebody asks. It reports whether it did.
+func (c *cache) drop(ctx context.Context) (dropped bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, e := range c.entries {
@@ -451,10 +530,12 @@ func (c *cache) sweep(ctx context.Context) {
 			e.source.Revoked(h.grant)
 		}
 		if e.latest.CompareAndSwap(h, nil) {
+			dropped = true
 			c.counts.dropped.Add(1)
 			c.log.InfoContext(ctx, "dropped a dead credential", "grant", h.grant, "audience", e.req.Audience)
 		}
 	}
+	return dropped
 }
 
 // reached ends the pauses of what could not be fetched: the broker is heard again. A fleet

@@ -31,14 +31,25 @@ func (a *Agent) deliverer() (*deliver.Deliverer, error) {
 	return deliver.New(deliver.Config{
 		Targets: a.live.Load().Files,
 		Newest:  a.Newest,
-		Changed: a.Changed,
+		Changed: a.changedOf,
 		Alive:   a.Alive,
 		Run:     a.cfg.Run,
 
-		Delivered: a.cache.ring,
+		Delivered: a.cache.delivered,
 
 		Now: a.cfg.Now, Log: a.cfg.Log,
 	})
+}
+
+// changedOf is Changed of these alone.
+func (a *Agent) changedOf(requests []sdk.Request) func() <-chan struct{} {
+	h := a.cache.hear()
+	for _, r := range requests {
+		if want := fileRequest(r); want.normalize() == nil {
+			h.of[want.key()] = true
+		}
+	}
+	return h.changed
 }
 
 func (a *Agent) checkFiles() Check {

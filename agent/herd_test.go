@@ -14,7 +14,6 @@ import (
 	"github.com/dayflyhq/dayfly/proto/feed"
 	"github.com/dayflyhq/dayfly/proto/revocation"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/test/bufconn"
 )
 
 // herdSize is how many agents there are, and life how long the credential of each lives.
@@ -42,7 +41,7 @@ func newHerd(t *testing.T) *herd {
 	})
 	for i := range herdSize {
 		a, err := agent.New(agent.Config{
-			Upstream: h, Source: h.b.td.Source(payments), GRPC: bufconn.Listen(1), NoFeed: true, Prefetch: []agent.Request{{Audience: "orders"}},
+			Upstream: h, Source: h.b.td.Source(payments), NoSockets: true, NoFeed: true, Prefetch: []agent.Request{{Audience: "orders"}},
 			Boot:   func() feed.Instant { return feed.Instant(time.Since(h.began)) },
 			Jitter: rand.New(rand.NewPCG(5, uint64(i))).Float64, // one credential, so one caller
 		})

@@ -217,11 +217,13 @@ func (i *Identity) get() (*x509svid.SVID, error) {
 	if i.all.context == nil {
 		return nil, ErrNoIdentity
 	}
-	missing := &NotIssuedError{ID: i.id}
 	for _, svid := range i.all.context.SVIDs {
 		if i.id.IsZero() || svid.ID == i.id {
 			return svid, nil
 		}
+	}
+	missing := &NotIssuedError{ID: i.id}
+	for _, svid := range i.all.context.SVIDs {
 		missing.Returned = append(missing.Returned, svid.ID)
 	}
 	return nil, missing

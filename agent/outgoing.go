@@ -14,7 +14,7 @@ import (
 // outgoingProxy returns the proxy of what is configured, with tokens from memory.
 func (a *Agent) outgoingProxy() (*outgoing.Proxy, error) {
 	cfg := outgoing.Config{
-		Listeners: a.cfg.Outgoing, Tokens: outgoingTokens{a.cache}, SVIDs: a.cfg.Source, Bundles: a.cfg.Bundles,
+		Listeners: a.cfg.Outgoing, Tokens: outgoingTokens{a.cache, a.cache.hear()}, SVIDs: a.cfg.Source, Bundles: a.cfg.Bundles,
 		Admit: a.door.admit, Log: a.cfg.Log,
 		Count: func(reason string) { a.counts.requests.add(ListenerOutgoing, cmp.Or(reason, okay)) },
 	}
@@ -40,7 +40,10 @@ func (a *Agent) outgoingFamilies() Metrics {
 }
 
 // outgoingTokens is the cache as the proxy knows it.
-type outgoingTokens struct{ cache *cache }
+type outgoingTokens struct {
+	cache  *cache
+	hearer *hearer // of what may concern any: revocations
+}
 
 func (t outgoingTokens) Token(ctx context.Context, r sdk.Request) (*sdk.Credential, error) {
 	return t.cache.token(ctx, fileRequest(r))
@@ -56,4 +59,4 @@ func (t outgoingTokens) Refused(r sdk.Request, cred *sdk.Credential) bool {
 // that shows it.
 func (t outgoingTokens) Revoked(claims *token.Claims) bool { return t.cache.revoked(claims) }
 
-func (t outgoingTokens) Changed() <-chan struct{} { return t.cache.whenChanged() }
+func (t outgoingTokens) Changed() <-chan struct{} { return t.hearer.changed() }

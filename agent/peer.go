@@ -147,23 +147,19 @@ func admitted(ctx context.Context) error {
 	return local.door.admit(local.conn)
 }
 
-// countUnary counts what is asked of the TokenService.
-func (a *Agent) countUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
-	resp, err := handle(ctx, req)
-	if strings.HasPrefix(info.FullMethod, "/"+dayflyv1.TokenService_ServiceDesc.ServiceName+"/") {
+var tokenMethods = "/" + dayflyv1.TokenService_ServiceDesc.ServiceName + "/"
+
+// admitUnary also counts what is asked of the TokenService.
+func (a *Agent) admitUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (resp any, err error) {
+	if err = admitted(ctx); err == nil {
+		if err = fits(req); err == nil {
+			resp, err = handle(ctx, req)
+		}
+	}
+	if strings.HasPrefix(info.FullMethod, tokenMethods) {
 		a.CountRequest(ListenerGRPC, err)
 	}
 	return resp, err
-}
-
-func admitUnary(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
-	if err := admitted(ctx); err != nil {
-		return nil, err
-	}
-	if err := fits(req); err != nil {
-		return nil, err
-	}
-	return handle(ctx, req)
 }
 
 func admitStream(srv any, stream grpc.ServerStream, _ *grpc.StreamServerInfo, handle grpc.StreamHandler) error {

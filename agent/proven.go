@@ -61,8 +61,11 @@ func unproven(err error) error {
 // notIssued refuses callers at once while the Workload API says that there is no SVID for
 // this workload. Before it has answered, they wait.
 func notIssued(source x509svid.Source) error {
-	var missing *NotIssuedError
-	if _, err := source.GetX509SVID(); errors.As(err, &missing) {
+	_, err := source.GetX509SVID()
+	if err == nil {
+		return nil
+	}
+	if missing := (*NotIssuedError)(nil); errors.As(err, &missing) {
 		return unproven(err)
 	}
 	return nil
@@ -71,8 +74,8 @@ func notIssued(source x509svid.Source) error {
 // disowned reports whether claims are of an identity that is known not to be this
 // workload's now. Before the Workload API has answered nothing is known.
 func disowned(svid *x509svid.SVID, err error, claims *token.Claims) bool {
-	var missing *NotIssuedError
 	if err != nil {
+		var missing *NotIssuedError
 		return errors.As(err, &missing)
 	}
 	return svid.ID != claims.Presenter()

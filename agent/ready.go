@@ -256,7 +256,7 @@ func (a *Agent) beat() beat { return beat{a.cfg.Now(), time.Duration(a.cfg.Boot(
 
 // jumped looks whether the machine has slept or its clock was set since the last beat, and
 // wakes what sleeps on timers: those slept too, and know nothing of a clock that was set.
-// Credentials look for themselves.
+// For credentials cache.look does.
 func (a *Agent) jumped(ctx context.Context, last beat) beat {
 	now := a.beat()
 	boot := now.boot - last.boot

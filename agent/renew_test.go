@@ -17,6 +17,7 @@ import (
 	"github.com/dayflyhq/dayfly/proto/boottime"
 	dayflyv1 "github.com/dayflyhq/dayfly/proto/dayfly/v1"
 	"github.com/dayflyhq/dayfly/proto/feed"
+	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/dayflyhq/dayfly/sdk"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -111,6 +112,63 @@ func TestRenewsAhead(t *testing.T) {
 		}
 		if len(d.calls()) != n {
 			t.Error("asking cost a call")
+		}
+	})
+}
+
+// Clocks that leave the timers behind by little at a time, or at once, renew credentials when
+// they say that it is time; one that is set back changes nothing.
+func TestRenewsByEveryClock(t *testing.T) {
+	for name, c := range map[string]struct {
+		wall, boot, minutes float64 // by how much they run faster than timers, and until when it must have renewed
+		leap                time.Duration
+	}{
+		"sleeping often": {boot: 0.9, minutes: 1.5},
+		"set often":      {wall: 0.9, minutes: 1.5},
+		"set at once":    {leap: 4 * time.Minute, minutes: 0.1},
+		"set back":       {leap: -4 * time.Minute, minutes: 2.6},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				d, began := &direct{b: unservedBroker(t, newDomain(t))}, time.Now()
+				var leap atomic.Int64
+				faster := func(by float64) time.Duration { return time.Duration(by * float64(time.Since(began))) }
+				bubble(t, d, func(cfg *agent.Config) {
+					cfg.Prefetch = []agent.Request{{Audience: "orders"}}
+					cfg.Boot = func() feed.Instant { return feed.Instant(time.Since(began) + faster(c.boot)) }
+					if c.wall > 0 || c.leap != 0 {
+						cfg.Now = func() time.Time { return time.Now().Round(0).Add(faster(c.wall) + time.Duration(leap.Load())) }
+					}
+				})
+				if n := len(d.calls()); n != 1 {
+					t.Fatalf("%d calls at the start", n)
+				}
+				leap.Store(int64(c.leap))
+				time.Sleep(time.Duration(c.minutes * float64(time.Minute)))
+				synctest.Wait()
+				if n := len(d.calls()); n != 2 {
+					t.Errorf("%d calls after %v minutes, want 2", n, c.minutes)
+				}
+			})
+		})
+	}
+}
+
+// What is bound to a certificate that was rotated is fetched anew within a second, even if
+// nothing tells of the rotation and nobody asks.
+func TestUntoldRotation(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := &direct{b: unservedBroker(t, newDomain(t))}
+		d.b.set(func(b *broker) { b.binding = token.BindingX5T })
+		bubble(t, d, func(c *agent.Config) { c.Prefetch = []agent.Request{{Audience: "orders"}} })
+		if err := d.b.td.Rotate(payments); err != nil {
+			t.Fatal(err)
+		}
+		before := len(d.calls())
+		time.Sleep(time.Second)
+		synctest.Wait()
+		if n := len(d.calls()); n <= before {
+			t.Errorf("%d calls, as before", n)
 		}
 	})
 }

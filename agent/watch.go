@@ -44,7 +44,7 @@ func (a *Agent) Refusal(r sdk.Request) *sdk.Error {
 
 // Changed returns a channel that is closed when Newest, Refusal, Alive or Revoked may
 // answer otherwise next, or files have changed, but for what expires.
-func (a *Agent) Changed() <-chan struct{} { return a.cache.whenChanged() }
+func (a *Agent) Changed() <-chan struct{} { return a.all.changed() }
 
 // Alive says whether a credential may be used as far as is known: it is neither revoked nor
 // bound to a certificate that this workload has no longer.
@@ -70,7 +70,7 @@ func (s *watchService) Watch(m *dayflyv1.WatchRequest, stream grpc.ServerStreami
 	}
 	defer w.close()
 	for first := true; ; first = false {
-		changed := w.cache.whenChanged() // before anything is looked at
+		changed := w.hearer.changed() // before anything is looked at
 		// Lists of who may call change, and so may the program that holds the connection.
 		if err := admitted(stream.Context()); err != nil {
 			return err
@@ -93,6 +93,7 @@ func (s *watchService) Watch(m *dayflyv1.WatchRequest, stream grpc.ServerStreami
 // A watch is what one holder wants and has.
 type watch struct {
 	cache   *cache
+	hearer  *hearer
 	entries []*entry
 	sent    []watched
 	held    map[string]*token.Claims // by grant: all that the holder may still present
@@ -116,7 +117,7 @@ func (a *Agent) newWatch(m *dayflyv1.WatchRequest) (*watch, error) {
 	if len(m.GetHeld()) > maxHeld {
 		return nil, invalid(fmt.Sprintf("held: are more than %d", maxHeld))
 	}
-	w := &watch{cache: a.cache, held: map[string]*token.Claims{}, sent: make([]watched, len(m.GetWanted()))}
+	w := &watch{cache: a.cache, hearer: a.cache.hear(), held: map[string]*token.Claims{}, sent: make([]watched, len(m.GetWanted()))}
 	for _, raw := range m.GetHeld() {
 		t, err := token.Inspect(raw)
 		if err != nil {
@@ -141,6 +142,7 @@ func (a *Agent) newWatch(m *dayflyv1.WatchRequest) (*watch, error) {
 		}
 		a.cache.watch(e)
 		w.entries = append(w.entries, e)
+		w.hearer.of[r.key()] = true
 	}
 	return w, nil
 }

@@ -79,6 +79,10 @@ type SourceConfig struct {
 	// protects nothing.
 	Jitter func() float64
 
+	// Looked says that whoever has many sources calls Look when a clock was set, the machine
+	// has slept, or what Fits answers may have changed. Else Run looks every second.
+	Looked bool
+
 	// Landed is called after each fetch, once Token and Status answer by it. It must be
 	// quick. Nil: nobody is.
 	Landed func()
@@ -230,12 +234,12 @@ func (s *TokenSource) Token(ctx context.Context) (*Credential, error) {
 // take returns a valid credential, or an error, or the flight to wait for; with a flight,
 // what there is in case that fails.
 func (s *TokenSource) take() (*Credential, *flight, error) {
+	now := s.now() // outside of the lock that all callers share
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.ctx.Err() != nil {
 		return nil, nil, errors.New("the token source is closed")
 	}
-	now := s.now()
 	cred := s.valid(now)
 	if cred != nil && now.apart(cred.asked) < s.renewAt {
 		return cred, nil, nil
@@ -442,6 +446,13 @@ func (s *TokenSource) Reached() {
 	}
 }
 
+// Look has Run look at the clocks and at what fits.
+func (s *TokenSource) Look() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.notify()
+}
+
 // A SourceStatus is how a TokenSource is.
 type SourceStatus struct {
 	// RenewIn is how long until the credential is renewed while all goes well, or until the
@@ -500,7 +511,10 @@ func (s *TokenSource) Refused(grant string) bool {
 func (s *TokenSource) Run(ctx context.Context) error {
 	for {
 		wait, changed := s.tend()
-		timer := time.NewTimer(min(wait, lookEvery))
+		if !s.cfg.Looked {
+			wait = min(wait, lookEvery)
+		}
+		timer := time.NewTimer(wait)
 		select {
 		case <-ctx.Done():
 			timer.Stop()

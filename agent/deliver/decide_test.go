@@ -6,11 +6,13 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/dayflyhq/dayfly/proto/token"
+	"github.com/dayflyhq/dayfly/sdk"
 	"pgregory.net/rapid"
 )
 
@@ -187,8 +189,24 @@ func FuzzForeignContent(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, s string) {
 		claimsIn([]byte(s))
-		if rest := redact(s); secretLike.MatchString(rest) {
-			t.Errorf("left of %q: %q", s, rest)
+		rest := redact(s)
+		for _, run := range secretLike.FindAllString(rest, -1) {
+			if len(run) >= shortestSecret {
+				t.Errorf("left of %q: %q", s, rest)
+			}
 		}
 	})
+}
+
+func TestLengths(t *testing.T) {
+	short, long := strings.Repeat("a", shortestSecret-1), strings.Repeat("a", shortestSecret)
+	if got, want := redact(short+" "+long+"\n"+long+long+"!"), short+" [redacted]\n[redacted]!"; got != want {
+		t.Errorf("%q is left, want %q", got, want)
+	}
+	for n, good := range map[int]bool{maxVariable: true, maxVariable + 1: false} {
+		f := File{Format: Env, Variable: strings.Repeat("A", n), Credentials: map[string]sdk.Request{"a": {Audience: "a"}}}
+		if err := f.Validate(); (err == nil) != good {
+			t.Errorf("a name of %d: %v", n, err)
+		}
+	}
 }

@@ -132,9 +132,10 @@ type Config struct {
 	// Newest returns the newest credential of a request that may be given out now, nil if
 	// there is none. It doesn't wait.
 	Newest func(sdk.Request) *sdk.Credential
-	// Changed returns a channel that is closed when what Newest or Alive says may have
-	// changed next, but for what expires.
-	Changed func() <-chan struct{}
+	// Changed is called as a target begins, and returns what returns a channel that is
+	// closed when what Newest says of these, or Alive of any, may have changed next, but for
+	// what expires.
+	Changed func([]sdk.Request) func() <-chan struct{}
 	// Alive says whether a credential of these claims may be used, as far as is known.
 	Alive func(*token.Claims) bool
 

@@ -454,7 +454,7 @@ func TestRefused(t *testing.T) {
 		"files[0].name: must not begin", "files[1].name", "variable: isn't", `files[3].name: "t" is there twice`, "ttl: is at least 10s",
 		"2:2: ", `no credential is named "b": there are a`, "on_change.command: either",
 		"template: 1: ", "on_change.command: begins", "on_change.timeout", "on_change.min_interval",
-		"map has no entry for key", "on_change.pid_file", "on_change.signal",
+		"has no such value", "on_change.pid_file", "on_change.signal",
 		"empty file", "its owner may read",
 	} {
 		if err == nil || !strings.Contains(err.Error(), want) {

@@ -117,10 +117,12 @@ func (s *shelf) config(targets ...deliver.Target) deliver.Config {
 			}
 			return nil
 		},
-		Changed: func() <-chan struct{} {
-			s.mu.Lock()
-			defer s.mu.Unlock()
-			return s.changed
+		Changed: func([]sdk.Request) func() <-chan struct{} {
+			return func() <-chan struct{} {
+				s.mu.Lock()
+				defer s.mu.Unlock()
+				return s.changed
+			}
 		},
 		Alive: func(c *token.Claims) bool {
 			s.mu.Lock()

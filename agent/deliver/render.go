@@ -10,7 +10,6 @@ import (
 	"regexp"
 	"slices"
 	"strings"
-	"text/template"
 	"time"
 
 	"github.com/dayflyhq/dayfly/agent/field"
@@ -31,7 +30,8 @@ const (
 	// Env is lines of NAME=value: the credential in File.Variable, and until when it is good
 	// in that name with _EXPIRES after it.
 	Env Format = "env"
-	// Template is a Go template, over as many credentials as File.Credentials names.
+	// Template is a Go template, over as many credentials as File.Credentials names: it has
+	// the actions if and with, variables, and functions.
 	Template Format = "template"
 )
 
@@ -41,7 +41,10 @@ const DefaultVariable = "DAYFLY_TOKEN"
 // MaxFileBytes bounds what a file may hold: a hundred of the longest tokens.
 const MaxFileBytes = 256 << 10
 
-var variableName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]{0,127}$`)
+// A bounded repetition would be compiled into as many copies.
+var variableName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
+
+const maxVariable = 128
 
 // jsonFile is the format JSON.
 type jsonFile struct {
@@ -80,7 +83,7 @@ func (f *File) compile() (func(credentials) ([]byte, error), error) {
 	if f.Format != Env && f.Variable != "" {
 		errs = append(errs, field.Wrong("variable", "is for the format env"))
 	}
-	if f.Variable != "" && !variableName.MatchString(f.Variable) {
+	if f.Variable != "" && (len(f.Variable) > maxVariable || !variableName.MatchString(f.Variable)) {
 		errs = append(errs, field.Wrong("variable", "isn't the name of a variable"))
 	}
 	if n := len(f.Credentials); n != 1 && (f.Format != Template || n == 0) {
@@ -135,42 +138,33 @@ func until(c *sdk.Credential) time.Time { return c.Expires.UTC().Truncate(time.S
 
 // functions are all that a template has beside the language's own: none of them reads or
 // writes anything.
-func functions(creds credentials) template.FuncMap {
-	of := func(name string) (*sdk.Credential, error) {
-		if c, ok := creds[name]; ok {
-			return c, nil
-		}
-		return nil, fmt.Errorf("no credential is named %q: there are %s", name, strings.Join(slices.Sorted(maps.Keys(creds)), ", "))
-	}
-	text := func(get func(*sdk.Credential) string) func(string) (string, error) {
-		return func(name string) (string, error) {
-			c, err := of(name)
-			if err != nil {
-				return "", err
+func functions(creds credentials) map[string]function {
+	of := func(get func(*sdk.Credential) any) function {
+		return ofText(func(name string) (any, error) {
+			c, ok := creds[name]
+			if !ok {
+				return nil, fmt.Errorf("no credential is named %q: there are %s", name, strings.Join(slices.Sorted(maps.Keys(creds)), ", "))
 			}
 			return get(c), nil
-		}
+		})
 	}
-	return template.FuncMap{
-		"token":    text(func(c *sdk.Credential) string { return c.Token.Reveal() }),
-		"grant":    text(func(c *sdk.Credential) string { return c.Grant }),
-		"audience": text(func(c *sdk.Credential) string { return c.Audience }),
-		"scope":    text(func(c *sdk.Credential) string { return strings.Join(c.Scopes, " ") }),
-		"expires":  text(func(c *sdk.Credential) string { return until(c).Format(time.RFC3339) }),
-		"expires_unix": func(name string) (int64, error) {
-			c, err := of(name)
-			if err != nil {
-				return 0, err
+	return map[string]function{
+		"token":        of(func(c *sdk.Credential) any { return c.Token.Reveal() }),
+		"grant":        of(func(c *sdk.Credential) any { return c.Grant }),
+		"audience":     of(func(c *sdk.Credential) any { return c.Audience }),
+		"scope":        of(func(c *sdk.Credential) any { return strings.Join(c.Scopes, " ") }),
+		"expires":      of(func(c *sdk.Credential) any { return until(c).Format(time.RFC3339) }),
+		"expires_unix": of(func(c *sdk.Credential) any { return until(c).Unix() }),
+		"json": func(args []any) (any, error) {
+			if len(args) != 1 {
+				return nil, errors.New("needs one argument")
 			}
-			return until(c).Unix(), nil
-		},
-		"json": func(v any) (string, error) {
-			out, err := json.Marshal(v)
+			out, err := json.Marshal(args[0])
 			return string(out), err
 		},
-		"base64": func(s string) string { return base64.StdEncoding.EncodeToString([]byte(s)) },
+		"base64": ofText(func(s string) (any, error) { return base64.StdEncoding.EncodeToString([]byte(s)), nil }),
 		// As a shell takes it literally.
-		"quote": func(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" },
+		"quote": ofText(func(s string) (any, error) { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'", nil }),
 	}
 }
 
@@ -184,23 +178,22 @@ func (f *File) compileTemplate() (func(credentials) ([]byte, error), error) {
 	for name, r := range f.Credentials {
 		example[name] = &sdk.Credential{Token: token.NewSecret("example"), Grant: "example", Audience: r.Audience, Scopes: r.Scopes, Expires: time.Unix(1<<31, 0)}
 	}
-	parsed, err := template.New("template").Option("missingkey=error").Funcs(functions(example)).Parse(f.Template)
+	parsed, err := parseTemplate(f.Template, functions(example))
 	if err != nil {
 		return nil, templateError(err)
 	}
 	render := func(c credentials) ([]byte, error) {
-		bound, err := parsed.Clone()
-		if err != nil {
-			return nil, err
-		}
 		var out bytes.Buffer
-		if err := bound.Funcs(functions(c)).Execute(&limited{&out}, map[string]any{}); err != nil {
+		if err := parsed.run(&limited{&out}, functions(c)); err != nil {
 			return nil, templateError(err)
 		}
 		if len(bytes.TrimSpace(out.Bytes())) == 0 {
 			return nil, errors.New("it makes an empty file")
 		}
 		return out.Bytes(), nil
+	}
+	if err := parsed.try(functions(example)); err != nil {
+		return nil, templateError(err)
 	}
 	_, err = render(example)
 	return render, err
@@ -220,11 +213,21 @@ func (l *limited) Write(p []byte) (int, error) {
 	return l.Buffer.Write(p)
 }
 
-// secretLike is whatever might be a credential, or part of one, in any of its encodings.
-var secretLike = regexp.MustCompile(`[A-Za-z0-9_.+/=-]{64,}`)
+// secretLike is whatever might be a credential, or part of one, in any of its encodings, if
+// it is long enough.
+var secretLike = regexp.MustCompile(`[A-Za-z0-9_.+/=-]+`)
+
+const shortestSecret = 64
 
 // redact takes from a text what might be a credential.
-func redact(s string) string { return secretLike.ReplaceAllString(s, "[redacted]") }
+func redact(s string) string {
+	return secretLike.ReplaceAllStringFunc(s, func(run string) string {
+		if len(run) < shortestSecret {
+			return run
+		}
+		return "[redacted]"
+	})
+}
 
 var jwt = regexp.MustCompile(`eyJ[A-Za-z0-9_-]*\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+`)
 

@@ -89,8 +89,13 @@ func (t *target) run(ctx context.Context) {
 			t.log.Error("removing at the end", "err", err)
 		}
 	}()
+	var of []sdk.Request
+	for _, s := range t.slots {
+		of = append(of, s.req)
+	}
+	whenChanged := t.cfg.Changed(of)
 	for {
-		changed := t.cfg.Changed() // before anything is looked at
+		changed := whenChanged() // before anything is looked at
 		timer := time.NewTimer(t.step())
 		select {
 		case <-ctx.Done():

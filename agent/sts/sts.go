@@ -51,7 +51,7 @@ type Role struct {
 	Duration time.Duration
 }
 
-var sessionName = regexp.MustCompile(`^[A-Za-z0-9_+=,.@-]{2,64}$`)
+var sessionName = regexp.MustCompile(`^[A-Za-z0-9_+=,.@-]+$`)
 
 // Validate says everything that is wrong: *field.Error values of "endpoint", "role", "session" and
 // "duration", joined.
@@ -64,7 +64,7 @@ func (r *Role) Validate() error {
 	if r.ARN != "" && (!strings.HasPrefix(r.ARN, "arn:") || len(r.ARN) > maxARN || !printable(r.ARN)) {
 		wrong("role", "must be an ARN such as arn:aws:iam::123456789012:role/orders-writer")
 	}
-	if !sessionName.MatchString(r.session()) {
+	if s := r.session(); len(s) < 2 || len(s) > 64 || !sessionName.MatchString(s) {
 		wrong("session", "must have 2 to 64 of the characters a-z, A-Z, 0-9 and _+=,.@-")
 	}
 	if r.Duration != 0 && (r.Duration < MinDuration || r.Duration > MaxDuration) {

@@ -104,6 +104,8 @@ func TestRoleRefused(t *testing.T) {
 		"endpoint: m": {Endpoint: "ftp://localhost"},
 		"role":        {ARN: "orders-writer"},
 		"session":     {Session: "a b"},
+		"session: ":   {Session: "a"},
+		"session: m":  {Session: strings.Repeat("a", 65)},
 		"duration":    {Duration: time.Minute},
 	} {
 		if err := role.Validate(); err == nil || !strings.Contains(err.Error(), field) {

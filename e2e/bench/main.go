@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -111,17 +112,18 @@ func (o *options) lab(ctx context.Context, s size, tags ...string) (*lab, func()
 	return l, clean, nil
 }
 
-// build makes the commands as make build does.
+// build makes the commands as make build does, and hello as anybody would, without its tag.
 func build(ctx context.Context, into string, tags ...string) error {
-	args := []string{"build", "-trimpath", "-ldflags=-s -w", "-o", into + "/"}
-	for _, t := range tags {
-		args = append(args, "-tags", t)
-	}
 	const module = "github.com/dayflyhq/dayfly/"
-	cmd := exec.CommandContext(ctx, "go", append(args, module+"cmd/dayfly-broker", module+"cmd/dayfly-agent", module+"e2e/bench/hello")...)
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("building the commands: %w: %s", err, out)
+	for _, args := range [][]string{
+		{"-tags", strings.Join(append([]string{"grpcnotrace"}, tags...), ","), module + "cmd/dayfly-broker", module + "cmd/dayfly-agent"},
+		{module + "e2e/bench/hello"},
+	} {
+		cmd := exec.CommandContext(ctx, "go", append([]string{"build", "-trimpath", "-ldflags=-s -w", "-o", into + "/"}, args...)...)
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return fmt.Errorf("building the commands: %w: %s", err, out)
+		}
 	}
 	return nil
 }

@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 
 	"github.com/dayflyhq/dayfly/e2e/sandbox"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 )
 
 // The commands as bench builds them.
@@ -92,5 +93,12 @@ func idleHello(ctx context.Context, b *box) (int, func(), error) {
 	if err := c.announced(ctx, &at); err != nil {
 		return 0, nil, err
 	}
-	return c.pid(), c.kill, nil
+	// Ours are ready once their handshakes are made. A server that has made none has not
+	// loaded its TLS.
+	conns, err := b.conns(1, gateway, at.GRPC, floorID)
+	if err != nil {
+		return 0, nil, err
+	}
+	_, err = healthpb.NewHealthClient(conns[0]).Check(ctx, &healthpb.HealthCheckRequest{})
+	return c.pid(), func() { conns[0].Close(); c.kill() }, err
 }

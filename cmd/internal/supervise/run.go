@@ -118,7 +118,8 @@ func (r *runner) deliver() (func(), error) {
 			r.seen.note(c, time.Now())
 			return c
 		},
-		Changed: r.cfg.Keeper.Changed, Alive: r.cfg.Keeper.Alive, Delivered: r.kick,
+		Changed: func([]sdk.Request) func() <-chan struct{} { return r.cfg.Keeper.Changed },
+		Alive:   r.cfg.Keeper.Alive, Delivered: r.kick,
 		Log: slog.New(onlyTrouble{r.cfg.Log.Handler()}),
 	})
 	if err == nil {

@@ -141,7 +141,9 @@ func (f *Flags) Add(fs *pflag.FlagSet) {
 // ErrNothing is said of a command line that asks for no credential; the Spec is good.
 var ErrNothing = errors.New("no credential is asked for: name whom one is for by --audience, --env or --file")
 
-var variableName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]{0,127}$`)
+var variableName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
+
+const maxVariable = 128
 
 // Spec reads the command line. All that is wrong is said at once.
 func (f *Flags) Spec() (*Spec, error) {
@@ -187,7 +189,7 @@ func (f *Flags) variables(s *Spec) error {
 	taken := map[string]bool{}
 	put := func(name string, r sdk.Request) {
 		switch {
-		case !variableName.MatchString(name):
+		case len(name) > maxVariable, !variableName.MatchString(name):
 			errs = append(errs, fmt.Errorf("--env %q: isn't the name of a variable", short(name)))
 		case taken[name] || taken[name+expiresSuffix] || name == FilesVariable:
 			errs = append(errs, fmt.Errorf("--env %s: is there twice", name))
