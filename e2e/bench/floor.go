@@ -80,6 +80,7 @@ func (f *floorFlags) serve(ctx context.Context, out io.Writer) error {
 	if err != nil {
 		return err
 	}
+	floor.updates = sync.OnceValues(func() (*updates, error) { return openUpdates(f.journal + ".bbolt") })
 	cfg := tlsconfig.MTLSServerConfig(svids, svids, tlsconfig.AuthorizeMemberOf(sandbox.TrustDomain))
 	cfg.MinVersion = tls.VersionTLS13
 	type listener struct {
@@ -121,6 +122,7 @@ type floor struct {
 
 	key     *ecdsa.PrivateKey
 	journal *journal
+	updates func() (*updates, error) // opened by the first
 	padding string
 
 	mu      sync.Mutex
@@ -268,6 +270,15 @@ func (f *floor) check(_ context.Context, m *wrapperspb.StringValue) (*wrapperspb
 	return wrapperspb.Bytes(answer), err
 }
 
+// update makes a record durable by bbolt: a revoke that decides nothing and tells nobody.
+func (f *floor) update(context.Context, *emptypb.Empty) (*emptypb.Empty, error) {
+	u, err := f.updates()
+	if err != nil {
+		return nil, err
+	}
+	return &emptypb.Empty{}, u.update()
+}
+
 var zeros = make([]byte, 64<<10)
 
 // null answers with as many bytes as were asked for.
@@ -280,6 +291,7 @@ const (
 	fanOutMethod = "/bench.Floor/FanOut"
 	checkMethod  = "/bench.Floor/Check"
 	nullMethod   = "/bench.Floor/Null"
+	updateMethod = "/bench.Floor/Update"
 )
 
 func (f *floor) register(s *grpc.Server) {
@@ -287,7 +299,7 @@ func (f *floor) register(s *grpc.Server) {
 	dayflyv1.RegisterFeedServiceServer(s, f)
 	s.RegisterService(&grpc.ServiceDesc{
 		ServiceName: "bench.Floor", HandlerType: (*any)(nil),
-		Methods: []grpc.MethodDesc{method("FanOut", f.fanOut), method("Check", f.check), method("Null", f.null)},
+		Methods: []grpc.MethodDesc{method("FanOut", f.fanOut), method("Check", f.check), method("Null", f.null), method("Update", f.update)},
 	}, f)
 }
 
