@@ -11,12 +11,12 @@ import (
 )
 
 const (
-	// minGrow and maxGrow bound the step by which the file grows: a sixteenth of it.
+	// minGrow and maxGrow bound the step by which the file grows: a 32nd of it.
 	minGrow = 256 << 10
 	maxGrow = 64 << 20
-	// An operation dirties its leaf and the branch above it, and now and then one more page
-	// when one splits; a transaction adds the roots of its buckets.
-	pagesPerOp = 3
+	// An operation dirties its leaf and the branch above it, if no other one has; a
+	// transaction adds the roots of its buckets, and the pages that split.
+	pagesPerOp = 2
 	pagesPerTx = 24
 )
 
@@ -75,7 +75,7 @@ func (r *room) ensure(need, keep int64) error {
 	if short <= 0 {
 		return nil
 	}
-	step := max(short, min(max(r.allocated/16, minGrow), maxGrow))
+	step := max(short, min(max(r.allocated/32, minGrow), maxGrow))
 	err := r.grow(step)
 	if isFull(err) && step > short {
 		err = r.grow(short)
