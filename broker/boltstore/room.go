@@ -11,12 +11,12 @@ import (
 )
 
 const (
-	// minGrow and maxGrow bound the step by which the file grows: an eighth of it.
+	// minGrow and maxGrow bound the step by which the file grows: a 32nd of it.
 	minGrow = 256 << 10
 	maxGrow = 64 << 20
-	// An operation dirties its leaf, the branches above it and perhaps one more page
-	// of each when they split; a transaction adds the roots of its buckets.
-	pagesPerOp = 5
+	// An operation dirties its leaf and the branch above it, if no other one has; a
+	// transaction adds the roots of its buckets, and the pages that split.
+	pagesPerOp = 2
 	pagesPerTx = 24
 )
 
@@ -75,12 +75,18 @@ func (r *room) ensure(need, keep int64) error {
 	if short <= 0 {
 		return nil
 	}
-	step := max(short, min(max(r.allocated/8, minGrow), maxGrow))
+	step := max(short, min(max(r.allocated/32, minGrow), maxGrow))
 	err := r.grow(step)
 	if isFull(err) && step > short {
 		err = r.grow(short)
 	}
 	return err
+}
+
+// behind makes the file grow until need bytes fit behind its last page, beside the kept
+// ones: what is free among the others may be too small, or still be seen by a backup.
+func (r *room) behind(need, keep int64) error {
+	return r.grow(max(need, need+keep-(r.allocated-r.used)))
 }
 
 func (r *room) grow(by int64) error {

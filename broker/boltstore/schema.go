@@ -22,6 +22,7 @@ var (
 	bucketLog      = []byte("log")
 	bucketGrants   = []byte("grants")
 	bucketObserved = []byte("observed")
+	bucketDropped  = []byte("dropped") // made by the first pruning
 
 	keyFormat  = []byte("format")
 	keySchema  = []byte("schema")

@@ -31,6 +31,7 @@ type Store struct {
 	file     *os.File
 	identity fs.FileInfo
 	backup   backups
+	pruning  sync.Mutex
 
 	// Of the committer alone, once it runs.
 	room      room

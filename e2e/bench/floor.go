@@ -88,6 +88,7 @@ func (f *floorFlags) serve(ctx context.Context, out io.Writer) error {
 	if err != nil {
 		return err
 	}
+	floor.updates = sync.OnceValues(func() (*updates, error) { return openUpdates(f.journal + ".bbolt") })
 	cfg := tlsconfig.MTLSServerConfig(svids, svids, tlsconfig.AuthorizeMemberOf(sandbox.TrustDomain))
 	cfg.MinVersion = tls.VersionTLS13
 	type listener struct {
@@ -129,6 +130,7 @@ type floor struct {
 
 	key     *ecdsa.PrivateKey
 	journal *journal
+	updates func() (*updates, error) // opened by the first
 	padding string
 
 	mu      sync.Mutex
@@ -276,6 +278,15 @@ func (f *floor) check(_ context.Context, m *wrapperspb.StringValue) (*wrapperspb
 	return wrapperspb.Bytes(answer), err
 }
 
+// update makes a record durable by bbolt: a revoke that decides nothing and tells nobody.
+func (f *floor) update(context.Context, *emptypb.Empty) (*emptypb.Empty, error) {
+	u, err := f.updates()
+	if err != nil {
+		return nil, err
+	}
+	return &emptypb.Empty{}, u.update()
+}
+
 var zeros = make([]byte, 64<<10)
 
 // null answers with as many bytes as were asked for.
@@ -288,6 +299,7 @@ const (
 	fanOutMethod = "/bench.Floor/FanOut"
 	checkMethod  = "/bench.Floor/Check"
 	nullMethod   = "/bench.Floor/Null"
+	updateMethod = "/bench.Floor/Update"
 )
 
 func (f *floor) register(s *grpc.Server) {
@@ -295,7 +307,7 @@ func (f *floor) register(s *grpc.Server) {
 	dayflyv1.RegisterFeedServiceServer(s, f)
 	s.RegisterService(&grpc.ServiceDesc{
 		ServiceName: "bench.Floor", HandlerType: (*any)(nil),
-		Methods: []grpc.MethodDesc{method("FanOut", f.fanOut), method("Check", f.check), method("Null", f.null)},
+		Methods: []grpc.MethodDesc{method("FanOut", f.fanOut), method("Check", f.check), method("Null", f.null), method("Update", f.update)},
 	}, f)
 }
 
@@ -352,9 +364,9 @@ func openJournal(path string) (*journal, error) {
 	}), nil
 }
 
-// openTree keeps them in a bbolt file with the options of ours.
+// openTree keeps them in a bbolt file.
 func openTree(path string) (*journal, error) {
-	db, err := bbolt.Open(path, 0o600, &bbolt.Options{NoFreelistSync: true, FreelistType: bbolt.FreelistMapType, InitialMmapSize: allocation, OpenFile: allocated})
+	db, err := openBbolt(path)
 	if err != nil {
 		return nil, err
 	}
@@ -369,6 +381,11 @@ func openTree(path string) (*journal, error) {
 			return err
 		})
 	}), nil
+}
+
+// openBbolt opens a file with the options of ours. Its room is allocated ahead, too.
+func openBbolt(path string) (*bbolt.DB, error) {
+	return bbolt.Open(path, 0o600, &bbolt.Options{NoFreelistSync: true, FreelistType: bbolt.FreelistMapType, InitialMmapSize: allocation, OpenFile: allocated})
 }
 
 // allocation is the step in which a file grows.

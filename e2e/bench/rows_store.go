@@ -19,6 +19,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"go.etcd.io/bbolt"
 	"golang.org/x/sync/errgroup"
+	"google.golang.org/protobuf/types/known/emptypb"
 )
 
 // fillers write at once.
@@ -28,8 +29,12 @@ const fillers = 256
 type filling struct {
 	n          int
 	presenters int       // 1: all are w0's
-	issued     time.Time // zero: now
+	issued     time.Time // of the first; zero: such that all live
 }
+
+// filledOver is the time over which the grants of a filling are issued, one after the
+// other as in life: by it they are sorted.
+const filledOver = 50 * time.Minute
 
 // fill writes grants that live for an hour straight into a store, by the code that the
 // broker writes with.
@@ -39,9 +44,9 @@ func fill(ctx context.Context, store *boltstore.Store, f filling) error {
 		return err
 	}
 	if f.issued.IsZero() {
-		f.issued = time.Now()
+		f.issued = time.Now().Add(-filledOver)
 	}
-	f.issued = f.issued.UTC().Truncate(time.Second)
+	at := func(i int64) time.Time { return f.issued.Add(filledOver * time.Duration(i) / time.Duration(f.n)) }
 	ids := []spiffeid.ID{hop(0)}
 	for i := 1; i < f.presenters; i++ {
 		ids = append(ids, benchID(fmt.Sprintf("n/%d", i)))
@@ -51,7 +56,7 @@ func fill(ctx context.Context, store *boltstore.Store, f filling) error {
 	for range fillers {
 		group.Go(func() error {
 			for i := next.Add(1); i <= int64(f.n); i = next.Add(1) {
-				if err := put(ctx, store, st.Head, ids[int(i)%len(ids)], f.issued); err != nil {
+				if err := put(ctx, store, st.Head, ids[int(i)%len(ids)], at(i)); err != nil {
 					return err
 				}
 			}
@@ -67,6 +72,7 @@ func put(ctx context.Context, store *boltstore.Store, head feed.Position, id spi
 	if err != nil {
 		return err
 	}
+	issued = issued.UTC().Truncate(time.Second)
 	g := &broker.Grant{
 		Lineage: []token.Member{{Identity: id, Grant: grant, Key: benchKey}}, Audience: audience(1), Scopes: []string{"a.read", "a.write"},
 		Binding: token.BindingSPIFFE, IssuedAt: issued, Expires: issued.Add(time.Hour), Position: head, Transaction: rand.Text()[:16],
@@ -125,6 +131,27 @@ func revokeRows(s size) []row {
 			},
 		})
 	}
+	rows = append(rows, row{
+		row: "revoke", name: groups(s.live[0]) + " live grants against a bare call that updates", fixture: "revoke", unit: inSeconds,
+		setup: func(ctx context.Context, l *lab) (pair, error) {
+			ours, err := l.revoking(ctx, s.live[0])
+			if err != nil {
+				return pair{}, err
+			}
+			floor, err := l.calledUpdating(ctx, s.live[0])
+			return pair{ours, floor}, err
+		},
+	}, row{
+		row: "revoke", name: "a bare call that updates", fixture: "revoke", unit: inSeconds,
+		setup: func(ctx context.Context, l *lab) (pair, error) {
+			ours, err := l.calledUpdating(ctx, s.live[0])
+			if err != nil {
+				return pair{}, err
+			}
+			floor, err := l.updating(ctx)
+			return pair{ours, floor}, err
+		},
+	})
 	if least, most := s.live[0], s.live[len(s.live)-1]; least != most {
 		rows = append(rows, row{
 			row: "revoke", name: fmt.Sprintf("%s live grants against %s", groups(most), groups(least)), fixture: "revoke", unit: inSeconds, target: atMost(1.25),
@@ -156,30 +183,59 @@ func (l *lab) revoking(ctx context.Context, live int) (side, error) {
 	}), nil
 }
 
-// updating is one fsynced update of a bbolt file with the options of ours, in this process.
-// Its room is allocated ahead, as that of ours.
-func (l *lab) updating(ctx context.Context) (side, error) {
-	db, err := shared(l, "bbolt", func() (*bbolt.DB, error) {
-		db, err := bbolt.Open(filepath.Join(l.newDir("bbolt"), "db"), 0o600, &bbolt.Options{NoFreelistSync: true, FreelistType: bbolt.FreelistMapType, InitialMmapSize: allocation, OpenFile: allocated})
+// updating is one fsynced update of a bbolt file, in this process.
+func (l *lab) updating(context.Context) (side, error) {
+	u, err := shared(l, "bbolt", func() (*updates, error) {
+		u, err := openUpdates(filepath.Join(l.newDir("bbolt"), "db"))
 		if err == nil {
-			l.onEnd(func() { db.Close() })
+			l.onEnd(func() { u.db.Close() })
 		}
-		return db, err
+		return u, err
 	})
 	if err != nil {
 		return nil, err
 	}
-	record, n := make([]byte, recordBytes), 0
-	return calls(byP50, 1, l.size.window, revokesARound, func(context.Context, int) error {
-		n++
-		return db.Update(func(tx *bbolt.Tx) error {
-			b, err := tx.CreateBucketIfNotExists([]byte("b"))
-			if err != nil {
-				return err
-			}
-			return b.Put(fmt.Appendf(nil, "%020d", n), record)
-		})
+	return calls(byP50, 1, l.size.window, revokesARound, func(context.Context, int) error { return u.update() }), nil
+}
+
+// calledUpdating is such an update in another process, by a bare call with mTLS.
+func (l *lab) calledUpdating(ctx context.Context, live int) (side, error) {
+	b, err := l.filled(ctx, live)
+	if err != nil {
+		return nil, err
+	}
+	floor, err := b.floor(ctx, 0)
+	if err != nil {
+		return nil, err
+	}
+	conns, err := b.conns(1, sandbox.Alice, floor.GRPC, floorID)
+	if err != nil {
+		return nil, err
+	}
+	return calls(byP50, 1, l.size.window, revokesARound, func(ctx context.Context, _ int) error {
+		return conns[0].Invoke(ctx, updateMethod, &emptypb.Empty{}, &emptypb.Empty{})
 	}), nil
+}
+
+// updates is a bbolt file that is updated once for each record.
+type updates struct {
+	db *bbolt.DB
+	n  atomic.Int64
+}
+
+func openUpdates(path string) (*updates, error) {
+	db, err := openBbolt(path)
+	return &updates{db: db}, err
+}
+
+func (u *updates) update() error {
+	return u.db.Update(func(tx *bbolt.Tx) error {
+		b, err := tx.CreateBucketIfNotExists([]byte("b"))
+		if err != nil {
+			return err
+		}
+		return b.Put(fmt.Appendf(nil, "%020d", u.n.Add(1)), make([]byte, recordBytes))
+	})
 }
 
 // storeRows: what grants take up, on disk and in a broker's memory.
@@ -317,7 +373,7 @@ func pruneRows(s size) []row {
 			return pair{}, err
 		}
 		one := func(ctx context.Context, _ int) error {
-			return put(ctx, store, st.Head, hop(0), time.Now().UTC().Truncate(time.Second))
+			return put(ctx, store, st.Head, hop(0), time.Now())
 		}
 		var pruned int
 		return pair{
