@@ -1,6 +1,7 @@
 // Package gate bounds the connections that have proved nothing. A full gate lets a new
 // one in and closes the one that has waited longest, of the source that has the most: an
 // honest handshake takes milliseconds, so what has waited longest is what came to wait.
+// Before it there may be a Line, where connections wait for us and not we for them.
 // Those that have proved who they are leave it, and are counted by identity.
 package gate
 
@@ -9,6 +10,7 @@ import (
 	"net"
 	"net/netip"
 	"sync"
+	"time"
 )
 
 // A Gate holds connections by where they come from. Its methods may be called at once.
@@ -25,6 +27,8 @@ type visit struct {
 	conn   net.Conn
 	source netip.Prefix
 	number uint64
+	since  time.Time
+	ours   bool // it waits for us: of Lines alone
 }
 
 // New returns a gate for at most max connections.
@@ -37,20 +41,26 @@ func (g *Gate) Enter(conn net.Conn) {
 	g.mu.Lock()
 	var crowded *visit
 	if len(g.inside) >= g.max {
-		crowded = g.oldest()
+		crowded, _ = g.oldest()
 		g.leave(crowded.conn)
 		g.closed++
 	}
-	source := sourceOf(conn.RemoteAddr())
-	if g.sources[source] == nil {
-		g.sources[source] = list.New()
-	}
-	g.number++
-	g.inside[conn] = g.sources[source].PushBack(&visit{conn, source, g.number})
+	g.enter(conn, sourceOf(conn.RemoteAddr()))
 	g.mu.Unlock()
 	if crowded != nil {
 		_ = abruptly(crowded.conn).Close()
 	}
+}
+
+// enter counts a connection in. The caller holds the lock.
+func (g *Gate) enter(conn net.Conn, source netip.Prefix) *visit {
+	if g.sources[source] == nil {
+		g.sources[source] = list.New()
+	}
+	g.number++
+	v := &visit{conn: conn, source: source, number: g.number, since: time.Now()}
+	g.inside[conn] = g.sources[source].PushBack(v)
+	return v
 }
 
 // abruptly is a connection without TLS's goodbye: its peer could let that take seconds, and
@@ -99,20 +109,27 @@ func (g *Gate) Closed() uint64 {
 	return g.closed
 }
 
-// oldest returns the longest visit of the source that has the most; of several such
-// sources, the longest visit of all.
-func (g *Gate) oldest() *visit {
-	var (
-		found *visit
-		most  int
-	)
+// oldest returns the longest visit of the source that has the most, and how many those are;
+// of several such sources, the longest visit of all. One that waits for us gives way only
+// where all do.
+func (g *Gate) oldest() (found *visit, most int) {
 	for _, l := range g.sources {
-		v := l.Front().Value.(*visit)
+		v := patient(l)
 		if l.Len() > most || l.Len() == most && v.number < found.number {
 			found, most = v, l.Len()
 		}
 	}
-	return found
+	return found, most
+}
+
+// patient is the longest visit of a source that doesn't wait for us; its longest if all do.
+func patient(l *list.List) *visit {
+	for e := l.Front(); e != nil; e = e.Next() {
+		if v := e.Value.(*visit); !v.ours {
+			return v
+		}
+	}
+	return l.Front().Value.(*visit)
 }
 
 // sourceOf is whoever may be one attacker: an address, of IPv6 the network of 64 bits

@@ -11,6 +11,12 @@ const (
 	// maxHandshakes bounds the connections that have not proved who they are, from all
 	// sources. Each may hold a descriptor and some 20 KiB for handshakeTimeout.
 	maxHandshakes = 1024
+	// handshakesPerCore are worked on at once: two, so that a core whose thread is taken
+	// away has another.
+	handshakesPerCore = 2
+	// maxInLine bounds the connections that wait for their handshake to begin: less than
+	// 1 KiB each, and a descriptor.
+	maxInLine = 8 << 10
 	// maxConnectionsOfOne bounds the connections of one identity, as its streams are: an
 	// autoscaled set shares one, and needs a connection for each process.
 	maxConnectionsOfOne = 1024
@@ -25,9 +31,10 @@ var bounds = gate.Bounds{OfOne: maxConnectionsOfOne, All: maxConnections, Reserv
 
 // ConnectionCounts says how many connections there are, and how many were closed.
 type ConnectionCounts struct {
-	// Handshaking have proved nothing yet; Open have proved who they are.
-	Handshaking, Open int
-	// Crowded were closed in their handshake, for another to be let in; Refused were
+	// Waiting are in line for their handshake; Handshaking are in it and have proved
+	// nothing yet; Open have proved who they are.
+	Waiting, Handshaking, Open int
+	// Crowded were closed before the end of it, for another to be let in; Refused were
 	// closed after it, since their identity, or all together, had too many. Since the start.
 	Crowded, Refused uint64
 }
@@ -35,7 +42,7 @@ type ConnectionCounts struct {
 // Connections returns the counts of the public listener.
 func (s *Server) Connections() ConnectionCounts {
 	return ConnectionCounts{
-		Handshaking: s.handshakes.Len(), Open: s.open.Len(),
+		Waiting: s.line.Waiting(), Handshaking: s.handshakes.Len(), Open: s.open.Len(),
 		Crowded: s.handshakes.Closed(), Refused: s.open.Refused(),
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/netip"
 	"runtime"
 	"strings"
@@ -74,8 +75,9 @@ type Server struct {
 	*grpc.Server
 	Health *health.Server
 
-	open       *gate.Proven // nil for break-glass, as
+	open       *gate.Proven // nil for break-glass and JWTs, as
 	handshakes *gate.Gate
+	line       *gate.Line
 	stopping   chan struct{}
 	stop       sync.Once
 }
@@ -93,7 +95,7 @@ func NewServer(cfg Config) (*Server, error) {
 	h := &handlers{broker: cfg.Broker, log: cfg.Log, now: cfg.Now, caller: telling(cfg.Unproven, attest.MethodX509, certified(auth)), bundlesChanged: cfg.BundlesChanged, stopping: make(chan struct{})}
 	creds := newTransport(auth, cfg.SVIDs)
 	srv := h.server(append(cfg.Options, grpc.Creds(creds)))
-	srv.open, srv.handshakes = creds.open, creds.handshakes
+	srv.open, srv.handshakes, srv.line = creds.open, creds.handshakes, creds.line
 	dayflyv1.RegisterTokenServiceServer(srv.Server, &tokenService{handlers: h})
 	dayflyv1.RegisterFeedServiceServer(srv.Server, &feedService{handlers: h})
 	dayflyv1.RegisterRevocationServiceServer(srv.Server, &revocationService{handlers: h})
@@ -178,6 +180,14 @@ func (h *handlers) server(options []grpc.ServerOption, more ...grpc.ServerOption
 	srv := &Server{Server: grpc.NewServer(options...), Health: health.NewServer(), stopping: h.stopping}
 	healthpb.RegisterHealthServer(srv.Server, srv.Health)
 	return srv
+}
+
+// Serve accepts connections until the listener is closed, each in its turn.
+func (s *Server) Serve(l net.Listener) error {
+	if s.line != nil {
+		l = s.line.Listen(l)
+	}
+	return s.Server.Serve(l)
 }
 
 // Shutdown finishes what was promised: it says NOT_SERVING, ends the feed's streams,

@@ -1,0 +1,327 @@
+package gate
+
+import (
+	"container/list"
+	"net"
+	"net/netip"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// patience is what a handshake gets from us, where its own source crowds the gate, before
+// it gives way. It is for peers that are busy, as a host is whose whole fleet comes back at
+// once; those of another source give way to a smaller one at once.
+const patience = 250 * time.Millisecond
+
+// A Line is where connections wait for their handshake to begin. A whole fleet may come back
+// in one second, and handshakes that were all begun at once would all end late, when their
+// peers have given up. So few are worked on at a time, while what waits for its peer takes
+// no place among these, and may have to give way in the gate. The rest waits in line: each
+// source in its turn, the newest of it first, since that one's peer has the most patience
+// left. A full line closes the oldest of the source that has the most. Its methods may be
+// called at once.
+type Line struct {
+	gate *Gate // its lock is the line's, too
+	max  int
+
+	sources map[netip.Prefix]*list.Element // of turns
+	turns   list.List                      // of *queue, none empty
+	waiting int
+	free    int             // how many more may be worked on
+	resume  []chan struct{} // handshakes whose peers have answered: before any new one
+	changed chan struct{}   // has a token when one more may begin, perhaps
+}
+
+// queue is the connections of one source, the oldest first.
+type queue struct {
+	source netip.Prefix
+	conns  list.List // of net.Conn
+}
+
+// NewLine returns a line before a gate, for at most max that wait, of which so many are
+// worked on at once.
+func NewLine(g *Gate, max, working int) *Line {
+	return &Line{gate: g, max: max, sources: map[netip.Prefix]*list.Element{}, free: working, changed: make(chan struct{}, 1)}
+}
+
+// Waiting is how many connections wait for their handshake to begin.
+func (l *Line) Waiting() int {
+	l.gate.mu.Lock()
+	defer l.gate.mu.Unlock()
+	return l.waiting
+}
+
+// Listen returns a listener whose connections have waited in line. Whoever accepts one calls
+// Handshake with it. It has one caller of Accept.
+func (l *Line) Listen(from net.Listener) net.Listener {
+	out := &listener{Listener: from, line: l, failed: make(chan error), closed: make(chan struct{})}
+	go out.queue()
+	return out
+}
+
+type listener struct {
+	net.Listener
+	line   *Line
+	failed chan error
+	once   sync.Once
+	closed chan struct{}
+}
+
+// queue lets in whoever comes, until the listener is closed.
+func (l *listener) queue() {
+	for {
+		conn, err := l.Listener.Accept()
+		if err == nil {
+			l.line.join(conn)
+			continue
+		}
+		select {
+		case l.failed <- err: // whoever accepts paces what follows, or closes
+		case <-l.closed:
+			return
+		}
+	}
+}
+
+func (l *listener) Accept() (net.Conn, error) {
+	for {
+		conn, wait := l.line.next()
+		if conn != nil {
+			return conn, nil
+		}
+		var due <-chan time.Time
+		if wait > 0 {
+			due = time.After(wait)
+		}
+		select {
+		case <-l.line.changed:
+		case <-due:
+		case err := <-l.failed:
+			return nil, err
+		case <-l.closed:
+			return nil, net.ErrClosed
+		}
+	}
+}
+
+// Close closes those that wait, too.
+func (l *listener) Close() error {
+	err := l.Listener.Close()
+	l.once.Do(func() { close(l.closed) })
+	l.line.clear()
+	return err
+}
+
+// join puts a connection in line.
+func (l *Line) join(conn net.Conn) {
+	g := l.gate
+	g.mu.Lock()
+	var crowded net.Conn
+	if l.waiting >= l.max {
+		crowded = l.take(l.longest(), (*list.List).Front)
+		g.closed++
+	}
+	source := sourceOf(conn.RemoteAddr())
+	if l.sources[source] == nil {
+		l.sources[source] = l.turns.PushBack(&queue{source: source})
+	}
+	l.sources[source].Value.(*queue).conns.PushBack(conn)
+	l.waiting++
+	l.wake()
+	g.mu.Unlock()
+	if crowded != nil {
+		_ = crowded.Close()
+	}
+}
+
+// longest is the source that has the most in line. The caller holds the lock.
+func (l *Line) longest() *list.Element {
+	found := l.turns.Front()
+	for e := found; e != nil; e = e.Next() {
+		if e.Value.(*queue).conns.Len() > found.Value.(*queue).conns.Len() {
+			found = e
+		}
+	}
+	return found
+}
+
+// take takes a connection of a source out of the line. The caller holds the lock.
+func (l *Line) take(source *list.Element, which func(*list.List) *list.Element) net.Conn {
+	q := source.Value.(*queue)
+	conn := q.conns.Remove(which(&q.conns)).(net.Conn)
+	if q.conns.Len() == 0 {
+		l.turns.Remove(source)
+		delete(l.sources, q.source)
+	}
+	l.waiting--
+	return conn
+}
+
+func (l *Line) clear() {
+	l.gate.mu.Lock()
+	var all []net.Conn
+	for l.waiting > 0 {
+		all = append(all, l.take(l.turns.Front(), (*list.List).Front))
+	}
+	l.gate.mu.Unlock()
+	for _, conn := range all {
+		_ = conn.Close()
+	}
+}
+
+// next lets in whose turn it is, to be worked on; nil where none may come now, but one may
+// after so long, or if it is 0 when something changes.
+func (l *Line) next() (conn net.Conn, wait time.Duration) {
+	g := l.gate
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for e := l.turns.Front(); e != nil && l.free > 0 && len(l.resume) == 0; {
+		source := e
+		e = e.Next()
+		if w := l.room(source.Value.(*queue).source); w > 0 {
+			if wait == 0 || w < wait {
+				wait = w
+			}
+			continue
+		}
+		l.turns.MoveToBack(source)
+		conn := l.take(source, (*list.List).Back)
+		if hungUp(conn) {
+			_ = conn.Close()
+			e = l.turns.Front()
+			continue
+		}
+		g.enter(conn, source.Value.(*queue).source).ours = true
+		l.free--
+		return conn, 0
+	}
+	return nil, wait
+}
+
+// room makes room in the gate for one more of a source, or says how long it may take until
+// there is. The caller holds the lock.
+func (l *Line) room(source netip.Prefix) time.Duration {
+	g := l.gate
+	if len(g.inside) < g.max {
+		return 0
+	}
+	v, most := g.oldest()
+	if own, ok := g.sources[source]; ok && own.Len() >= most {
+		v = patient(own)
+		if since := time.Since(v.since); since < patience {
+			return patience - since
+		}
+	}
+	if v.ours {
+		return patience
+	}
+	g.leave(v.conn)
+	g.closed++
+	_ = abruptly(v.conn).Close()
+	return 0
+}
+
+// hungUp reports whether the peer of a connection has closed it: its handshake would be
+// for nobody.
+func hungUp(conn net.Conn) (gone bool) {
+	c, ok := conn.(syscall.Conn)
+	if !ok {
+		return false
+	}
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return false
+	}
+	_ = raw.Control(func(fd uintptr) {
+		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}}
+		n, err := unix.Poll(fds, 0)
+		gone = err == nil && n > 0
+	})
+	return gone
+}
+
+// wake has Accept look again. The caller holds the lock, or a token is there already.
+func (l *Line) wake() {
+	select {
+	case l.changed <- struct{}{}:
+	default:
+	}
+}
+
+// Handshake returns a connection that was accepted, for the handshake to be made over it,
+// which ends with End.
+func (l *Line) Handshake(conn net.Conn) *Handshake {
+	l.gate.mu.Lock()
+	_, inLine := l.gate.inside[conn]
+	l.gate.mu.Unlock()
+	if !inLine { // it came past the line
+		l.gate.Enter(conn)
+		l.resumed(conn)
+	}
+	return &Handshake{Conn: conn, line: l}
+}
+
+// A Handshake is a connection in its handshake. While it waits for its peer, others are
+// worked on.
+type Handshake struct {
+	net.Conn
+	line  *Line
+	ended bool // set before anybody else reads
+}
+
+func (h *Handshake) Read(b []byte) (int, error) {
+	if h.ended {
+		return h.Conn.Read(b)
+	}
+	h.line.rests(h.Conn)
+	n, err := h.Conn.Read(b)
+	h.line.resumed(h.Conn)
+	return n, err
+}
+
+// End takes the connection out of the gate: it has proved who it is, or is closed.
+func (h *Handshake) End() {
+	h.ended = true
+	h.line.rests(h.Conn)
+	h.line.gate.Leave(h.Conn)
+	h.line.wake()
+}
+
+// rests lets another be worked on.
+func (l *Line) rests(conn net.Conn) {
+	l.gate.mu.Lock()
+	defer l.gate.mu.Unlock()
+	l.mark(conn, false)
+	if len(l.resume) > 0 {
+		close(l.resume[0])
+		l.resume = l.resume[1:]
+		return
+	}
+	l.free++
+	l.wake()
+}
+
+// resumed returns when a handshake is worked on again.
+func (l *Line) resumed(conn net.Conn) {
+	l.gate.mu.Lock()
+	l.mark(conn, true)
+	if l.free > 0 {
+		l.free--
+		l.gate.mu.Unlock()
+		return
+	}
+	turn := make(chan struct{})
+	l.resume = append(l.resume, turn)
+	l.gate.mu.Unlock()
+	<-turn
+}
+
+// mark notes who is waited for. The caller holds the lock.
+func (l *Line) mark(conn net.Conn, ours bool) {
+	if e, ok := l.gate.inside[conn]; ok {
+		e.Value.(*visit).ours = ours
+	}
+}
