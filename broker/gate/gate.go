@@ -10,7 +10,6 @@ import (
 	"net"
 	"net/netip"
 	"sync"
-	"time"
 )
 
 // A Gate holds connections by where they come from. Its methods may be called at once.
@@ -18,49 +17,56 @@ type Gate struct {
 	max     int
 	mu      sync.Mutex
 	inside  map[net.Conn]*list.Element
-	sources map[netip.Prefix]*list.List // of *visit, the oldest first
+	sources map[netip.Prefix]*source
 	number  uint64
 	closed  uint64
 }
 
+// source is the connections from one place.
+type source struct {
+	visits list.List // of *visit, the oldest first
+	idle   int       // of them
+}
+
 type visit struct {
 	conn   net.Conn
-	source netip.Prefix
+	from   netip.Prefix
 	number uint64
-	since  time.Time
-	ours   bool // it waits for us: of Lines alone
+	// busy: it doesn't give way. A Line says so.
+	busy  bool
+	asked *list.Element // where it stands in Line.asked
 }
 
 // New returns a gate for at most max connections.
 func New(max int) *Gate {
-	return &Gate{max: max, inside: map[net.Conn]*list.Element{}, sources: map[netip.Prefix]*list.List{}}
+	return &Gate{max: max, inside: map[net.Conn]*list.Element{}, sources: map[netip.Prefix]*source{}}
 }
 
 // Enter lets a connection in. It may close another.
 func (g *Gate) Enter(conn net.Conn) {
 	g.mu.Lock()
-	var crowded *visit
-	if len(g.inside) >= g.max {
-		crowded, _ = g.oldest()
-		g.leave(crowded.conn)
-		g.closed++
-	}
-	g.enter(conn, sourceOf(conn.RemoteAddr()))
+	crowded := g.enter(conn, sourceOf(conn.RemoteAddr()))
 	g.mu.Unlock()
 	if crowded != nil {
-		_ = abruptly(crowded.conn).Close()
+		_ = abruptly(crowded).Close()
 	}
 }
 
-// enter counts a connection in. The caller holds the lock.
-func (g *Gate) enter(conn net.Conn, source netip.Prefix) *visit {
-	if g.sources[source] == nil {
-		g.sources[source] = list.New()
+// enter lets a connection in, and returns the one that gave way. The caller holds the lock,
+// and closes that.
+func (g *Gate) enter(conn net.Conn, from netip.Prefix) (crowded net.Conn) {
+	if len(g.inside) >= g.max {
+		crowded = g.oldest().conn
+		g.leave(crowded)
+		g.closed++
+	}
+	if g.sources[from] == nil {
+		g.sources[from] = &source{}
 	}
 	g.number++
-	v := &visit{conn: conn, source: source, number: g.number, since: time.Now()}
-	g.inside[conn] = g.sources[source].PushBack(v)
-	return v
+	g.inside[conn] = g.sources[from].visits.PushBack(&visit{conn: conn, from: from, number: g.number})
+	g.sources[from].idle++
+	return crowded
 }
 
 // abruptly is a connection without TLS's goodbye: its peer could let that take seconds, and
@@ -85,14 +91,29 @@ func (g *Gate) leave(conn net.Conn) bool {
 	if !ok {
 		return false
 	}
+	v := e.Value.(*visit)
+	g.setBusy(v, false)
 	delete(g.inside, conn)
-	source := e.Value.(*visit).source
-	l := g.sources[source]
-	l.Remove(e)
-	if l.Len() == 0 {
-		delete(g.sources, source)
+	s := g.sources[v.from]
+	s.visits.Remove(e)
+	s.idle--
+	if s.visits.Len() == 0 {
+		delete(g.sources, v.from)
 	}
 	return true
+}
+
+// setBusy says whether a visit may give way. The caller holds the lock.
+func (g *Gate) setBusy(v *visit, busy bool) {
+	if v.busy == busy {
+		return
+	}
+	v.busy = busy
+	if busy {
+		g.sources[v.from].idle--
+	} else {
+		g.sources[v.from].idle++
+	}
 }
 
 // Len is how many connections are inside.
@@ -109,27 +130,29 @@ func (g *Gate) Closed() uint64 {
 	return g.closed
 }
 
-// oldest returns the longest visit of the source that has the most, and how many those are;
-// of several such sources, the longest visit of all. One that waits for us gives way only
-// where all do.
-func (g *Gate) oldest() (found *visit, most int) {
-	for _, l := range g.sources {
-		v := patient(l)
-		if l.Len() > most || l.Len() == most && v.number < found.number {
-			found, most = v, l.Len()
+// oldest returns the longest idle visit of the source that has the most; of several such
+// sources, the longest of all. Only where all are busy one of these has to do.
+func (g *Gate) oldest() *visit {
+	var (
+		found *visit
+		most  int
+	)
+	for _, s := range g.sources {
+		v := s.oldest()
+		if found == nil || s.idle > most || s.idle == most && v.number < found.number {
+			found, most = v, s.idle
 		}
 	}
-	return found, most
+	return found
 }
 
-// patient is the longest visit of a source that doesn't wait for us; its longest if all do.
-func patient(l *list.List) *visit {
-	for e := l.Front(); e != nil; e = e.Next() {
-		if v := e.Value.(*visit); !v.ours {
+func (s *source) oldest() *visit {
+	for e := s.visits.Front(); e != nil; e = e.Next() {
+		if v := e.Value.(*visit); !v.busy {
 			return v
 		}
 	}
-	return l.Front().Value.(*visit)
+	return s.visits.Front().Value.(*visit)
 }
 
 // sourceOf is whoever may be one attacker: an address, of IPv6 the network of 64 bits

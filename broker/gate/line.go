@@ -11,28 +11,45 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// patience is what a handshake gets from us, where its own source crowds the gate, before
-// it gives way. It is for peers that are busy, as a host is whose whole fleet comes back at
-// once; those of another source give way to a smaller one at once.
-const patience = 250 * time.Millisecond
+// patience is what a peer gets that has to answer us before it may have to give way. It is
+// for hosts that are busy, as one is whose whole fleet comes back at once.
+const patience = 2 * time.Second
+
+// Pace says how many handshakes go on at once: those beyond it wait in line.
+type Pace struct {
+	// Working is how many are worked on.
+	Working int
+	// Asked is how many peers have an answer of ours that they must answer, those aside
+	// that have taken longer than two seconds. Peers that say nothing aren't bounded by it:
+	// they cost little, and whoever comes next takes their place.
+	Asked int
+}
 
 // A Line is where connections wait for their handshake to begin. A whole fleet may come back
 // in one second, and handshakes that were all begun at once would all end late, when their
-// peers have given up. So few are worked on at a time, while what waits for its peer takes
-// no place among these, and may have to give way in the gate. The rest waits in line: each
+// peers have given up. So few are worked on at a time, and of those that wait for their peer
+// only the silent and the slow have to give way in the gate. The rest waits in line: each
 // source in its turn, the newest of it first, since that one's peer has the most patience
 // left. A full line closes the oldest of the source that has the most. Its methods may be
 // called at once.
 type Line struct {
 	gate *Gate // its lock is the line's, too
 	max  int
+	pace Pace
 
 	sources map[netip.Prefix]*list.Element // of turns
 	turns   list.List                      // of *queue, none empty
 	waiting int
-	free    int             // how many more may be worked on
+	working int
 	resume  []chan struct{} // handshakes whose peers have answered: before any new one
+	asked   list.List       // of *asking, the oldest first
 	changed chan struct{}   // has a token when one more may begin, perhaps
+}
+
+// asking is a handshake whose peer must answer.
+type asking struct {
+	*visit
+	since time.Time
 }
 
 // queue is the connections of one source, the oldest first.
@@ -41,10 +58,9 @@ type queue struct {
 	conns  list.List // of net.Conn
 }
 
-// NewLine returns a line before a gate, for at most max that wait, of which so many are
-// worked on at once.
-func NewLine(g *Gate, max, working int) *Line {
-	return &Line{gate: g, max: max, sources: map[netip.Prefix]*list.Element{}, free: working, changed: make(chan struct{}, 1)}
+// NewLine returns a line before a gate, for at most max that wait.
+func NewLine(g *Gate, max int, p Pace) *Line {
+	return &Line{gate: g, max: max, pace: p, sources: map[netip.Prefix]*list.Element{}, changed: make(chan struct{}, 1)}
 }
 
 // Waiting is how many connections wait for their handshake to begin.
@@ -177,51 +193,53 @@ func (l *Line) clear() {
 func (l *Line) next() (conn net.Conn, wait time.Duration) {
 	g := l.gate
 	g.mu.Lock()
-	defer g.mu.Unlock()
-	for e := l.turns.Front(); e != nil && l.free > 0 && len(l.resume) == 0; {
-		source := e
-		e = e.Next()
-		if w := l.room(source.Value.(*queue).source); w > 0 {
-			if wait == 0 || w < wait {
-				wait = w
-			}
+	var closing []net.Conn
+	for l.waiting > 0 && l.working < l.pace.Working && len(l.resume) == 0 {
+		if wait = l.overdue(); wait > 0 {
+			break
+		}
+		first := l.turns.Front()
+		l.turns.MoveToBack(first)
+		c := l.take(first, (*list.List).Back)
+		if hungUp(c) {
+			closing = append(closing, c)
 			continue
 		}
-		l.turns.MoveToBack(source)
-		conn := l.take(source, (*list.List).Back)
-		if hungUp(conn) {
-			_ = conn.Close()
-			e = l.turns.Front()
-			continue
+		if crowded := g.enter(c, first.Value.(*queue).source); crowded != nil {
+			closing = append(closing, abruptly(crowded))
 		}
-		g.enter(conn, source.Value.(*queue).source).ours = true
-		l.free--
-		return conn, 0
+		g.setBusy(g.inside[c].Value.(*visit), true)
+		l.working++
+		conn = c
+		break
 	}
-	return nil, wait
+	g.mu.Unlock()
+	for _, c := range closing {
+		_ = c.Close()
+	}
+	return conn, wait
 }
 
-// room makes room in the gate for one more of a source, or says how long it may take until
-// there is. The caller holds the lock.
-func (l *Line) room(source netip.Prefix) time.Duration {
-	g := l.gate
-	if len(g.inside) < g.max {
-		return 0
-	}
-	v, most := g.oldest()
-	if own, ok := g.sources[source]; ok && own.Len() >= most {
-		v = patient(own)
-		if since := time.Since(v.since); since < patience {
+// overdue lets peers give way that took too long to answer, and returns how long it takes
+// until the next one did; 0 if fewer must answer than may. The caller holds the lock.
+func (l *Line) overdue() time.Duration {
+	for l.asked.Len() >= l.pace.Asked {
+		a := l.asked.Front().Value.(*asking)
+		if since := time.Since(a.since); since < patience {
 			return patience - since
 		}
+		l.answered(a.visit)
+		l.gate.setBusy(a.visit, false)
 	}
-	if v.ours {
-		return patience
-	}
-	g.leave(v.conn)
-	g.closed++
-	_ = abruptly(v.conn).Close()
 	return 0
+}
+
+// answered: the peer of a visit needn't answer any more. The caller holds the lock.
+func (l *Line) answered(v *visit) {
+	if v.asked != nil {
+		l.asked.Remove(v.asked)
+		v.asked = nil
+	}
 }
 
 // hungUp reports whether the peer of a connection has closed it: its handshake would be
@@ -270,13 +288,20 @@ type Handshake struct {
 	net.Conn
 	line  *Line
 	ended bool // set before anybody else reads
+	asked bool // it was written to since it was last read
+}
+
+func (h *Handshake) Write(b []byte) (int, error) {
+	h.asked = true
+	return h.Conn.Write(b)
 }
 
 func (h *Handshake) Read(b []byte) (int, error) {
 	if h.ended {
 		return h.Conn.Read(b)
 	}
-	h.line.rests(h.Conn)
+	h.line.rests(h.Conn, h.asked)
+	h.asked = false
 	n, err := h.Conn.Read(b)
 	h.line.resumed(h.Conn)
 	return n, err
@@ -285,31 +310,50 @@ func (h *Handshake) Read(b []byte) (int, error) {
 // End takes the connection out of the gate: it has proved who it is, or is closed.
 func (h *Handshake) End() {
 	h.ended = true
-	h.line.rests(h.Conn)
-	h.line.gate.Leave(h.Conn)
-	h.line.wake()
+	h.line.rests(h.Conn, false)
+	h.line.leave(h.Conn)
 }
 
-// rests lets another be worked on.
-func (l *Line) rests(conn net.Conn) {
+func (l *Line) leave(conn net.Conn) {
+	g := l.gate
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if e, ok := g.inside[conn]; ok {
+		l.answered(e.Value.(*visit))
+		g.leave(conn)
+		l.wake()
+	}
+}
+
+// rests lets another be worked on, until the peer has spoken, which it must do if it was
+// asked.
+func (l *Line) rests(conn net.Conn, asked bool) {
 	l.gate.mu.Lock()
 	defer l.gate.mu.Unlock()
-	l.mark(conn, false)
+	if e, ok := l.gate.inside[conn]; ok {
+		v := e.Value.(*visit)
+		if asked && v.asked == nil {
+			v.asked = l.asked.PushBack(&asking{v, time.Now()})
+		}
+		l.gate.setBusy(v, v.asked != nil)
+	}
 	if len(l.resume) > 0 {
 		close(l.resume[0])
 		l.resume = l.resume[1:]
 		return
 	}
-	l.free++
+	l.working--
 	l.wake()
 }
 
 // resumed returns when a handshake is worked on again.
 func (l *Line) resumed(conn net.Conn) {
 	l.gate.mu.Lock()
-	l.mark(conn, true)
-	if l.free > 0 {
-		l.free--
+	if e, ok := l.gate.inside[conn]; ok {
+		l.gate.setBusy(e.Value.(*visit), true)
+	}
+	if l.working < l.pace.Working {
+		l.working++
 		l.gate.mu.Unlock()
 		return
 	}
@@ -317,11 +361,4 @@ func (l *Line) resumed(conn net.Conn) {
 	l.resume = append(l.resume, turn)
 	l.gate.mu.Unlock()
 	<-turn
-}
-
-// mark notes who is waited for. The caller holds the lock.
-func (l *Line) mark(conn net.Conn, ours bool) {
-	if e, ok := l.gate.inside[conn]; ok {
-		e.Value.(*visit).ours = ours
-	}
 }

@@ -2,6 +2,7 @@ package gate_test
 
 import (
 	"net"
+	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -42,6 +43,8 @@ type speaking struct {
 
 func speaks(ip string) *speaking { return &speaking{from(ip), make(chan struct{})} }
 
+func (s *speaking) Write([]byte) (int, error) { return 0, nil }
+
 func (s *speaking) Read([]byte) (int, error) { <-s.said; return 0, nil }
 
 // lined is a listener behind a line, and what was accepted from it.
@@ -56,10 +59,10 @@ type lined struct {
 	accepted []net.Conn
 }
 
-func newLined(t *testing.T, inGate, inLine, working int) *lined {
+func newLined(t *testing.T, inGate, inLine int, pace gate.Pace) *lined {
 	t.Helper()
 	g := gate.New(inGate)
-	l := &lined{t: t, from: newArriving(), gate: g, line: gate.NewLine(g, inLine, working)}
+	l := &lined{t: t, from: newArriving(), gate: g, line: gate.NewLine(g, inLine, pace)}
 	l.listener = l.line.Listen(l.from)
 	go func() {
 		for {
@@ -105,7 +108,7 @@ func (l *lined) took(when string, want ...*speaking) {
 // its turn, and its newest comes first.
 func TestTurns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := newLined(t, 8, 8, 1)
+		l := newLined(t, 8, 8, gate.Pace{Working: 1, Asked: 8})
 		first := speaks("192.0.2.1")
 		l.come(first)
 		l.took("with nobody before it", first)
@@ -137,44 +140,84 @@ func TestTurns(t *testing.T) {
 	})
 }
 
-// Who waits for us isn't closed for others: what gives way is who lets us wait, at once for
-// another source, and for its own not before it had a while.
+// Who waits for us, or has just been asked, isn't closed for others: what gives way is who
+// is silent, or has let us wait for long.
 func TestWhoWaitsForUsStays(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := newLined(t, 2, 8, 3)
-		slow, ours, own := speaks("192.0.2.1"), speaks("192.0.2.1"), speaks("192.0.2.1")
-		l.come(slow, ours)
-		l.took("in an empty gate", slow, ours)
-		go func() { _, _ = l.line.Handshake(slow).Read(nil) }()
-		l.come(own)
-		l.took("of the source that crowds the gate")
-		if slow.isClosed() {
-			t.Error("closed at once for its own source")
+		l := newLined(t, 3, 8, gate.Pace{Working: 3, Asked: 3})
+		ours, asked, silent, one, two := speaks("192.0.2.1"), speaks("192.0.2.1"), speaks("192.0.2.1"), speaks("192.0.2.1"), speaks("192.0.2.1")
+		gone := func(want ...*speaking) {
+			t.Helper()
+			for i, c := range []*speaking{ours, asked, silent, one, two} {
+				if c.isClosed() != slices.Contains(want, c) {
+					t.Errorf("connection %d is closed: %v", i, c.isClosed())
+				}
+			}
 		}
-		time.Sleep(time.Second)
-		l.took("after a while", own)
-		if !slow.isClosed() || ours.isClosed() {
-			t.Errorf("who let us wait is closed: %v, who waits for us: %v", slow.isClosed(), ours.isClosed())
+		waitFor := func(c *speaking, ask bool) {
+			h := l.line.Handshake(c)
+			if ask {
+				_, _ = h.Write(nil)
+			}
+			go func() { _, _ = h.Read(nil); h.End() }()
 		}
-		close(slow.said)
-		go func() { _, _ = l.line.Handshake(own).Read(nil) }()
-		synctest.Wait()
-		other := speaks("192.0.2.2")
-		l.come(other)
-		l.took("of another source", other)
-		if !own.isClosed() || ours.isClosed() {
-			t.Errorf("who let us wait is closed: %v, who waits for us: %v", own.isClosed(), ours.isClosed())
+		l.come(ours)
+		l.come(asked)
+		waitFor(asked, true)
+		l.come(silent)
+		waitFor(silent, false)
+		l.took("in an empty gate", ours, asked, silent)
+		l.come(one)
+		l.took("with a silent one inside", one)
+		gone(silent)
+		waitFor(one, false)
+		time.Sleep(time.Minute)
+		l.come(two)
+		l.took("with a silent one, and one that lets us wait", two)
+		gone(silent, one)
+		for _, c := range []*speaking{asked, silent, one} {
+			close(c.said)
 		}
-		close(own.said)
 		l.line.Handshake(ours).End()
-		l.line.Handshake(other).End()
+		l.line.Handshake(two).End()
+	})
+}
+
+// So many peers may have to answer us, and who takes too long isn't counted, and gives way.
+func TestAsked(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newLined(t, 2, 8, gate.Pace{Working: 2, Asked: 1})
+		slow, next, last := speaks("192.0.2.1"), speaks("192.0.2.1"), speaks("192.0.2.2")
+		l.come(slow)
+		l.took("the first", slow)
+		h := l.line.Handshake(slow)
+		_, _ = h.Write(nil)
+		read := make(chan struct{})
+		go func() { defer close(read); _, _ = h.Read(nil); h.End() }()
+		synctest.Wait()
+		l.come(next)
+		l.took("while a peer must answer")
+		time.Sleep(time.Minute)
+		l.took("after a while", next)
+		l.come(last)
+		l.took("while there is one that took too long", last)
+		if !slow.isClosed() || next.isClosed() {
+			t.Errorf("the slow one is closed: %v, who waits for us: %v", slow.isClosed(), next.isClosed())
+		}
+		l.line.Handshake(next).End()
+		l.line.Handshake(last).End()
+		close(slow.said)
+		<-read
+		if n := l.gate.Len(); n != 0 {
+			t.Errorf("%d are inside after all have ended", n)
+		}
 	})
 }
 
 // A full line closes the oldest of the source that has the most, and a closed one all.
 func TestFullLine(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := newLined(t, 8, 3, 1)
+		l := newLined(t, 8, 3, gate.Pace{Working: 1, Asked: 8})
 		busy := speaks("192.0.2.1")
 		l.come(busy)
 		l.took("the one that is worked on", busy)
@@ -203,7 +246,7 @@ func TestHungUpInLine(t *testing.T) {
 		t.Fatal(err)
 	}
 	g := gate.New(8)
-	line := gate.NewLine(g, 8, 1)
+	line := gate.NewLine(g, 8, gate.Pace{Working: 1, Asked: 8})
 	listener := line.Listen(inner)
 	defer listener.Close()
 	dial := func() net.Conn {

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"net"
 	"net/netip"
-	"runtime"
 
 	"github.com/dayflyhq/dayfly/broker"
 	"github.com/dayflyhq/dayfly/broker/attest"
@@ -21,7 +20,7 @@ func newTransport(a *attest.Attestor, svids x509svid.Source) *transport {
 	handshakes := gate.New(maxHandshakes)
 	return &transport{
 		credentials.NewTLS(a.MutualTLS(svids)), handshakes,
-		gate.NewLine(handshakes, maxInLine, handshakesPerCore*runtime.GOMAXPROCS(0)), gate.NewProven(bounds),
+		gate.NewLine(handshakes, maxInLine, pace()), gate.NewProven(bounds),
 	}
 }
 

@@ -3,6 +3,7 @@ package rpc
 import (
 	"errors"
 	"net"
+	"runtime"
 
 	"github.com/dayflyhq/dayfly/broker/gate"
 )
@@ -11,9 +12,6 @@ const (
 	// maxHandshakes bounds the connections that have not proved who they are, from all
 	// sources. Each may hold a descriptor and some 20 KiB for handshakeTimeout.
 	maxHandshakes = 1024
-	// handshakesPerCore are worked on at once: two, so that a core whose thread is taken
-	// away has another.
-	handshakesPerCore = 2
 	// maxInLine bounds the connections that wait for their handshake to begin: less than
 	// 1 KiB each, and a descriptor.
 	maxInLine = 8 << 10
@@ -26,6 +24,13 @@ const (
 	// through whatever others hold.
 	reservedConnections = 1024
 )
+
+// pace is that of handshakes: enough for each core, and for peers that are far away. A core
+// makes some thousand in a second.
+func pace() gate.Pace {
+	cores := runtime.GOMAXPROCS(0)
+	return gate.Pace{Working: 2 * cores, Asked: 64 * cores}
+}
 
 var bounds = gate.Bounds{OfOne: maxConnectionsOfOne, All: maxConnections, Reserved: reservedConnections}
 
