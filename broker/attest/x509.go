@@ -18,8 +18,10 @@ func (a *Attestor) MutualTLS(svids x509svid.Source) *tls.Config {
 	cfg := tlsconfig.MTLSServerConfig(svids, a.cfg.X509, func(id spiffeid.ID, _ [][]*x509.Certificate) error { return a.serves(id) })
 	cfg.MinVersion = tls.VersionTLS13
 	// A resumed session skips VerifyPeerCertificate, where go-spiffe authorises. There
-	// is none without tickets; VerifyConnection runs for every handshake all the same.
+	// is none without tickets; VerifyConnection runs for every handshake all the same, and
+	// once is enough.
 	cfg.SessionTicketsDisabled = true
+	cfg.VerifyPeerCertificate = nil
 	cfg.VerifyConnection = func(cs tls.ConnectionState) error {
 		_, err := a.verify(cs.PeerCertificates)
 		return err

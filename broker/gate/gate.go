@@ -116,6 +116,27 @@ func (g *Gate) setBusy(v *visit, busy bool) {
 	}
 }
 
+// stays reports whether a connection is inside, and has it not give way.
+func (g *Gate) stays(conn net.Conn) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	e, ok := g.inside[conn]
+	if ok {
+		g.setBusy(e.Value.(*visit), true)
+	}
+	return ok
+}
+
+// clear closes all that are inside.
+func (g *Gate) clear() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for conn := range g.inside {
+		g.leave(conn)
+		_ = abruptly(conn).Close()
+	}
+}
+
 // Len is how many connections are inside.
 func (g *Gate) Len() int {
 	g.mu.Lock()
@@ -133,14 +154,21 @@ func (g *Gate) Closed() uint64 {
 // oldest returns the longest idle visit of the source that has the most; of several such
 // sources, the longest of all. Only where all are busy one of these has to do.
 func (g *Gate) oldest() *visit {
-	var (
-		found *visit
-		most  int
-	)
+	if v := g.oldestBy(func(s *source) int { return s.idle }); v != nil {
+		return v
+	}
+	return g.oldestBy(func(s *source) int { return s.visits.Len() })
+}
+
+func (g *Gate) oldestBy(count func(*source) int) (found *visit) {
+	most := 1
 	for _, s := range g.sources {
-		v := s.oldest()
-		if found == nil || s.idle > most || s.idle == most && v.number < found.number {
-			found, most = v, s.idle
+		n := count(s)
+		if n < most {
+			continue
+		}
+		if v := s.oldest(); n > most || found == nil || v.number < found.number {
+			found, most = v, n
 		}
 	}
 	return found

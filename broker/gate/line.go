@@ -4,6 +4,7 @@ import (
 	"container/list"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -14,6 +15,9 @@ import (
 // patience is what a peer gets that has to answer us before it may have to give way. It is
 // for hosts that are busy, as one is whose whole fleet comes back at once.
 const patience = 2 * time.Second
+
+// silence is how long a connection may say nothing, where nobody wants its place.
+const silence = time.Minute
 
 // Pace says how many handshakes go on at once: those beyond it wait in line.
 type Pace struct {
@@ -27,19 +31,18 @@ type Pace struct {
 
 // A Line is where connections wait for their handshake to begin. A whole fleet may come back
 // in one second, and handshakes that were all begun at once would all end late, when their
-// peers have given up. So few are worked on at a time, and of those that wait for their peer
-// only the silent and the slow have to give way in the gate. The rest waits in line: each
-// source in its turn, the newest of it first, since that one's peer has the most patience
-// left. A full line closes the oldest of the source that has the most. Its methods may be
-// called at once.
+// peers have given up. So a connection stands in line once its peer has spoken, few are
+// worked on at a time, and of those whose peer is waited for again only the slow have to give
+// way in the gate. Each source has its turn, and its newest comes first, since that one's
+// peer has the most patience left. Too many close the oldest that has said nothing, of the
+// source that has the most. Its methods may be called at once.
 type Line struct {
-	gate *Gate // its lock is the line's, too
-	max  int
+	hall *Gate // those before the gate: idle until they have spoken
+	gate *Gate // its lock is the line's, too, and taken before the hall's
 	pace Pace
 
 	sources map[netip.Prefix]*list.Element // of turns
 	turns   list.List                      // of *queue, none empty
-	waiting int
 	working int
 	resume  []chan struct{} // handshakes whose peers have answered: before any new one
 	asked   list.List       // of *asking, the oldest first
@@ -52,23 +55,22 @@ type asking struct {
 	since time.Time
 }
 
-// queue is the connections of one source, the oldest first.
+// queue is the connections of one source that have spoken, the oldest first.
 type queue struct {
 	source netip.Prefix
-	conns  list.List // of net.Conn
+	conns  []net.Conn
 }
 
 // NewLine returns a line before a gate, for at most max that wait.
 func NewLine(g *Gate, max int, p Pace) *Line {
-	return &Line{gate: g, max: max, pace: p, sources: map[netip.Prefix]*list.Element{}, changed: make(chan struct{}, 1)}
+	return &Line{hall: New(max), gate: g, pace: p, sources: map[netip.Prefix]*list.Element{}, changed: make(chan struct{}, 1)}
 }
 
 // Waiting is how many connections wait for their handshake to begin.
-func (l *Line) Waiting() int {
-	l.gate.mu.Lock()
-	defer l.gate.mu.Unlock()
-	return l.waiting
-}
+func (l *Line) Waiting() int { return l.hall.Len() }
+
+// Closed is how many it has closed to let others in.
+func (l *Line) Closed() uint64 { return l.hall.Closed() }
 
 // Listen returns a listener whose connections have waited in line. Whoever accepts one calls
 // Handshake with it. It has one caller of Accept.
@@ -127,64 +129,77 @@ func (l *listener) Accept() (net.Conn, error) {
 func (l *listener) Close() error {
 	err := l.Listener.Close()
 	l.once.Do(func() { close(l.closed) })
-	l.line.clear()
+	l.line.hall.clear()
 	return err
 }
 
-// join puts a connection in line.
+// join takes a connection, and has it stand in line as soon as its peer has spoken.
 func (l *Line) join(conn net.Conn) {
-	g := l.gate
-	g.mu.Lock()
-	var crowded net.Conn
-	if l.waiting >= l.max {
-		crowded = l.take(l.longest(), (*list.List).Front)
-		g.closed++
+	from := sourceOf(conn.RemoteAddr())
+	l.gate.mu.Lock()
+	l.hall.mu.Lock()
+	crowded := l.hall.enter(conn, from)
+	l.hall.mu.Unlock()
+	if crowded != nil {
+		l.forget(crowded)
 	}
-	source := sourceOf(conn.RemoteAddr())
-	if l.sources[source] == nil {
-		l.sources[source] = l.turns.PushBack(&queue{source: source})
-	}
-	l.sources[source].Value.(*queue).conns.PushBack(conn)
-	l.waiting++
-	l.wake()
-	g.mu.Unlock()
+	l.gate.mu.Unlock()
 	if crowded != nil {
 		_ = crowded.Close()
 	}
-}
-
-// longest is the source that has the most in line. The caller holds the lock.
-func (l *Line) longest() *list.Element {
-	found := l.turns.Front()
-	for e := found; e != nil; e = e.Next() {
-		if e.Value.(*queue).conns.Len() > found.Value.(*queue).conns.Len() {
-			found = e
+	_ = conn.SetReadDeadline(time.Now().Add(silence))
+	go func() {
+		if speaks(conn) {
+			l.stand(conn)
+		} else if l.hall.Leave(conn) {
+			_ = conn.Close()
 		}
-	}
-	return found
+	}()
 }
 
-// take takes a connection of a source out of the line. The caller holds the lock.
-func (l *Line) take(source *list.Element, which func(*list.List) *list.Element) net.Conn {
-	q := source.Value.(*queue)
-	conn := q.conns.Remove(which(&q.conns)).(net.Conn)
-	if q.conns.Len() == 0 {
-		l.turns.Remove(source)
-		delete(l.sources, q.source)
+// stand puts a connection in line.
+func (l *Line) stand(conn net.Conn) {
+	g := l.gate
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if !l.hall.stays(conn) {
+		return // it gave way
 	}
-	l.waiting--
+	from := sourceOf(conn.RemoteAddr())
+	if l.sources[from] == nil {
+		l.sources[from] = l.turns.PushBack(&queue{source: from})
+	}
+	q := l.sources[from].Value.(*queue)
+	q.conns = append(q.conns, conn)
+	l.wake()
+}
+
+// take takes the newest connection of a source out of the line. The caller holds the lock.
+func (l *Line) take(source *list.Element) net.Conn {
+	q := source.Value.(*queue)
+	conn := q.conns[len(q.conns)-1]
+	l.remove(source, len(q.conns)-1)
+	l.hall.Leave(conn)
 	return conn
 }
 
-func (l *Line) clear() {
-	l.gate.mu.Lock()
-	var all []net.Conn
-	for l.waiting > 0 {
-		all = append(all, l.take(l.turns.Front(), (*list.List).Front))
+// forget takes a connection that gave way out of the line, if it stands there. The caller
+// holds the lock.
+func (l *Line) forget(conn net.Conn) {
+	source, ok := l.sources[sourceOf(conn.RemoteAddr())]
+	if !ok {
+		return
 	}
-	l.gate.mu.Unlock()
-	for _, conn := range all {
-		_ = conn.Close()
+	if i := slices.Index(source.Value.(*queue).conns, conn); i >= 0 {
+		l.remove(source, i)
+	}
+}
+
+func (l *Line) remove(source *list.Element, i int) {
+	q := source.Value.(*queue)
+	if q.conns = slices.Delete(q.conns, i, i+1); len(q.conns) == 0 {
+		l.turns.Remove(source)
+		delete(l.sources, q.source)
 	}
 }
 
@@ -194,13 +209,13 @@ func (l *Line) next() (conn net.Conn, wait time.Duration) {
 	g := l.gate
 	g.mu.Lock()
 	var closing []net.Conn
-	for l.waiting > 0 && l.working < l.pace.Working && len(l.resume) == 0 {
+	for l.turns.Len() > 0 && l.working < l.pace.Working && len(l.resume) == 0 {
 		if wait = l.overdue(); wait > 0 {
 			break
 		}
 		first := l.turns.Front()
 		l.turns.MoveToBack(first)
-		c := l.take(first, (*list.List).Back)
+		c := l.take(first)
 		if hungUp(c) {
 			closing = append(closing, c)
 			continue
@@ -242,23 +257,49 @@ func (l *Line) answered(v *visit) {
 	}
 }
 
+// speaks returns true once the peer of a connection has said something, and false if it
+// closes the connection instead, or says nothing.
+func speaks(conn net.Conn) (yes bool) {
+	raw := rawOf(conn)
+	if raw == nil {
+		return true // there is no telling
+	}
+	_ = raw.Read(func(fd uintptr) (done bool) {
+		var b [1]byte
+		n, _, err := unix.Recvfrom(int(fd), b[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
+		if err == unix.EAGAIN {
+			return false
+		}
+		yes = err == nil && n > 0
+		return true
+	})
+	return yes
+}
+
 // hungUp reports whether the peer of a connection has closed it: its handshake would be
 // for nobody.
 func hungUp(conn net.Conn) (gone bool) {
-	c, ok := conn.(syscall.Conn)
-	if !ok {
-		return false
-	}
-	raw, err := c.SyscallConn()
-	if err != nil {
+	raw := rawOf(conn)
+	if raw == nil {
 		return false
 	}
 	_ = raw.Control(func(fd uintptr) {
-		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}}
-		n, err := unix.Poll(fds, 0)
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}}, 0)
 		gone = err == nil && n > 0
 	})
 	return gone
+}
+
+func rawOf(conn net.Conn) syscall.RawConn {
+	c, ok := conn.(syscall.Conn)
+	if !ok {
+		return nil
+	}
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return nil
+	}
+	return raw
 }
 
 // wake has Accept look again. The caller holds the lock, or a token is there already.

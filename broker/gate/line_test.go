@@ -43,6 +43,8 @@ type speaking struct {
 
 func speaks(ip string) *speaking { return &speaking{from(ip), make(chan struct{})} }
 
+func (s *speaking) SetReadDeadline(time.Time) error { return nil }
+
 func (s *speaking) Write([]byte) (int, error) { return 0, nil }
 
 func (s *speaking) Read([]byte) (int, error) { <-s.said; return 0, nil }
@@ -82,8 +84,8 @@ func newLined(t *testing.T, inGate, inLine int, pace gate.Pace) *lined {
 func (l *lined) come(conns ...*speaking) {
 	for _, c := range conns {
 		l.from.conns <- c
+		synctest.Wait()
 	}
-	synctest.Wait()
 }
 
 // took wants these to have been accepted since it was last asked, in this order.
@@ -227,7 +229,7 @@ func TestFullLine(t *testing.T) {
 		if few.isClosed() || !a.isClosed() || b.isClosed() || more.isClosed() {
 			t.Error("not the oldest of the largest source")
 		}
-		if n := l.gate.Closed(); n != 1 {
+		if n := l.line.Closed(); n != 1 {
 			t.Errorf("%d are counted as closed", n)
 		}
 		if err := l.listener.Close(); err != nil {
@@ -239,7 +241,7 @@ func TestFullLine(t *testing.T) {
 	})
 }
 
-// Who has hung up while it waited costs no handshake.
+// Who has said nothing, or hung up while it waited, costs no handshake.
 func TestHungUpInLine(t *testing.T) {
 	inner, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -270,15 +272,24 @@ func TestHungUpInLine(t *testing.T) {
 		t.Cleanup(func() { c.Close() })
 		return c
 	}
-	dial()
+	hello := func(c net.Conn) net.Conn {
+		if _, err := c.Write([]byte("hello")); err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	hello(dial())
 	first := accept()
-	stays := dial()
-	waits(1)
-	gone := dial()
+	silent, stays := dial(), hello(dial())
 	waits(2)
+	gone := hello(dial())
+	waits(3)
 	gone.Close()
 	line.Handshake(first).End()
 	if c := accept(); c.RemoteAddr().String() != stays.LocalAddr().String() {
 		t.Error("not the one that is still there")
 	}
+	waits(1)
+	silent.Close()
+	waits(0)
 }

@@ -12,9 +12,9 @@ const (
 	// maxHandshakes bounds the connections that have not proved who they are, from all
 	// sources. Each may hold a descriptor and some 20 KiB for handshakeTimeout.
 	maxHandshakes = 1024
-	// maxInLine bounds the connections that wait for their handshake to begin: less than
-	// 1 KiB each, and a descriptor.
-	maxInLine = 8 << 10
+	// maxInLine bounds the connections that wait for their handshake to begin: some 4 KiB
+	// each, and a descriptor.
+	maxInLine = 12 << 10
 	// maxConnectionsOfOne bounds the connections of one identity, as its streams are: an
 	// autoscaled set shares one, and needs a connection for each process.
 	maxConnectionsOfOne = 1024
@@ -48,7 +48,7 @@ type ConnectionCounts struct {
 func (s *Server) Connections() ConnectionCounts {
 	return ConnectionCounts{
 		Waiting: s.line.Waiting(), Handshaking: s.handshakes.Len(), Open: s.open.Len(),
-		Crowded: s.handshakes.Closed(), Refused: s.open.Refused(),
+		Crowded: s.line.Closed() + s.handshakes.Closed(), Refused: s.open.Refused(),
 	}
 }
 
