@@ -52,11 +52,18 @@ func (a *Attestor) verify(certs []*x509.Certificate) (spiffeid.ID, error) {
 // bundle that they were last verified against.
 type Chain struct {
 	certs    []*x509.Certificate
+	id       spiffeid.ID // zero: the leaf has none
 	verified atomic.Pointer[x509bundle.Bundle]
 }
 
 // NewChain returns the chain of a handshake that has ended.
-func NewChain(certs []*x509.Certificate) *Chain { return &Chain{certs: certs} }
+func NewChain(certs []*x509.Certificate) *Chain {
+	c := &Chain{certs: certs}
+	if len(certs) > 0 {
+		c.id, _ = x509svid.IDFromCert(certs[0])
+	}
+	return c
+}
 
 // X509 proves the peer that showed a chain, now: the leaf's NotAfter, and the chain
 // whenever the bundle of its trust domain is another than at the last look.
@@ -68,11 +75,10 @@ func (a *Attestor) X509(c *Chain) (broker.Caller, error) {
 	if a.cfg.Now().After(leaf.NotAfter) {
 		return broker.Caller{}, broker.ErrSVIDExpired
 	}
-	id, err := x509svid.IDFromCert(leaf)
-	if err != nil {
+	if c.id.IsZero() {
 		return broker.Caller{}, ErrNoSVID
 	}
-	bundle, err := a.cfg.X509.GetX509BundleForTrustDomain(id.TrustDomain())
+	bundle, err := a.cfg.X509.GetX509BundleForTrustDomain(c.id.TrustDomain())
 	if err != nil {
 		return broker.Caller{}, ErrNoSVID
 	}
@@ -82,5 +88,5 @@ func (a *Attestor) X509(c *Chain) (broker.Caller, error) {
 		}
 		c.verified.Store(bundle)
 	}
-	return broker.Caller{ID: id, Leaf: leaf}, nil
+	return broker.Caller{ID: c.id, Leaf: leaf}, nil
 }

@@ -137,6 +137,7 @@ func (l *listener) Close() error {
 func (l *Line) join(conn net.Conn) {
 	from := sourceOf(conn.RemoteAddr())
 	l.gate.mu.Lock()
+	l.sweep(from)
 	l.hall.mu.Lock()
 	crowded := l.hall.enter(conn, from)
 	l.hall.mu.Unlock()
@@ -155,6 +156,24 @@ func (l *Line) join(conn net.Conn) {
 			_ = conn.Close()
 		}
 	}()
+}
+
+// sweep closes the oldest of a source that have hung up, where one is going to be closed for
+// another: better one that is gone. The caller holds the lock.
+func (l *Line) sweep(from netip.Prefix) {
+	for l.hall.Len() >= l.hall.max {
+		source, ok := l.sources[from]
+		if !ok {
+			return
+		}
+		oldest := source.Value.(*queue).conns[0]
+		if !hungUp(oldest) {
+			return
+		}
+		l.remove(source, 0)
+		l.hall.Leave(oldest)
+		_ = oldest.Close()
+	}
 }
 
 // stand puts a connection in line.

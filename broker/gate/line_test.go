@@ -286,10 +286,30 @@ func TestHungUpInLine(t *testing.T) {
 	waits(3)
 	gone.Close()
 	line.Handshake(first).End()
-	if c := accept(); c.RemoteAddr().String() != stays.LocalAddr().String() {
+	second := accept()
+	if c := second; c.RemoteAddr().String() != stays.LocalAddr().String() {
 		t.Error("not the one that is still there")
 	}
 	waits(1)
 	silent.Close()
 	waits(0)
+
+	// A full line: one that is gone makes room, and not one that is only silent.
+	full := make([]net.Conn, 0, 8)
+	for range 7 {
+		full = append(full, hello(dial()))
+	}
+	waits(7)
+	silent = dial()
+	waits(8)
+	full[0].Close()
+	full = append(full, hello(dial()))
+	line.Handshake(second).End()
+	for range full[1:] {
+		line.Handshake(accept()).End()
+	}
+	waits(1)
+	if n := line.Closed(); n != 0 {
+		t.Errorf("%d gave way", n)
+	}
 }

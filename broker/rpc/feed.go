@@ -60,11 +60,21 @@ func (s *feedService) Follow(stream followStream) error {
 		return err
 	}
 	up := &upstream{handlers: s.handlers, stream: stream, follower: f, answers: make(chan *dayflyv1.FollowResponse, answersWaiting)}
-	// The reader ends when the handler returns, because Recv then does.
+	// All that ends the stream says so in one place: a thousand streams that wait wake for
+	// each event, and for each channel it takes longer.
 	ended := make(chan error, 1)
-	go func() { ended <- up.read(ctx) }()
+	end := func(err error) {
+		select {
+		case ended <- err:
+		default: // something else was first
+		}
+	}
+	go func() { end(up.read(ctx)) }() // returns when the handler does, or ctx ends: Recv does
 	_, until := c.Attested()
-	return s.send(ctx, stream, f, up, ended, until)
+	expiry := time.AfterFunc(until.Sub(s.now()), func() { end(broker.ErrSVIDExpired) })
+	defer expiry.Stop()
+	defer context.AfterFunc(s.serving, func() { end(broker.ErrStoreLost) })()
+	return s.send(ctx, stream, f, up, ended)
 }
 
 // first waits for the Subscribe, but not for ever: a stream without one holds a place,
@@ -86,7 +96,7 @@ func (s *feedService) first(ctx context.Context, stream followStream) (*dayflyv1
 		return r.m, r.err
 	case <-patience.C:
 		return nil, feedInvalid(errors.New("no Subscribe came"))
-	case <-s.stopping:
+	case <-s.serving.Done():
 		return nil, broker.ErrStoreLost
 	case <-ctx.Done():
 		return nil, ctx.Err()
@@ -95,9 +105,7 @@ func (s *feedService) first(ctx context.Context, stream followStream) (*dayflyv1
 
 // send is the only sender: events as they commit, and the answers to pings. It proves
 // the peer before each of them, and whenever a bundle changes.
-func (s *feedService) send(ctx context.Context, stream followStream, f *broker.Follower, up *upstream, ended <-chan error, notAfter time.Time) error {
-	expiry := time.NewTimer(notAfter.Sub(s.now()))
-	defer expiry.Stop()
+func (s *feedService) send(ctx context.Context, stream followStream, f *broker.Follower, up *upstream, ended <-chan error) error {
 	for {
 		bundles := s.bundlesChanged()
 		if _, err := s.caller(ctx); err != nil {
@@ -122,12 +130,6 @@ func (s *feedService) send(ctx context.Context, stream followStream, f *broker.F
 			}
 		case err := <-ended:
 			return err
-		case <-expiry.C:
-			return broker.ErrSVIDExpired
-		case <-s.stopping:
-			return broker.ErrStoreLost
-		case <-ctx.Done():
-			return ctx.Err()
 		}
 	}
 }

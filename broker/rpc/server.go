@@ -9,7 +9,6 @@ import (
 	"net/netip"
 	"runtime"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/dayflyhq/dayfly/broker"
@@ -78,8 +77,7 @@ type Server struct {
 	open       *gate.Proven // nil for break-glass and JWTs, as
 	handshakes *gate.Gate
 	line       *gate.Line
-	stopping   chan struct{}
-	stop       sync.Once
+	stop       context.CancelFunc
 }
 
 // NewServer makes the server for workloads, verifiers and operators: mTLS only.
@@ -92,7 +90,7 @@ func NewServer(cfg Config) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	h := &handlers{broker: cfg.Broker, log: cfg.Log, now: cfg.Now, caller: telling(cfg.Unproven, attest.MethodX509, certified(auth)), bundlesChanged: cfg.BundlesChanged, stopping: make(chan struct{})}
+	h := &handlers{broker: cfg.Broker, log: cfg.Log, now: cfg.Now, caller: telling(cfg.Unproven, attest.MethodX509, certified(auth)), bundlesChanged: cfg.BundlesChanged}
 	creds := newTransport(auth, cfg.SVIDs)
 	srv := h.server(append(cfg.Options, grpc.Creds(creds)))
 	srv.open, srv.handshakes, srv.line = creds.open, creds.handshakes, creds.line
@@ -117,7 +115,7 @@ func NewJWTServer(cfg Config) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	h := &handlers{broker: cfg.Broker, log: cfg.Log, now: cfg.Now, caller: telling(cfg.Unproven, attest.MethodJWT, bearer(auth)), bundlesChanged: cfg.BundlesChanged, stopping: make(chan struct{})}
+	h := &handlers{broker: cfg.Broker, log: cfg.Log, now: cfg.Now, caller: telling(cfg.Unproven, attest.MethodJWT, bearer(auth)), bundlesChanged: cfg.BundlesChanged}
 	// Fixed windows: those that grow with what arrives grow with what a stranger sends.
 	srv := h.server(append(cfg.Options, grpc.Creds(newJWTTransport(cfg.SVIDs)), grpc.InitialWindowSize(strangersWindow), grpc.InitialConnWindowSize(strangersWindow)), grpc.MaxConcurrentStreams(maxStreamsOfStranger), grpc.MaxRecvMsgSize(MaxRequestBytes))
 	dayflyv1.RegisterTokenServiceServer(srv.Server, &tokenService{handlers: h})
@@ -162,10 +160,13 @@ type handlers struct {
 	caller func(context.Context) (broker.Caller, error)
 	// bundlesChanged must be asked before caller, or a change between the two is missed.
 	bundlesChanged func() <-chan struct{}
-	stopping       chan struct{}
+	// serving ends when the server begins to stop.
+	serving context.Context
+	stop    context.CancelFunc
 }
 
 func (h *handlers) server(options []grpc.ServerOption, more ...grpc.ServerOption) *Server {
+	h.serving, h.stop = context.WithCancel(context.Background())
 	options = append([]grpc.ServerOption{grpc.ConnectionTimeout(handshakeTimeout)}, options...) // a test may want another
 	options = append(options,
 		grpc.MaxRecvMsgSize(maxReceiveBytes),
@@ -181,7 +182,7 @@ func (h *handlers) server(options []grpc.ServerOption, more ...grpc.ServerOption
 		grpc.ChainStreamInterceptor(h.stream),
 	)
 	options = append(options, more...)
-	srv := &Server{Server: grpc.NewServer(options...), Health: health.NewServer(), stopping: h.stopping}
+	srv := &Server{Server: grpc.NewServer(options...), Health: health.NewServer(), stop: h.stop}
 	healthpb.RegisterHealthServer(srv.Server, srv.Health)
 	return srv
 }
@@ -198,7 +199,7 @@ func (s *Server) Serve(l net.Listener) error {
 // lets calls under way return until ctx ends, and then cuts what is left. Safe twice.
 func (s *Server) Shutdown(ctx context.Context) {
 	s.Health.Shutdown()
-	s.stop.Do(func() { close(s.stopping) })
+	s.stop()
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
