@@ -36,19 +36,14 @@ type followStream = grpc.BidiStreamingServer[dayflyv1.FollowRequest, dayflyv1.Fo
 func (s *feedService) Follow(stream followStream) error {
 	ctx, cancel := context.WithCancel(stream.Context())
 	defer cancel()
-	c, err := s.caller(ctx)
-	if err != nil {
+	var (
+		c broker.Caller
+		f *broker.Follower
+	)
+	err := apart(func() (err error) {
+		c, f, err = s.subscribe(ctx, stream)
 		return err
-	}
-	first, err := s.first(ctx, stream)
-	if err != nil {
-		return err
-	}
-	sub, err := toSubscriber(first.GetSubscribe())
-	if err != nil {
-		return err
-	}
-	f, err := s.broker.Subscribe(ctx, c, sub)
+	})
 	if err != nil {
 		return err
 	}
@@ -75,6 +70,40 @@ func (s *feedService) Follow(stream followStream) error {
 	defer expiry.Stop()
 	defer context.AfterFunc(s.serving, func() { end(broker.ErrStoreLost) })()
 	return s.send(ctx, stream, f, up, ended)
+}
+
+// subscribe proves the peer and has it admitted.
+func (s *feedService) subscribe(ctx context.Context, stream followStream) (c broker.Caller, f *broker.Follower, err error) {
+	if c, err = s.caller(ctx); err != nil {
+		return c, nil, err
+	}
+	first, err := s.first(ctx, stream)
+	if err != nil {
+		return c, nil, err
+	}
+	sub, err := toSubscriber(first.GetSubscribe())
+	if err != nil {
+		return c, nil, err
+	}
+	f, err = s.broker.Subscribe(ctx, c, sub)
+	return c, f, err
+}
+
+// apart does what takes a deep stack, as policy does, on one that goes with it: that of a
+// stream would stay as large for as long as it lives.
+func apart(f func() error) error {
+	done := make(chan error, 1)
+	go func() {
+		var err error
+		defer func() {
+			if p := recover(); p != nil {
+				err = panicError(p)
+			}
+			done <- err
+		}()
+		err = f()
+	}()
+	return <-done
 }
 
 // first waits for the Subscribe, but not for ever: a stream without one holds a place,

@@ -255,9 +255,15 @@ func (s *fitting) RecvMsg(m any) error {
 // finish translates an error, or a panic, which ends one call and not the process.
 func (h *handlers) finish(ctx context.Context, method string, panicked any, err error) error {
 	if panicked != nil {
-		err = fmt.Errorf("panic: %T at %s", panicked, panickedAt()) // its value might hold a request
+		err = panicError(panicked)
 	}
 	return toStatus(ctx, h.log, method, err)
+}
+
+// panicError is what is said of a panic that was just recovered: its value might hold a
+// request.
+func panicError(panicked any) error {
+	return fmt.Errorf("panic: %T at %s", panicked, panickedAt())
 }
 
 // panickedAt says where a panic that was just recovered began, innermost first: functions
