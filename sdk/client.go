@@ -45,6 +45,10 @@ const (
 	// MaxSendBytes bounds one message to the broker: the design's request size.
 	MaxSendBytes = 64 << 10
 
+	// receiveWindow is how much may be under way to us: a snapshot comes from far away at
+	// 10 MiB a second.
+	receiveWindow = 1 << 20
+
 	keepaliveTime    = 30 * time.Second
 	keepaliveTimeout = 10 * time.Second
 	// dialPatience is for one connection: after a restart a whole fleet is in line, and who
@@ -330,6 +334,9 @@ func (c *Client) dial() (*connection, error) {
 		grpc.WithTransportCredentials(creds),
 		grpc.WithDisableServiceConfig(), // from DNS, which proves nothing
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(MaxReceiveBytes), grpc.MaxCallSendMsgSize(MaxSendBytes)),
+		// Fixed windows: to find out how far they could grow gRPC answers each message that
+		// comes by itself with a ping. A fleet would answer each event of the feed so.
+		grpc.WithStaticStreamWindowSize(receiveWindow), grpc.WithStaticConnWindowSize(receiveWindow),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: keepaliveTime, Timeout: keepaliveTimeout}),
 		grpc.WithConnectParams(grpc.ConnectParams{
 			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.3, MaxDelay: maxRedial},

@@ -36,6 +36,8 @@ const (
 	// a reason: beyond it gRPC itself answers ResourceExhausted, before any code of ours
 	// sees the call. Each stream can make the broker hold that much, so it is no more.
 	maxReceiveBytes = 256 << 10
+	// connectionWindow is how much a connection may send unread.
+	connectionWindow = 1 << 20
 	// maxStreamsPerConnection bounds the calls under way on one connection.
 	maxStreamsPerConnection = 1024
 	handshakeTimeout        = 10 * time.Second
@@ -167,7 +169,12 @@ type handlers struct {
 
 func (h *handlers) server(options []grpc.ServerOption, more ...grpc.ServerOption) *Server {
 	h.serving, h.stop = context.WithCancel(context.Background())
-	options = append([]grpc.ServerOption{grpc.ConnectionTimeout(handshakeTimeout)}, options...) // a test may want another
+	options = append([]grpc.ServerOption{ // some have others
+		grpc.ConnectionTimeout(handshakeTimeout),
+		// Fixed windows: to find out how far they could grow gRPC answers each message that
+		// comes by itself with a ping, which is half of what a receipt costs.
+		grpc.StaticStreamWindowSize(maxReceiveBytes), grpc.StaticConnWindowSize(connectionWindow),
+	}, options...)
 	options = append(options,
 		grpc.MaxRecvMsgSize(maxReceiveBytes),
 		grpc.MaxConcurrentStreams(maxStreamsPerConnection),

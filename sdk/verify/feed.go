@@ -27,9 +27,8 @@ const minSilence = 5 * time.Second
 func pingEvery(bound time.Duration) time.Duration { return bound / feed.PingsPerBound }
 
 // ackWithin is how long an acknowledgement may take, at random: what a fleet has to say of
-// an event must not hold up the event's way to the rest of it. It is a hundredth of the bound,
-// at most.
-func ackWithin(pings time.Duration) time.Duration { return pings * feed.PingsPerBound / 100 }
+// an event must not hold up the event's way to the rest of it.
+func ackWithin(pings time.Duration) time.Duration { return pings / 10 }
 
 // Errors that end a stream.
 var (
