@@ -300,7 +300,7 @@ func TestHungUpInLine(t *testing.T) {
 		full = append(full, hello(dial()))
 	}
 	waits(7)
-	silent = dial()
+	dial()
 	waits(8)
 	full[0].Close()
 	full = append(full, hello(dial()))

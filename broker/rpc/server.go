@@ -178,9 +178,8 @@ func (h *handlers) server(options []grpc.ServerOption, more ...grpc.ServerOption
 	options = append(options,
 		grpc.MaxRecvMsgSize(maxReceiveBytes),
 		grpc.MaxConcurrentStreams(maxStreamsPerConnection),
-		// Most connections are verifiers' and idle: 64 KiB for each would be most of what
+		// Most connections are verifiers' and idle: 32 KiB for each would be half of what
 		// they take. TLS has read whole records, so reading from it costs no call.
-		grpc.SharedWriteBuffer(true),
 		grpc.ReadBufferSize(0),
 		grpc.WaitForHandlers(true),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: time.Minute, Timeout: 20 * time.Second}),
