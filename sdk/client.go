@@ -45,8 +45,15 @@ const (
 	// MaxSendBytes bounds one message to the broker: the design's request size.
 	MaxSendBytes = 64 << 10
 
+	// receiveWindow is how much may be under way to us: a snapshot comes from far away at
+	// 10 MiB a second.
+	receiveWindow = 1 << 20
+
 	keepaliveTime    = 30 * time.Second
 	keepaliveTimeout = 10 * time.Second
+	// dialPatience is for one connection: after a restart a whole fleet is in line, and who
+	// gives up and comes again makes the line no shorter.
+	dialPatience = 10 * time.Second
 	// maxRedial keeps a client from sleeping on after its broker is back.
 	maxRedial = 2 * time.Second
 	// maxSleep is how long the machine may sleep under a connection: others have given it up
@@ -327,10 +334,13 @@ func (c *Client) dial() (*connection, error) {
 		grpc.WithTransportCredentials(creds),
 		grpc.WithDisableServiceConfig(), // from DNS, which proves nothing
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(MaxReceiveBytes), grpc.MaxCallSendMsgSize(MaxSendBytes)),
+		// Fixed windows: to find out how far they could grow gRPC answers each message that
+		// comes by itself with a ping. A fleet would answer each event of the feed so.
+		grpc.WithStaticStreamWindowSize(receiveWindow), grpc.WithStaticConnWindowSize(receiveWindow),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: keepaliveTime, Timeout: keepaliveTimeout}),
 		grpc.WithConnectParams(grpc.ConnectParams{
 			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.3, MaxDelay: maxRedial},
-			MinConnectTimeout: 5 * time.Second,
+			MinConnectTimeout: dialPatience,
 		}),
 	}
 	if c.cfg.JWTSVID != nil {
@@ -385,13 +395,15 @@ func (fetch jwtSVID) GetRequestMetadata(ctx context.Context, _ ...string) (map[s
 // RequireTransportSecurity: it is a bearer document.
 func (jwtSVID) RequireTransportSecurity() bool { return true }
 
-// tls authorises the broker in VerifyConnection as well, because crypto/tls skips
-// VerifyPeerCertificate on a resumed session; there is no session cache either.
+// tls authorises the broker in VerifyConnection and not, as go-spiffe does, in
+// VerifyPeerCertificate, which crypto/tls skips on a resumed session; there is no session
+// cache either.
 func (c *Client) tls(conn *connection) *tls.Config {
 	authorize := tlsconfig.AuthorizeID(c.cfg.BrokerID)
 	cfg := tlsconfig.MTLSClientConfig(c.cfg.Source, c.cfg.Source, authorize)
 	cfg.MinVersion = tls.VersionTLS13
 	cfg.ClientSessionCache = nil
+	cfg.VerifyPeerCertificate = nil
 	cfg.VerifyConnection = func(state tls.ConnectionState) error {
 		id, chains, err := x509svid.Verify(state.PeerCertificates, c.cfg.Source)
 		if err != nil {

@@ -18,8 +18,10 @@ func (a *Attestor) MutualTLS(svids x509svid.Source) *tls.Config {
 	cfg := tlsconfig.MTLSServerConfig(svids, a.cfg.X509, func(id spiffeid.ID, _ [][]*x509.Certificate) error { return a.serves(id) })
 	cfg.MinVersion = tls.VersionTLS13
 	// A resumed session skips VerifyPeerCertificate, where go-spiffe authorises. There
-	// is none without tickets; VerifyConnection runs for every handshake all the same.
+	// is none without tickets; VerifyConnection runs for every handshake all the same, and
+	// once is enough.
 	cfg.SessionTicketsDisabled = true
+	cfg.VerifyPeerCertificate = nil
 	cfg.VerifyConnection = func(cs tls.ConnectionState) error {
 		_, err := a.verify(cs.PeerCertificates)
 		return err
@@ -50,11 +52,18 @@ func (a *Attestor) verify(certs []*x509.Certificate) (spiffeid.ID, error) {
 // bundle that they were last verified against.
 type Chain struct {
 	certs    []*x509.Certificate
+	id       spiffeid.ID // zero: the leaf has none
 	verified atomic.Pointer[x509bundle.Bundle]
 }
 
 // NewChain returns the chain of a handshake that has ended.
-func NewChain(certs []*x509.Certificate) *Chain { return &Chain{certs: certs} }
+func NewChain(certs []*x509.Certificate) *Chain {
+	c := &Chain{certs: certs}
+	if len(certs) > 0 {
+		c.id, _ = x509svid.IDFromCert(certs[0])
+	}
+	return c
+}
 
 // X509 proves the peer that showed a chain, now: the leaf's NotAfter, and the chain
 // whenever the bundle of its trust domain is another than at the last look.
@@ -66,11 +75,10 @@ func (a *Attestor) X509(c *Chain) (broker.Caller, error) {
 	if a.cfg.Now().After(leaf.NotAfter) {
 		return broker.Caller{}, broker.ErrSVIDExpired
 	}
-	id, err := x509svid.IDFromCert(leaf)
-	if err != nil {
+	if c.id.IsZero() {
 		return broker.Caller{}, ErrNoSVID
 	}
-	bundle, err := a.cfg.X509.GetX509BundleForTrustDomain(id.TrustDomain())
+	bundle, err := a.cfg.X509.GetX509BundleForTrustDomain(c.id.TrustDomain())
 	if err != nil {
 		return broker.Caller{}, ErrNoSVID
 	}
@@ -80,5 +88,5 @@ func (a *Attestor) X509(c *Chain) (broker.Caller, error) {
 		}
 		c.verified.Store(bundle)
 	}
-	return broker.Caller{ID: id, Leaf: leaf}, nil
+	return broker.Caller{ID: c.id, Leaf: leaf}, nil
 }

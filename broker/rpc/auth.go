@@ -17,20 +17,25 @@ import (
 
 // newTransport returns server credentials for mTLS with X.509-SVIDs.
 func newTransport(a *attest.Attestor, svids x509svid.Source) *transport {
-	return &transport{credentials.NewTLS(a.MutualTLS(svids)), gate.New(maxHandshakes), gate.NewProven(bounds)}
+	handshakes := gate.New(maxHandshakes)
+	return &transport{
+		credentials.NewTLS(a.MutualTLS(svids)), handshakes,
+		gate.NewLine(handshakes, maxInLine, pace()), gate.NewProven(bounds),
+	}
 }
 
 // transport keeps what was proven beside the connection.
 type transport struct {
 	credentials.TransportCredentials
 	handshakes *gate.Gate
+	line       *gate.Line
 	open       *gate.Proven
 }
 
-func (t *transport) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	t.handshakes.Enter(conn)
-	defer t.handshakes.Leave(conn)
-	conn, info, err := t.TransportCredentials.ServerHandshake(conn)
+func (t *transport) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	handshake := t.line.Handshake(raw)
+	defer handshake.End()
+	conn, info, err := t.TransportCredentials.ServerHandshake(handshake)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -57,7 +62,7 @@ func (t *transport) admit(conn net.Conn, id spiffeid.ID) (net.Conn, error) {
 }
 
 func (t *transport) Clone() credentials.TransportCredentials {
-	return &transport{t.TransportCredentials.Clone(), t.handshakes, t.open}
+	return &transport{t.TransportCredentials.Clone(), t.handshakes, t.line, t.open}
 }
 
 // connection is the AuthInfo of one.

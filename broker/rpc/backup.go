@@ -45,7 +45,7 @@ func (s *backupService) Backup(_ *dayflyv1.BackupRequest, stream grpc.ServerStre
 	}
 	for {
 		select {
-		case <-s.stopping:
+		case <-s.serving.Done():
 			return broker.ErrStoreLost
 		default:
 		}

@@ -26,7 +26,7 @@ func NewBreakGlass(cfg Config) (*Server, error) {
 		return nil, errors.New("rpc: Broker is required")
 	}
 	cfg.setDefaults()
-	h := &handlers{broker: cfg.Broker, log: cfg.Log, now: cfg.Now, caller: localCaller, bundlesChanged: cfg.BundlesChanged, stopping: make(chan struct{})}
+	h := &handlers{broker: cfg.Broker, log: cfg.Log, now: cfg.Now, caller: localCaller, bundlesChanged: cfg.BundlesChanged}
 	srv := h.server(append(cfg.Options, grpc.Creds(localCredentials{allowed: []uint32{0, uint32(os.Geteuid())}})))
 	dayflyv1.RegisterRevocationServiceServer(srv.Server, &revocationService{handlers: h})
 	if cfg.Backup != nil {

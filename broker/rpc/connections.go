@@ -3,6 +3,7 @@ package rpc
 import (
 	"errors"
 	"net"
+	"runtime"
 
 	"github.com/dayflyhq/dayfly/broker/gate"
 )
@@ -11,6 +12,9 @@ const (
 	// maxHandshakes bounds the connections that have not proved who they are, from all
 	// sources. Each may hold a descriptor and some 20 KiB for handshakeTimeout.
 	maxHandshakes = 1024
+	// maxInLine bounds the connections that wait for their handshake to begin: some 4 KiB
+	// each, and a descriptor.
+	maxInLine = 12 << 10
 	// maxConnectionsOfOne bounds the connections of one identity, as its streams are: an
 	// autoscaled set shares one, and needs a connection for each process.
 	maxConnectionsOfOne = 1024
@@ -21,13 +25,21 @@ const (
 	reservedConnections = 1024
 )
 
+// pace is that of handshakes: enough for each core, and for peers that are far away. A core
+// makes some thousand in a second.
+func pace() gate.Pace {
+	cores := runtime.GOMAXPROCS(0)
+	return gate.Pace{Working: 2 * cores, Asked: 64 * cores}
+}
+
 var bounds = gate.Bounds{OfOne: maxConnectionsOfOne, All: maxConnections, Reserved: reservedConnections}
 
 // ConnectionCounts says how many connections there are, and how many were closed.
 type ConnectionCounts struct {
-	// Handshaking have proved nothing yet; Open have proved who they are.
-	Handshaking, Open int
-	// Crowded were closed in their handshake, for another to be let in; Refused were
+	// Waiting are in line for their handshake; Handshaking are in it and have proved
+	// nothing yet; Open have proved who they are.
+	Waiting, Handshaking, Open int
+	// Crowded were closed before the end of it, for another to be let in; Refused were
 	// closed after it, since their identity, or all together, had too many. Since the start.
 	Crowded, Refused uint64
 }
@@ -35,8 +47,8 @@ type ConnectionCounts struct {
 // Connections returns the counts of the public listener.
 func (s *Server) Connections() ConnectionCounts {
 	return ConnectionCounts{
-		Handshaking: s.handshakes.Len(), Open: s.open.Len(),
-		Crowded: s.handshakes.Closed(), Refused: s.open.Refused(),
+		Waiting: s.line.Waiting(), Handshaking: s.handshakes.Len(), Open: s.open.Len(),
+		Crowded: s.line.Closed() + s.handshakes.Closed(), Refused: s.open.Refused(),
 	}
 }
 

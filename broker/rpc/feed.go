@@ -36,19 +36,14 @@ type followStream = grpc.BidiStreamingServer[dayflyv1.FollowRequest, dayflyv1.Fo
 func (s *feedService) Follow(stream followStream) error {
 	ctx, cancel := context.WithCancel(stream.Context())
 	defer cancel()
-	c, err := s.caller(ctx)
-	if err != nil {
+	var (
+		c broker.Caller
+		f *broker.Follower
+	)
+	err := apart(func() (err error) {
+		c, f, err = s.subscribe(ctx, stream)
 		return err
-	}
-	first, err := s.first(ctx, stream)
-	if err != nil {
-		return err
-	}
-	sub, err := toSubscriber(first.GetSubscribe())
-	if err != nil {
-		return err
-	}
-	f, err := s.broker.Subscribe(ctx, c, sub)
+	})
 	if err != nil {
 		return err
 	}
@@ -60,11 +55,55 @@ func (s *feedService) Follow(stream followStream) error {
 		return err
 	}
 	up := &upstream{handlers: s.handlers, stream: stream, follower: f, answers: make(chan *dayflyv1.FollowResponse, answersWaiting)}
-	// The reader ends when the handler returns, because Recv then does.
+	// All that ends the stream says so in one place: a thousand streams that wait wake for
+	// each event, and for each channel it takes longer.
 	ended := make(chan error, 1)
-	go func() { ended <- up.read(ctx) }()
+	end := func(err error) {
+		select {
+		case ended <- err:
+		default: // something else was first
+		}
+	}
+	go func() { end(up.read(ctx)) }() // returns when the handler does, or ctx ends: Recv does
 	_, until := c.Attested()
-	return s.send(ctx, stream, f, up, ended, until)
+	expiry := time.AfterFunc(until.Sub(s.now()), func() { end(broker.ErrSVIDExpired) })
+	defer expiry.Stop()
+	defer context.AfterFunc(s.serving, func() { end(broker.ErrStoreLost) })()
+	return s.send(ctx, stream, f, up, ended)
+}
+
+// subscribe proves the peer and has it admitted.
+func (s *feedService) subscribe(ctx context.Context, stream followStream) (c broker.Caller, f *broker.Follower, err error) {
+	if c, err = s.caller(ctx); err != nil {
+		return c, nil, err
+	}
+	first, err := s.first(ctx, stream)
+	if err != nil {
+		return c, nil, err
+	}
+	sub, err := toSubscriber(first.GetSubscribe())
+	if err != nil {
+		return c, nil, err
+	}
+	f, err = s.broker.Subscribe(ctx, c, sub)
+	return c, f, err
+}
+
+// apart does what takes a deep stack, as policy does, on one that goes with it: that of a
+// stream would stay as large for as long as it lives.
+func apart(f func() error) error {
+	done := make(chan error, 1)
+	go func() {
+		var err error
+		defer func() {
+			if p := recover(); p != nil {
+				err = panicError(p)
+			}
+			done <- err
+		}()
+		err = f()
+	}()
+	return <-done
 }
 
 // first waits for the Subscribe, but not for ever: a stream without one holds a place,
@@ -86,7 +125,7 @@ func (s *feedService) first(ctx context.Context, stream followStream) (*dayflyv1
 		return r.m, r.err
 	case <-patience.C:
 		return nil, feedInvalid(errors.New("no Subscribe came"))
-	case <-s.stopping:
+	case <-s.serving.Done():
 		return nil, broker.ErrStoreLost
 	case <-ctx.Done():
 		return nil, ctx.Err()
@@ -95,9 +134,7 @@ func (s *feedService) first(ctx context.Context, stream followStream) (*dayflyv1
 
 // send is the only sender: events as they commit, and the answers to pings. It proves
 // the peer before each of them, and whenever a bundle changes.
-func (s *feedService) send(ctx context.Context, stream followStream, f *broker.Follower, up *upstream, ended <-chan error, notAfter time.Time) error {
-	expiry := time.NewTimer(notAfter.Sub(s.now()))
-	defer expiry.Stop()
+func (s *feedService) send(ctx context.Context, stream followStream, f *broker.Follower, up *upstream, ended <-chan error) error {
 	for {
 		bundles := s.bundlesChanged()
 		if _, err := s.caller(ctx); err != nil {
@@ -122,12 +159,6 @@ func (s *feedService) send(ctx context.Context, stream followStream, f *broker.F
 			}
 		case err := <-ended:
 			return err
-		case <-expiry.C:
-			return broker.ErrSVIDExpired
-		case <-s.stopping:
-			return broker.ErrStoreLost
-		case <-ctx.Done():
-			return ctx.Err()
 		}
 	}
 }

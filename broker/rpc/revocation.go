@@ -255,7 +255,7 @@ func (s *revocationService) awaitContainment(ctx context.Context, c *broker.Cont
 	select {
 	case <-ctx.Done():
 		return ctx.Err()
-	case <-s.stopping:
+	case <-s.serving.Done():
 		return broker.ErrStoreLost
 	case <-changed:
 	case <-bundles:

@@ -5,10 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/netip"
 	"runtime"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/dayflyhq/dayfly/broker"
@@ -36,6 +36,8 @@ const (
 	// a reason: beyond it gRPC itself answers ResourceExhausted, before any code of ours
 	// sees the call. Each stream can make the broker hold that much, so it is no more.
 	maxReceiveBytes = 256 << 10
+	// connectionWindow is how much a connection may send unread.
+	connectionWindow = 1 << 20
 	// maxStreamsPerConnection bounds the calls under way on one connection.
 	maxStreamsPerConnection = 1024
 	handshakeTimeout        = 10 * time.Second
@@ -74,10 +76,10 @@ type Server struct {
 	*grpc.Server
 	Health *health.Server
 
-	open       *gate.Proven // nil for break-glass, as
+	open       *gate.Proven // nil for break-glass and JWTs, as
 	handshakes *gate.Gate
-	stopping   chan struct{}
-	stop       sync.Once
+	line       *gate.Line
+	stop       context.CancelFunc
 }
 
 // NewServer makes the server for workloads, verifiers and operators: mTLS only.
@@ -90,10 +92,10 @@ func NewServer(cfg Config) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	h := &handlers{broker: cfg.Broker, log: cfg.Log, now: cfg.Now, caller: telling(cfg.Unproven, attest.MethodX509, certified(auth)), bundlesChanged: cfg.BundlesChanged, stopping: make(chan struct{})}
+	h := &handlers{broker: cfg.Broker, log: cfg.Log, now: cfg.Now, caller: telling(cfg.Unproven, attest.MethodX509, certified(auth)), bundlesChanged: cfg.BundlesChanged}
 	creds := newTransport(auth, cfg.SVIDs)
 	srv := h.server(append(cfg.Options, grpc.Creds(creds)))
-	srv.open, srv.handshakes = creds.open, creds.handshakes
+	srv.open, srv.handshakes, srv.line = creds.open, creds.handshakes, creds.line
 	dayflyv1.RegisterTokenServiceServer(srv.Server, &tokenService{handlers: h})
 	dayflyv1.RegisterFeedServiceServer(srv.Server, &feedService{handlers: h})
 	dayflyv1.RegisterRevocationServiceServer(srv.Server, &revocationService{handlers: h})
@@ -115,7 +117,7 @@ func NewJWTServer(cfg Config) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	h := &handlers{broker: cfg.Broker, log: cfg.Log, now: cfg.Now, caller: telling(cfg.Unproven, attest.MethodJWT, bearer(auth)), bundlesChanged: cfg.BundlesChanged, stopping: make(chan struct{})}
+	h := &handlers{broker: cfg.Broker, log: cfg.Log, now: cfg.Now, caller: telling(cfg.Unproven, attest.MethodJWT, bearer(auth)), bundlesChanged: cfg.BundlesChanged}
 	// Fixed windows: those that grow with what arrives grow with what a stranger sends.
 	srv := h.server(append(cfg.Options, grpc.Creds(newJWTTransport(cfg.SVIDs)), grpc.InitialWindowSize(strangersWindow), grpc.InitialConnWindowSize(strangersWindow)), grpc.MaxConcurrentStreams(maxStreamsOfStranger), grpc.MaxRecvMsgSize(MaxRequestBytes))
 	dayflyv1.RegisterTokenServiceServer(srv.Server, &tokenService{handlers: h})
@@ -160,15 +162,26 @@ type handlers struct {
 	caller func(context.Context) (broker.Caller, error)
 	// bundlesChanged must be asked before caller, or a change between the two is missed.
 	bundlesChanged func() <-chan struct{}
-	stopping       chan struct{}
-	calls          warm
+	// serving ends when the server begins to stop.
+	serving context.Context
+	stop    context.CancelFunc
+	calls   warm
 }
 
 func (h *handlers) server(options []grpc.ServerOption, more ...grpc.ServerOption) *Server {
-	options = append([]grpc.ServerOption{grpc.ConnectionTimeout(handshakeTimeout)}, options...) // a test may want another
+	h.serving, h.stop = context.WithCancel(context.Background())
+	options = append([]grpc.ServerOption{ // some have others
+		grpc.ConnectionTimeout(handshakeTimeout),
+		// Fixed windows: to find out how far they could grow gRPC answers each message that
+		// comes by itself with a ping, which is half of what a receipt costs.
+		grpc.StaticStreamWindowSize(maxReceiveBytes), grpc.StaticConnWindowSize(connectionWindow),
+	}, options...)
 	options = append(options,
 		grpc.MaxRecvMsgSize(maxReceiveBytes),
 		grpc.MaxConcurrentStreams(maxStreamsPerConnection),
+		// Most connections are verifiers' and idle: 32 KiB for each would be half of what
+		// they take. TLS has read whole records, so reading from it costs no call.
+		grpc.ReadBufferSize(0),
 		grpc.WaitForHandlers(true),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: time.Minute, Timeout: 20 * time.Second}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
@@ -176,16 +189,24 @@ func (h *handlers) server(options []grpc.ServerOption, more ...grpc.ServerOption
 		grpc.ChainStreamInterceptor(h.stream),
 	)
 	options = append(options, more...)
-	srv := &Server{Server: grpc.NewServer(options...), Health: health.NewServer(), stopping: h.stopping}
+	srv := &Server{Server: grpc.NewServer(options...), Health: health.NewServer(), stop: h.stop}
 	healthpb.RegisterHealthServer(srv.Server, srv.Health)
 	return srv
+}
+
+// Serve accepts connections until the listener is closed, each in its turn.
+func (s *Server) Serve(l net.Listener) error {
+	if s.line != nil {
+		l = s.line.Listen(l)
+	}
+	return s.Server.Serve(l)
 }
 
 // Shutdown finishes what was promised: it says NOT_SERVING, ends the feed's streams,
 // lets calls under way return until ctx ends, and then cuts what is left. Safe twice.
 func (s *Server) Shutdown(ctx context.Context) {
 	s.Health.Shutdown()
-	s.stop.Do(func() { close(s.stopping) })
+	s.stop()
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
@@ -247,9 +268,15 @@ func (s *fitting) RecvMsg(m any) error {
 // finish translates an error, or a panic, which ends one call and not the process.
 func (h *handlers) finish(ctx context.Context, method string, panicked any, err error) error {
 	if panicked != nil {
-		err = fmt.Errorf("panic: %T at %s", panicked, panickedAt()) // its value might hold a request
+		err = panicError(panicked)
 	}
 	return toStatus(ctx, h.log, method, err)
+}
+
+// panicError is what is said of a panic that was just recovered: its value might hold a
+// request.
+func panicError(panicked any) error {
+	return fmt.Errorf("panic: %T at %s", panicked, panickedAt())
 }
 
 // panickedAt says where a panic that was just recovered began, innermost first: functions

@@ -45,6 +45,9 @@ func feedRows(s size) []row {
 				}
 				if l.profiling { // one process from first to last, with all connected
 					l.onEnd(ours.close)
+					if what == restarted {
+						return pair{ours: ours.reopen}, ours.open(ctx)
+					}
 					return pair{ours: ours.reach}, ours.open(ctx)
 				}
 				p := pair{ours: ours.take(what)}
@@ -158,6 +161,14 @@ func (b *blocks) block(ctx context.Context) error {
 		return nil
 	}
 	return b.watchCPU(ctx)
+}
+
+// reopen does to one process what a restart has the next one do.
+func (b *blocks) reopen(ctx context.Context) (sample, error) {
+	at := time.Now()
+	b.close()
+	err := b.open(ctx)
+	return stopwatch(at), err
 }
 
 // watchCPU is while nothing happens but pings.
@@ -277,6 +288,7 @@ func (f *fleet) reach(ctx context.Context) (s sample, err error) {
 	ctx, cancel := context.WithTimeout(ctx, reachTries*patience)
 	defer cancel()
 	for range reachTries {
+		settle(ctx, f.lab.size.bound/50) // the receipts of the last revocation are no part of this one
 		for _, v := range f.all {
 			if err := v.WaitReady(ctx); err != nil {
 				return sample{}, err

@@ -101,14 +101,15 @@ func (m *metrics) watch(b *broker.Broker, s *boltstore.Store) {
 func (m *metrics) watchConnections(s *rpc.Server) {
 	open := func(state string, value func(rpc.ConnectionCounts) int) {
 		m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-			Name: "dayfly_connections", Help: "Connections of the gRPC listener: in their handshake, or open.", ConstLabels: prometheus.Labels{"state": state},
+			Name: "dayfly_connections", Help: "Connections of the gRPC listener: in line for their handshake, in it, or open.", ConstLabels: prometheus.Labels{"state": state},
 		}, func() float64 { return float64(value(s.Connections())) }))
 	}
+	open("waiting", func(c rpc.ConnectionCounts) int { return c.Waiting })
 	open("handshake", func(c rpc.ConnectionCounts) int { return c.Handshaking })
 	open("open", func(c rpc.ConnectionCounts) int { return c.Open })
 	closed := func(why string, value func(rpc.ConnectionCounts) uint64) {
 		m.registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{
-			Name: "dayfly_connections_closed_total", Help: "Connections of the gRPC listener that were closed: in a handshake that others waited for, or for an identity's or everybody's bound.", ConstLabels: prometheus.Labels{"why": why},
+			Name: "dayfly_connections_closed_total", Help: "Connections of the gRPC listener that were closed: before the end of their handshake, for others, or for an identity's or everybody's bound.", ConstLabels: prometheus.Labels{"why": why},
 		}, func() float64 { return float64(value(s.Connections())) }))
 	}
 	closed("crowded", func(c rpc.ConnectionCounts) uint64 { return c.Crowded })
