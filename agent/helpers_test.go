@@ -66,6 +66,7 @@ type broker struct {
 	refuse  error // of Issue
 	follow  error // of a Follow
 	norelay bool
+	welcome func()              // is called as a stream begins, if not nil; set before there are any
 	minted  func(secret string) // hears of each, if not nil
 	twist   func(*dayflyv1.Credential) *dayflyv1.Credential
 	silent  bool   // no pongs
@@ -296,6 +297,9 @@ func (s feedServer) Follow(stream grpc.BidiStreamingServer[dayflyv1.FollowReques
 		return refused
 	}
 	b.streams.Add(1)
+	if b.welcome != nil {
+		b.welcome()
+	}
 	if err := stream.Send(&dayflyv1.FollowResponse{Message: &dayflyv1.FollowResponse_Welcome{Welcome: &dayflyv1.Welcome{
 		MaxStaleness: durationpb.New(sub.Bound), MaxTokenTtl: durationpb.New(time.Hour), Issuer: "https://broker.test",
 	}}}); err != nil {

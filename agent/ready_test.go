@@ -255,24 +255,37 @@ func TestProbes(t *testing.T) {
 }
 
 // A stream that the machine slept under is made anew at once, however seldom the bound
-// would have it ask.
+// would have it ask: also one that had hardly begun.
 func TestFeedAfterSuspend(t *testing.T) {
-	noLeaks(t)
-	td := newDomain(t)
-	b := newBroker(t, td)
-	var slept atomic.Int64
-	f := start(t, td, b, func(c *agent.Config) {
-		c.MaxStaleness = time.Hour
-		c.Boot = func() feed.Instant { return boottime.Now() + feed.Instant(slept.Load()) }
-	})
-	f.ready()
-	before := b.streams.Load() // the first SVID may have made a second one
-	slept.Add(int64(time.Minute))
-	eventually(t, "another stream", func() error {
-		if b.streams.Load() == before {
-			return errors.New("still the one that slept")
-		}
-		return nil
-	})
-	f.ready()
+	for _, c := range []struct {
+		name   string
+		begins bool
+	}{{"as it runs", false}, {"as it begins", true}} {
+		t.Run(c.name, func(t *testing.T) {
+			noLeaks(t)
+			td := newDomain(t)
+			b := newBroker(t, td)
+			var slept, before atomic.Int64
+			sleep := sync.OnceFunc(func() {
+				before.Store(b.streams.Load())
+				slept.Add(int64(time.Minute))
+			})
+			if c.begins {
+				b.welcome = sleep
+			}
+			f := start(t, td, b, func(c *agent.Config) {
+				c.MaxStaleness = time.Hour
+				c.Boot = func() feed.Instant { return boottime.Now() + feed.Instant(slept.Load()) }
+			})
+			f.ready()
+			sleep()
+			eventually(t, "another stream", func() error {
+				if b.streams.Load() == before.Load() {
+					return errors.New("still the one that slept")
+				}
+				return nil
+			})
+			f.ready()
+		})
+	}
 }
