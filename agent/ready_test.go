@@ -212,10 +212,14 @@ func TestProbes(t *testing.T) {
 	noLeaks(t)
 	td := newDomain(t)
 	b := newBroker(t, td)
-	b.set(func(b *broker) { b.ttl = 10 * time.Second })
-	f := start(t, td, b, func(c *agent.Config) { c.Prefetch = []agent.Request{{Audience: "orders"}} })
+	var passed atomic.Int64 // of five minutes, at moments that the test chooses
+	f := start(t, td, b, func(c *agent.Config) {
+		c.Prefetch = []agent.Request{{Audience: "orders"}}
+		c.Now = func() time.Time { return time.Now().Add(time.Duration(passed.Load())) }
+	})
 	f.ready()
 	b.set(func(b *broker) { b.refuse = refusal(codes.PermissionDenied, "IDENTITY_LOCKED", "locked") })
+	passed.Store(int64(3 * time.Minute))
 	health := healthpb.NewHealthClient(f.conn())
 	serving := func(service string) error {
 		got, err := health.Check(t.Context(), &healthpb.HealthCheckRequest{Service: service})
@@ -231,6 +235,7 @@ func TestProbes(t *testing.T) {
 		}
 		return serving("")
 	})
+	passed.Store(int64(5 * time.Minute))
 	eventually(t, "failure", func() error {
 		code, body, _ := f.get("/readyz")
 		if code != http.StatusServiceUnavailable || body["state"] != "failed" || body["ready"] != false {
