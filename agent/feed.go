@@ -165,6 +165,7 @@ func (f *follower) follow(ctx context.Context, relay bool) error {
 	if err != nil {
 		return err
 	}
+	madeBoot, made := f.k.boot(), time.Now() // before there is a stream: the machine may sleep as it begins
 	stream, err := f.client.Follow(ctx, grpc.WaitForReady(true))
 	if err != nil {
 		return err
@@ -189,6 +190,7 @@ func (f *follower) follow(ctx context.Context, relay bool) error {
 		return fmt.Errorf("%w: the first message is no Welcome", feed.ErrMalformed)
 	}
 	s := f.begin(stream, first.GetWelcome(), relay)
+	s.made, s.madeBoot = made, madeBoot
 	if !f.distrusts {
 		f.reached()
 	}
@@ -227,7 +229,7 @@ func (f *follower) begin(stream upstream, w *dayflyv1.Welcome, relay bool) *sess
 	k.welcome, k.relays, k.refused = w, relay, nil
 	k.ring()
 	f.log.Info("following the feed", "issuer", w.GetIssuer(), "position", k.relay.View.Position().String(), "relay", relay)
-	return &session{follower: f, stream: stream, made: time.Now(), madeBoot: k.boot(), heard: k.boot(), issuer: w.GetIssuer()}
+	return &session{follower: f, stream: stream, heard: k.boot(), issuer: w.GetIssuer()}
 }
 
 // session is one welcomed stream. send is its only sender, receive its only receiver.

@@ -40,7 +40,7 @@ import (
 )
 
 // patience is how long a test waits for what must happen.
-const patience = 30 * time.Second
+const patience = time.Minute
 
 var (
 	domain   = spiffeid.RequireTrustDomainFromString("td")
@@ -54,6 +54,7 @@ type broker struct {
 	t    *testing.T
 	td   *spiffetest.TrustDomain
 	addr string
+	port *port
 	key  *ecdsa.PrivateKey
 	pub  token.PublicKey
 	der  []byte
@@ -66,6 +67,7 @@ type broker struct {
 	refuse  error // of Issue
 	follow  error // of a Follow
 	norelay bool
+	welcome func()              // is called as a stream begins, if not nil; set before there are any
 	minted  func(secret string) // hears of each, if not nil
 	twist   func(*dayflyv1.Credential) *dayflyv1.Credential
 	silent  bool   // no pongs
@@ -87,11 +89,66 @@ func newBroker(t *testing.T, td *spiffetest.TrustDomain) *broker {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b.addr = l.Addr().String()
-	b.serve(l)
-	t.Cleanup(b.stop)
+	b.addr, b.port = l.Addr().String(), &port{Listener: l}
+	b.serve()
+	var held sync.WaitGroup
+	held.Go(b.port.hold)
+	t.Cleanup(func() {
+		b.stop()
+		_ = l.Close()
+		held.Wait()
+	})
 	return b
 }
+
+// A port is a broker's address. The test keeps it to its end, or somebody else might get it
+// while the broker is away: then connections end as they begin.
+type port struct {
+	net.Listener
+	server atomic.Pointer[behind]
+}
+
+func (p *port) hold() {
+	for {
+		conn, err := p.Accept()
+		if err != nil {
+			return
+		}
+		b := p.server.Load()
+		select {
+		case b.conns <- conn:
+		case <-b.closed:
+			_ = conn.Close()
+		}
+	}
+}
+
+// behind is the listener of a server behind a port.
+type behind struct {
+	addr   net.Addr
+	conns  chan net.Conn
+	closed chan struct{}
+	close  func()
+}
+
+func (p *port) listen() net.Listener {
+	b := &behind{addr: p.Addr(), conns: make(chan net.Conn), closed: make(chan struct{})}
+	b.close = sync.OnceFunc(func() { close(b.closed) })
+	p.server.Store(b)
+	return b
+}
+
+func (b *behind) Accept() (net.Conn, error) {
+	select {
+	case conn := <-b.conns:
+		return conn, nil
+	case <-b.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (b *behind) Close() error   { b.close(); return nil }
+func (b *behind) Addr() net.Addr { return b.addr }
 
 // unservedBroker has no socket: for a synctest bubble.
 func unservedBroker(t *testing.T, td *spiffetest.TrustDomain) *broker {
@@ -117,7 +174,8 @@ func unservedBroker(t *testing.T, td *spiffetest.TrustDomain) *broker {
 	return b
 }
 
-func (b *broker) serve(l net.Listener) {
+func (b *broker) serve() {
+	l := b.port.listen()
 	source := b.td.Source(brokerID)
 	cfg := tlsconfig.MTLSServerConfig(source, b.td, tlsconfig.AuthorizeAny())
 	cfg.SessionTicketsDisabled = true
@@ -139,14 +197,7 @@ func (b *broker) stop() {
 }
 
 // restart serves again at the same address.
-func (b *broker) restart() {
-	b.t.Helper()
-	l, err := net.Listen("tcp", b.addr)
-	if err != nil {
-		b.t.Fatal(err)
-	}
-	b.serve(l)
-}
+func (b *broker) restart() { b.serve() }
 
 func (b *broker) append(e feed.Event) feed.Position {
 	b.mu.Lock()
@@ -296,6 +347,9 @@ func (s feedServer) Follow(stream grpc.BidiStreamingServer[dayflyv1.FollowReques
 		return refused
 	}
 	b.streams.Add(1)
+	if b.welcome != nil {
+		b.welcome()
+	}
 	if err := stream.Send(&dayflyv1.FollowResponse{Message: &dayflyv1.FollowResponse_Welcome{Welcome: &dayflyv1.Welcome{
 		MaxStaleness: durationpb.New(sub.Bound), MaxTokenTtl: durationpb.New(time.Hour), Issuer: "https://broker.test",
 	}}}); err != nil {

@@ -212,10 +212,14 @@ func TestProbes(t *testing.T) {
 	noLeaks(t)
 	td := newDomain(t)
 	b := newBroker(t, td)
-	b.set(func(b *broker) { b.ttl = 10 * time.Second })
-	f := start(t, td, b, func(c *agent.Config) { c.Prefetch = []agent.Request{{Audience: "orders"}} })
+	var passed atomic.Int64 // of five minutes, at moments that the test chooses
+	f := start(t, td, b, func(c *agent.Config) {
+		c.Prefetch = []agent.Request{{Audience: "orders"}}
+		c.Now = func() time.Time { return time.Now().Add(time.Duration(passed.Load())) }
+	})
 	f.ready()
 	b.set(func(b *broker) { b.refuse = refusal(codes.PermissionDenied, "IDENTITY_LOCKED", "locked") })
+	passed.Store(int64(3 * time.Minute))
 	health := healthpb.NewHealthClient(f.conn())
 	serving := func(service string) error {
 		got, err := health.Check(t.Context(), &healthpb.HealthCheckRequest{Service: service})
@@ -231,6 +235,7 @@ func TestProbes(t *testing.T) {
 		}
 		return serving("")
 	})
+	passed.Store(int64(5 * time.Minute))
 	eventually(t, "failure", func() error {
 		code, body, _ := f.get("/readyz")
 		if code != http.StatusServiceUnavailable || body["state"] != "failed" || body["ready"] != false {
@@ -255,24 +260,37 @@ func TestProbes(t *testing.T) {
 }
 
 // A stream that the machine slept under is made anew at once, however seldom the bound
-// would have it ask.
+// would have it ask: also one that had hardly begun.
 func TestFeedAfterSuspend(t *testing.T) {
-	noLeaks(t)
-	td := newDomain(t)
-	b := newBroker(t, td)
-	var slept atomic.Int64
-	f := start(t, td, b, func(c *agent.Config) {
-		c.MaxStaleness = time.Hour
-		c.Boot = func() feed.Instant { return boottime.Now() + feed.Instant(slept.Load()) }
-	})
-	f.ready()
-	before := b.streams.Load() // the first SVID may have made a second one
-	slept.Add(int64(time.Minute))
-	eventually(t, "another stream", func() error {
-		if b.streams.Load() == before {
-			return errors.New("still the one that slept")
-		}
-		return nil
-	})
-	f.ready()
+	for _, c := range []struct {
+		name   string
+		begins bool
+	}{{"as it runs", false}, {"as it begins", true}} {
+		t.Run(c.name, func(t *testing.T) {
+			noLeaks(t)
+			td := newDomain(t)
+			b := newBroker(t, td)
+			var slept, before atomic.Int64
+			sleep := sync.OnceFunc(func() {
+				before.Store(b.streams.Load())
+				slept.Add(int64(time.Minute))
+			})
+			if c.begins {
+				b.welcome = sleep
+			}
+			f := start(t, td, b, func(c *agent.Config) {
+				c.MaxStaleness = time.Hour
+				c.Boot = func() feed.Instant { return boottime.Now() + feed.Instant(slept.Load()) }
+			})
+			f.ready()
+			sleep()
+			eventually(t, "another stream", func() error {
+				if b.streams.Load() == before.Load() {
+					return errors.New("still the one that slept")
+				}
+				return nil
+			})
+			f.ready()
+		})
+	}
 }

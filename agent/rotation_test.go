@@ -4,14 +4,26 @@ import (
 	"context"
 	"errors"
 	"net/http"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"testing"
-	"time"
 
+	"github.com/dayflyhq/dayfly/agent"
 	"github.com/dayflyhq/dayfly/proto/token"
 	"github.com/dayflyhq/dayfly/sdk"
+	"google.golang.org/grpc"
 )
+
+// patient lets calls take longer than the agent does: they are slow on a busy machine, and
+// lost nowhere.
+type patient struct{ grpc.ClientConnInterface }
+
+func (p patient) Invoke(ctx context.Context, method string, args, reply any, opts ...grpc.CallOption) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), patience)
+	defer cancel()
+	return p.ClientConnInterface.Invoke(ctx, method, args, reply, opts...)
+}
 
 // The SVID rotates again and again while callers ask all the time, for what must be fetched
 // each time and for exchanges that pass through: none is lost.
@@ -20,8 +32,7 @@ func TestRotationUnderLoad(t *testing.T) {
 	const rotations, callers = 12, 8
 	td := newDomain(t)
 	b := newBroker(t, td)
-	b.set(func(b *broker) { b.ttl = time.Second }) // a fetch for every second call, nearly
-	f := start(t, td, b, nil)
+	f := start(t, td, b, func(c *agent.Config) { c.Upstream = patient{c.Upstream} })
 	f.ready()
 	c := f.client()
 	ctx, cancel := context.WithCancel(t.Context())
@@ -41,9 +52,10 @@ func TestRotationUnderLoad(t *testing.T) {
 	}
 	web := f.web()
 	for i := range callers {
-		audience := string(rune('a' + i))
-		loop(func() error {
-			_, err := c.Issue(t.Context(), sdk.Request{Audience: audience})
+		audience, asked := string(rune('a'+i)), 0
+		loop(func() error { // each second one is fetched
+			_, err := c.Issue(t.Context(), sdk.Request{Audience: audience, Scopes: []string{strconv.Itoa(asked / 2)}})
+			asked++
 			return err
 		})
 		loop(func() error {
@@ -67,7 +79,7 @@ func TestRotationUnderLoad(t *testing.T) {
 		}
 		called, fetched := calls.Load(), b.issued.Load()
 		eventually(t, "calls and fetches with this SVID", func() error {
-			if calls.Load() < called+200 || b.issued.Load() < fetched+callers {
+			if calls.Load() < called+100 || b.issued.Load() < fetched+callers {
 				return errors.New("not enough of them")
 			}
 			return nil

@@ -16,7 +16,7 @@ import (
 	"github.com/dayflyhq/dayfly/agent/hop"
 )
 
-const patience = 30 * time.Second
+const patience = time.Minute
 
 func TestMain(m *testing.M) {
 	*hop.RefusedWithin = 100 * time.Millisecond
@@ -211,9 +211,13 @@ func TestEnds(t *testing.T) {
 		}
 	})
 	c := dial()
-	c.send(get)
-	if got := c.answer(); got != "ok" {
-		t.Error(got)
+	for begun := time.Now(); ; begun, c = time.Now(), dial() {
+		c.send(get)
+		if got := c.answer(); got == "ok" {
+			break
+		} else if time.Since(begun) < *hop.RefusedWithin { // else it took all the time that it has
+			t.Fatal(got)
+		}
 	}
 	c.send("GET /later HTTP/1.1\r\nHost: x\r\n\r\n")
 	if got := c.answer(); got != "ok" {

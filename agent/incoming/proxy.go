@@ -258,7 +258,7 @@ func (p *Proxy) check(r *http.Request, path string) (*verify.Verified, *refusal)
 			return nil, refuse(peerNotAllowed, "this program may not use this socket", "whom the socket lets in is in the agent's configuration")
 		}
 	}
-	peer := verify.PeerOf(r.TLS, p.env.Bundles, r.RemoteAddr, p.env.Now())
+	peer := p.guard.v.PeerOf(r.TLS, r.RemoteAddr) // its bundles and its clock are those of env
 	if shown := r.TLS != nil && len(r.TLS.PeerCertificates) > 0; peer.ID.IsZero() && (shown || p.cfg.Source != nil && !p.cfg.Anonymous) {
 		p.guard.count(svidInvalid)
 		return nil, refuse(svidInvalid, "the certificate of this connection proves nothing now", "connect anew with the current SVID")

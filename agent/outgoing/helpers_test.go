@@ -37,7 +37,7 @@ import (
 var start = time.Now().Add(-time.Hour)
 
 // patience is how long a test waits for what must happen.
-const patience = 30 * time.Second
+const patience = time.Minute
 
 var (
 	domain   = spiffeid.RequireTrustDomainFromString("td")
