@@ -26,10 +26,6 @@ const minSilence = 5 * time.Second
 // pingEvery is the time between two pings.
 func pingEvery(bound time.Duration) time.Duration { return bound / feed.PingsPerBound }
 
-// ackWithin is how long an acknowledgement may take, at random: what a fleet has to say of
-// an event must not hold up the event's way to the rest of it.
-func ackWithin(pings time.Duration) time.Duration { return pings / 10 }
-
 // Errors that end a stream.
 var (
 	errSilent   = errors.New("the feed went silent")
@@ -223,7 +219,6 @@ func (s *stream) serve() error {
 	defer ticks.Stop()
 	questions := time.NewTimer(0)
 	defer questions.Stop()
-	var acks <-chan time.Time
 	for {
 		var err error
 		select {
@@ -233,14 +228,6 @@ func (s *stream) serve() error {
 			ticks.Reset(every)
 			err = s.tick()
 		case <-s.applied:
-			switch {
-			case s.acked == feed.Position{}: // streams begin at moments of their own
-				err = s.acknowledge()
-			case acks == nil:
-				acks = time.After(time.Duration(mathrand.Int64N(int64(ackWithin(every)))))
-			}
-		case <-acks:
-			acks = nil
 			err = s.acknowledge()
 		case <-s.prove:
 			err = s.askProof()
