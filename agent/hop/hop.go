@@ -69,15 +69,17 @@ func Refusing(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// Ends makes a context's end the end of what is written to a caller who doesn't read, too:
-// a write that waits for that doesn't look at the context. A refusal still has time. The
-// handler calls the function when it is done.
+// Ends makes a context's end the end of what is written to a caller who doesn't read, too,
+// and of what is read from one who doesn't write, on a connection that was upgraded: what
+// waits for that doesn't look at the context. A refusal still has time. The handler calls
+// the function when it is done.
 func Ends(ctx context.Context, w http.ResponseWriter) (done func()) {
 	c := http.NewResponseController(w)
 	set := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		defer close(set)
-		_ = c.SetWriteDeadline(time.Now().Add(refusedWithin))
+		last := time.Now().Add(refusedWithin)
+		_, _ = c.SetWriteDeadline(last), c.SetReadDeadline(last)
 	})
 	return func() {
 		if !stop() {

@@ -321,6 +321,34 @@ func TestRevoked(t *testing.T) {
 	}
 }
 
+// TestRevokedHalfClosed: a websocket whose upstream has ended goes on until its caller ends
+// it too, but no longer than its token lives.
+func TestRevokedHalfClosed(t *testing.T) {
+	w := newWorld(t)
+	auth := make(chan string, 1)
+	at := w.upstream(orders, func(rw http.ResponseWriter, r *http.Request) {
+		conn, _, err := http.NewResponseController(rw).Hijack()
+		if err != nil {
+			return
+		}
+		auth <- r.Header.Get("Authorization")
+		_, _ = io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+		_ = conn.Close()
+	})
+	p := w.start(false, outgoing.Listener{Upstreams: []outgoing.Upstream{to(at)}})
+	conn, err := p.dial()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	_, _ = io.WriteString(conn, "GET /ws HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+	if answer, err := io.ReadAll(conn); err != nil || !strings.Contains(string(answer), " 101 ") {
+		t.Fatalf("%q, %v", answer, err)
+	}
+	w.tokens.revoke(<-auth)
+	eventually(t, "the request to end", func() bool { c := p.Counts()[1]; return c.Open == 0 && c.Requests[outgoing.Cut] == 1 })
+}
+
 // grpcUpstream echoes messages of any method, over mTLS.
 func (w *world) grpcUpstream(handle grpc.StreamHandler) string {
 	w.Helper()

@@ -259,7 +259,7 @@ func (w *world) as(id spiffeid.ID) *grpc.ClientConn {
 // soon bounds what a test waits for.
 func soon(t *testing.T) context.Context {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute) // a flood takes its time on a busy machine
 	t.Cleanup(cancel)
 	return ctx
 }
