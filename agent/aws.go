@@ -267,6 +267,9 @@ func (s *awsServer) get(ctx context.Context) (*sts.Session, error) {
 		session, err, _ := s.flight.Do("", func() (any, error) {
 			ctx, cancel := context.WithTimeout(ctx, awsTimeout)
 			defer cancel()
+			if h := s.usable(); h != nil && s.now().Before(h.renew) { // since it was looked for
+				return h.session, nil
+			}
 			return s.trade(ctx)
 		})
 		done <- result{session, err}

@@ -125,17 +125,19 @@ func (a *Agent) newWatch(m *dayflyv1.WatchRequest) (*watch, error) {
 		}
 		w.held[t.Grant().String()] = &t.Claims
 	}
+	var requests []Request // all are looked at before any is fetched
 	for i, one := range m.GetWanted() {
 		r, err := toRequest(one)
-		if err == nil {
-			if wrong := r.normalize(); wrong != nil {
-				err = invalid(fmt.Sprintf("wanted %d: %v", i+1, wrong))
-			}
+		if err != nil {
+			return nil, err
 		}
-		var e *entry
-		if err == nil {
-			e, err = a.cache.acquire(r)
+		if err := r.normalize(); err != nil {
+			return nil, invalid(fmt.Sprintf("wanted %d: %v", i+1, err))
 		}
+		requests = append(requests, r)
+	}
+	for _, r := range requests {
+		e, err := a.cache.acquire(r)
 		if err != nil {
 			w.close()
 			return nil, err

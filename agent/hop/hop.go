@@ -47,6 +47,21 @@ func IsGRPC(r *http.Request) bool {
 	return r.ProtoMajor >= 2 && (kind == "application/grpc" || strings.HasPrefix(kind, "application/grpc+"))
 }
 
+// TrailersOnly makes an answer of gRPC's that is nothing but a status end with it. The head
+// may be sent before it is known that nothing follows, and a status in it would be lost.
+func TrailersOnly(resp *http.Response) {
+	if resp.ProtoMajor != 2 || len(resp.Header["Grpc-Status"]) == 0 {
+		return
+	}
+	resp.Trailer = http.Header{}
+	for name, values := range resp.Header {
+		if name != "Content-Type" && name != "Date" {
+			resp.Trailer[name] = values
+			delete(resp.Header, name)
+		}
+	}
+}
+
 // GRPCMessage is the percent-encoding of grpc-message.
 func GRPCMessage(s string) string {
 	var b strings.Builder

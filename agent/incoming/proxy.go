@@ -322,6 +322,9 @@ func early(resp *http.Response) error {
 	if sent, ok := resp.Request.Context().Value(uploadKey{}).(*upload); ok && !sent.whole.Load() {
 		resp.Header.Set("Connection", "close")
 	}
+	if hop.IsGRPC(resp.Request) {
+		hop.TrailersOnly(resp)
+	}
 	return nil
 }
 

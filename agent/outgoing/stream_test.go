@@ -431,6 +431,13 @@ func TestGRPC(t *testing.T) {
 		t.Errorf("the upstream's own word: %v", err)
 	}
 	used := <-auth
+	for range 300 { // however soon the head of an answer that is nothing else is sent
+		deny.Store(1)
+		if err := cc.Invoke(ctx, "/x.Y/Unary", wrapperspb.Bytes([]byte("x")), out); status.Code(err) != codes.Unauthenticated {
+			t.Fatalf("the upstream's own word: %v", err)
+		}
+		used = <-auth
+	}
 	s, err := cc.NewStream(ctx, bidi, "/x.Y/Bidi")
 	if err != nil {
 		t.Fatal(err)

@@ -335,6 +335,9 @@ func (u *upstream) answered(resp *http.Response) error {
 		x.outcome, x.reason = Unauthorized, "UPSTREAM_UNAUTHORIZED"
 	}
 	u.note(resp.Request.Context(), x.reason)
+	if x.grpc {
+		hop.TrailersOnly(resp)
+	}
 	if resp.StatusCode != http.StatusSwitchingProtocols {
 		resp.Body = &ending{resp.Body, resp, x}
 	}
