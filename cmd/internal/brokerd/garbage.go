@@ -23,7 +23,12 @@ func collectLess() {
 
 // A garbageRoomer is garbage itself, so that it is finalized in each collection: after one
 // it is known how much is in use.
-type garbageRoomer struct{ percent int }
+type garbageRoomer struct {
+	percent int
+	// A pointer, so that it has a place of its own: small things without any share one, and
+	// are finalized only when all in it are garbage.
+	_ *byte
+}
 
 func (g *garbageRoomer) next() {
 	live := []rtmetrics.Sample{{Name: "/gc/heap/live:bytes"}}

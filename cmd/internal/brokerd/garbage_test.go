@@ -4,6 +4,7 @@ import (
 	"runtime"
 	"runtime/debug"
 	rtmetrics "runtime/metrics"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -45,6 +46,26 @@ func TestCollectLess(t *testing.T) {
 	until("much", func(p uint64) bool { return p == 100 })
 	runtime.KeepAlive(kept)
 	until("little again", func(p uint64) bool { return p > 100 })
+}
+
+// TestGarbageRoomerAlone: what stays in use for ever beside a roomer doesn't keep it from
+// being finalized, or a broker would have for ever the room that it had at its start.
+func TestGarbageRoomerAlone(t *testing.T) {
+	const all = 64
+	var finalized atomic.Int64
+	var beside []*int64 // small, and without pointers: Go puts such things together
+	for range all {
+		beside = append(beside, new(int64))
+		runtime.SetFinalizer(new(garbageRoomer), func(*garbageRoomer) { finalized.Add(1) })
+		beside = append(beside, new(int64))
+	}
+	for deadline := time.Now().Add(time.Minute); finalized.Load() < all; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("%d of %d were finalized", finalized.Load(), all)
+		}
+		runtime.GC()
+	}
+	runtime.KeepAlive(beside)
 }
 
 func gogc() uint64 {
