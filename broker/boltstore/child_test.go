@@ -269,6 +269,70 @@ func TestKillWhilePruning(t *testing.T) {
 	t.Logf("%d grants issued meanwhile, the last pruning had %d left", len(issued), report.Grants)
 }
 
+// TestPruneDayTwice: a day of which an earlier pruning has left something waits for the next
+// one, and the days behind it, in which its parents are, with it.
+func TestPruneDayTwice(t *testing.T) {
+	path, open := place(t, storetest.Era(1), nil)
+	s, err := open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	st, err := s.State(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	root := storetest.Grant(1, storetest.Identity(1), noon.AddDate(0, 0, 1), st.Head)
+	child := storetest.Derive(2, root, storetest.Identity(2), st.Head)
+	child.Expires = noon // a day before its parent
+	for _, g := range []*broker.Grant{root, child} {
+		if err := s.Issue(t.Context(), g, storetest.Admit); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	leaveDropped(t, path, noon.Format("20060102"))
+	if s, err = open(); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []int{2, 0} {
+		if _, err := s.Prune(t.Context(), broker.Pruning{GrantsExpiredBefore: expired}); err != nil {
+			t.Fatal(err)
+		}
+		left, _, err := s.Grants(t.Context(), broker.GrantQuery{Limit: 10})
+		if err != nil || len(left) != want {
+			t.Errorf("%d grants are left, want %d, %v", len(left), want, err)
+		}
+		if _, err := s.(*boltstore.Store).Check(t.Context()); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// leaveDropped makes a file that nobody serves one in which a pruning of a day was killed.
+func leaveDropped(t *testing.T, path, day string) {
+	t.Helper()
+	db, err := bbolt.Open(path, 0o600, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = db.Update(func(tx *bbolt.Tx) error {
+		dropped, err := tx.CreateBucket([]byte("dropped"))
+		if err != nil {
+			return err
+		}
+		b, err := dropped.CreateBucket([]byte(day))
+		if err != nil {
+			return err
+		}
+		return b.Put([]byte("left"), []byte("over"))
+	})
+	if err := errors.Join(err, db.Close()); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // killWhilePruning returns the grants that were issued before the kill.
 func killWhilePruning(t *testing.T, path string) (issued []token.GrantID) {
 	cmd := child(t, "prune", path, 0)

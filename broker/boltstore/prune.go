@@ -108,8 +108,9 @@ func (s *Store) pruneGrants(ctx context.Context, p broker.Pruning, report *broke
 	return nil
 }
 
-// moveDays takes days from the grants. One of which an earlier pruning has left something
-// waits for the next: a clock was set back by a month.
+// moveDays takes days from the grants, the oldest first. One of which an earlier pruning has
+// left something waits for the next, since a clock was set back by a month; and the days
+// after it with it, for the parents of its grants may be in these.
 func moveDays(tx *bbolt.Tx, days []string) error {
 	dropped, err := tx.CreateBucketIfNotExists(bucketDropped)
 	if err != nil {
@@ -117,7 +118,7 @@ func moveDays(tx *bbolt.Tx, days []string) error {
 	}
 	for _, day := range days {
 		if dropped.Bucket([]byte(day)) != nil {
-			continue
+			break
 		}
 		if err := tx.Bucket(bucketGrants).MoveBucket([]byte(day), dropped); err != nil {
 			return fmt.Errorf("moving %s: %w", day, err)
