@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"github.com/dayflyhq/dayfly/broker"
@@ -31,6 +32,7 @@ type Attestor struct {
 	cfg    Config
 	rates  rates
 	signed token.Memory[asserted]
+	forgot atomic.Int64 // when signed was swept, in Unix nanoseconds
 }
 
 // New checks the configuration.

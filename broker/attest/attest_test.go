@@ -283,6 +283,36 @@ func TestJWTSVIDSignatureOnce(t *testing.T) {
 	refused("expired", assertion)
 }
 
+// TestJWTSVIDForgotten: what has expired is forgotten when others come, and what is refused
+// for its times is never remembered.
+func TestJWTSVIDForgotten(t *testing.T) {
+	w := newWorld(t)
+	forAYear := w.claims()
+	forAYear["exp"] = w.Now().AddDate(1, 0, 0).Unix()
+	if _, err := w.JWT(w.sign(t, nil, forAYear)); !errors.Is(err, attest.ErrJWTSVID) {
+		t.Fatal(err)
+	}
+	if n := w.Remembered(); n != 0 {
+		t.Errorf("%d that were refused are remembered", n)
+	}
+	for range 20 {
+		claims := w.claims()
+		claims["jti"] = rand.Text()
+		claims["exp"] = w.Now().Add(time.Minute).Unix()
+		if _, err := w.JWT(w.sign(t, nil, claims)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	assertion := w.sign(t, nil, w.claims())
+	if _, err := w.JWT(assertion); err != nil || w.Remembered() != 21 {
+		t.Fatalf("%d are remembered, %v", w.Remembered(), err)
+	}
+	w.advance(2 * time.Minute)
+	if _, err := w.JWT(assertion); err != nil || w.Remembered() != 1 {
+		t.Errorf("%d are remembered where one is good, %v", w.Remembered(), err)
+	}
+}
+
 // One identity that shows assertions without end is told to wait, others are not, and a
 // stranger who names it uses up nothing of its allowance.
 func TestJWTSVIDRate(t *testing.T) {

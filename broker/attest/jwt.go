@@ -47,12 +47,16 @@ func (a *Attestor) JWT(assertion string) (broker.Caller, error) {
 	if len(assertion) > maxAssertionBytes {
 		return broker.Caller{}, badJWT("the JWT-SVID is larger than 8 KiB")
 	}
-	p, err := a.assertion(assertion)
+	a.forget()
+	p, remembered, err := a.assertion(assertion)
 	if err != nil {
 		return broker.Caller{}, err
 	}
 	if err := a.inTime(p.JWTSVID); err != nil {
 		return broker.Caller{}, err
+	}
+	if !remembered { // only now: what is never good here takes no place
+		a.remember(assertion, p)
 	}
 	// Now, not earlier: a stranger who names somebody else uses up nothing of it.
 	if !a.rates.draw(p.id, a.cfg.Now()) {
@@ -73,32 +77,47 @@ type asserted struct {
 
 // assertion reads a JWT-SVID and checks form and signature: once, as long as the bundle
 // of its trust domain is the same.
-func (a *Attestor) assertion(raw string) (asserted, error) {
+func (a *Attestor) assertion(raw string) (p asserted, remembered bool, err error) {
 	if p, ok := a.signed.Get(raw); ok {
 		bundle, err := served{a}.GetJWTBundleForTrustDomain(p.id.TrustDomain())
-		if err == nil && bundle.Equal(p.bundle) {
-			return p, nil
+		if err == nil && bundle.Clone().Equal(p.bundle) { // which takes no lock
+			return p, true, nil
 		}
 	}
 	bundles := &noting{Source: served{a}}
 	// No audience here: it would be content with one among others.
 	svid, err := jwtsvid.ParseAndValidate(raw, bundles, nil)
 	if err != nil {
-		return asserted{}, badJWT("this is no JWT-SVID, or it has expired, or no authority of a trust domain that is served here has signed it")
+		return asserted{}, false, badJWT("this is no JWT-SVID, or it has expired, or no authority of a trust domain that is served here has signed it")
 	}
 	if len(svid.Audience) != 1 || svid.Audience[0] != a.cfg.Audience {
-		return asserted{}, badJWT("the aud of the JWT-SVID must be the issuer of this broker, and that alone")
+		return asserted{}, false, badJWT("the aud of the JWT-SVID must be the issuer of this broker, and that alone")
 	}
 	if a.serves(svid.ID) != nil {
-		return asserted{}, badJWT("the sub of the JWT-SVID is a trust domain and no workload")
+		return asserted{}, false, badJWT("the sub of the JWT-SVID is a trust domain and no workload")
 	}
 	issued, ok := svid.Claims["iat"].(float64)
 	if !ok || issued < 0 || issued > float64(svid.Expiry.Unix()) {
-		return asserted{}, badJWT("the JWT-SVID must say in iat when it was issued")
+		return asserted{}, false, badJWT("the JWT-SVID must say in iat when it was issued")
 	}
-	p := asserted{broker.JWTSVID{IssuedAt: time.Unix(int64(issued), 0).UTC(), Expires: svid.Expiry}, svid.ID, bundles.gave}
+	p = asserted{broker.JWTSVID{IssuedAt: time.Unix(int64(issued), 0).UTC(), Expires: svid.Expiry}, svid.ID, bundles.gave}
+	return p, false, nil
+}
+
+// forgetEvery is how often what has expired is forgotten, while others come.
+const forgetEvery = time.Minute
+
+func (a *Attestor) remember(raw string, p asserted) {
 	a.signed.Put(token.NewSecret(strings.Clone(raw)), p, p.Expires, a.cfg.Now())
-	return p, nil
+}
+
+// forget drops what has expired, now and then.
+func (a *Attestor) forget() {
+	now := a.cfg.Now()
+	last := a.forgot.Load()
+	if now.Sub(time.Unix(0, last)).Abs() >= forgetEvery && a.forgot.CompareAndSwap(last, now.UnixNano()) {
+		a.signed.Sweep(now)
+	}
 }
 
 // inTime judges the times of a JWT-SVID whose signature is good.

@@ -8,9 +8,9 @@ import (
 )
 
 const (
-	// MaxRemembered bounds what one Memory remembers. No token is longer than MaxBytes, nor
-	// is what is read out of it twice that: 20 MiB at the very most, and some 6 with tokens
-	// of the usual 700 bytes.
+	// MaxRemembered bounds what one Memory remembers. No token of ours is longer than
+	// MaxBytes, nor is what is read out of it twice that: 20 MiB at the very most, and some 6
+	// with tokens of the usual 700 bytes. JWT-SVIDs may have four times as many.
 	MaxRemembered = 4096
 	// memoryWays is in how many places a token may stand.
 	memoryWays = 4
