@@ -229,7 +229,8 @@ func (c *cache) hear(of ...key) *hearer {
 }
 
 // changed returns a channel that is closed when newest may answer otherwise next, but for
-// what expires. Whoever is gone is forgotten at the next change that it would have heard of.
+// what expires. Who doesn't say that it is gone is forgotten at the next change that it would
+// have heard of.
 func (h *hearer) changed() <-chan struct{} {
 	h.cache.mu.Lock()
 	defer h.cache.mu.Unlock()
@@ -238,6 +239,14 @@ func (h *hearer) changed() <-chan struct{} {
 		h.cache.hearing[h] = struct{}{}
 	}
 	return h.next
+}
+
+// gone forgets who hears no more.
+func (h *hearer) gone() {
+	h.cache.mu.Lock()
+	defer h.cache.mu.Unlock()
+	delete(h.cache.hearing, h)
+	h.next = nil
 }
 
 // ring wakes all who keep copies.

@@ -63,3 +63,18 @@ func TestHearers(t *testing.T) {
 		})
 	})
 }
+
+// A holder that is gone is forgotten at once: one that comes and goes would else fill the
+// memory of an agent to which nothing happens.
+func TestHearerGone(t *testing.T) {
+	c := &cache{hearing: map[*hearer]struct{}{}}
+	for range 100 {
+		w := &watch{cache: c, hearer: c.hear(key{audience: "a"})}
+		w.hearer.changed()
+		w.close()
+		w.close()
+	}
+	if n := len(c.hearing); n != 0 {
+		t.Errorf("%d are kept", n)
+	}
+}

@@ -148,6 +148,7 @@ func (a *Agent) newWatch(m *dayflyv1.WatchRequest) (*watch, error) {
 }
 
 func (w *watch) close() {
+	w.hearer.gone()
 	for _, e := range w.entries {
 		w.cache.release(e, errUnwatched)
 	}
