@@ -204,10 +204,11 @@ func (x *execution) value(n parse.Node) (any, error) {
 		return n.True, nil
 	case *parse.NumberNode:
 		switch {
+		case n.IsComplex:
+		case n.IsFloat && writtenAsFloat(n.Text):
+			return n.Float64, nil
 		case n.IsInt:
 			return n.Int64, nil
-		case n.IsFloat && !n.IsUint: // which would be too large
-			return n.Float64, nil
 		}
 	case *parse.DotNode:
 		if x.dot != nil {
@@ -225,6 +226,17 @@ func (x *execution) value(n parse.Node) (any, error) {
 		return x.call(n, nil, nil)
 	}
 	return nil, x.wrong(n, "a file's template has no such value")
+}
+
+// writtenAsFloat says whether a number is meant as one with a fraction, which 1.0 is.
+func writtenAsFloat(s string) bool {
+	switch hex := strings.HasPrefix(strings.ToLower(s), "0x"); {
+	case s[0] == '\'':
+		return false
+	case hex:
+		return strings.ContainsAny(s, "pP")
+	}
+	return strings.ContainsAny(s, ".eE")
 }
 
 func (x *execution) variable(n *parse.VariableNode) (*variable, error) {

@@ -61,7 +61,7 @@ func drawText(t *rapid.T, deep int, names []string) string {
 }
 
 func drawNumber(t *rapid.T, deep int, names []string) string {
-	kinds := []string{"0", "1", "-7", "0x10", "'c'"}
+	kinds := []string{"0", "1", "-7", "0x10", "'c'", "1.0", "2e3", "2.5", "1_000", "0x1p4", "'.'"}
 	if deep > 0 {
 		kinds = append(kinds, "len", "unix")
 	}
