@@ -29,8 +29,15 @@ func (v *Verifier) PeerOf(state *tls.ConnectionState, address string) Peer {
 	return v.peers.of(state, v.cfg.Bundles, address, v.cfg.Now())
 }
 
-// maxChains bounds the chains that are remembered, of some 4 KiB for each certificate.
-const maxChains = 1024
+const (
+	// maxChains bounds the chains that are remembered, of some 4 KiB for each certificate.
+	maxChains = 1024
+	// maxChain bounds what is shown in one of them: a peer may put certificates beside its
+	// chain for which nobody vouches, a quarter of a megabyte of them.
+	maxChain = 8
+	// maxChainBytes is the same for those that are large.
+	maxChainBytes = 32 << 10
+)
 
 // peers remembers the chains whose signatures hold: all that it takes to say the same of
 // one again. Only what a bundle's authority has signed enters.
@@ -91,6 +98,9 @@ func (p *peers) verify(certs []*x509.Certificate, bundles x509bundle.Source, now
 	if err != nil {
 		return spiffeid.ID{}, err
 	}
+	if large(certs) {
+		return id, nil
+	}
 	c := &chain{id: id, certs: slices.Clone(certs), authorities: authorities, from: certs[0].NotBefore, until: certs[0].NotAfter}
 	for _, cert := range chains[0] {
 		if cert.NotBefore.After(c.from) {
@@ -102,6 +112,15 @@ func (p *peers) verify(certs []*x509.Certificate, bundles x509bundle.Source, now
 	}
 	p.put(c)
 	return id, nil
+}
+
+// large says whether a chain isn't worth its memory.
+func large(certs []*x509.Certificate) bool {
+	n := 0
+	for _, c := range certs {
+		n += len(c.Raw)
+	}
+	return len(certs) > maxChain || n > maxChainBytes
 }
 
 // holds reports whether what was found once must be found again.

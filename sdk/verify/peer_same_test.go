@@ -182,6 +182,15 @@ func TestChainsAreBounded(t *testing.T) {
 			t.Fatal("a stranger's chain is believed, or remembered")
 		}
 	}
+	// Nobody vouches for what stands beside the authority's own.
+	padded, _ := m.sign(td, "/padded", false, ca, key, time.Minute)
+	all := []*x509.Certificate{padded}
+	for len(all) < 100 {
+		all = append(all, stranger)
+	}
+	if v.PeerOf(&tls.ConnectionState{PeerCertificates: all}, "").ID.IsZero() || v.Chains() != 0 {
+		t.Errorf("a chain with much beside it isn't believed, or is among the %d that are remembered", v.Chains())
+	}
 	for i := range verify.MaxChains + 10 {
 		if show(ca, key, i).ID.IsZero() {
 			t.Fatal("not believed")
