@@ -214,22 +214,24 @@ func (a *Agent) Report() Report {
 		info := a.cfg.Configuration()
 		r.Configuration = &info
 	}
-	r.Upstream = a.cache.upstreamInfo()
+	var since time.Time
+	r.Upstream, since = a.cache.upstreamInfo()
 	if a.cfg.Feed == nil && r.Status.state("feed") == Ready && r.Feed != nil {
 		proof := now.Add(-time.Duration(r.Feed.AgeMS) * time.Millisecond)
-		if since := r.Upstream.UnreachableSince; since == nil || proof.After(*since) {
+		if since.IsZero() || proof.After(since) { // whole seconds would take an earlier one for later
 			r.Upstream.Reachable, r.Upstream.UnreachableSince = true, nil
 		}
 	}
 	return r
 }
 
-func (c *cache) upstreamInfo() UpstreamInfo {
+// upstreamInfo also says exactly since when the broker can't be reached, zero if it can.
+func (c *cache) upstreamInfo() (UpstreamInfo, time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	out := UpstreamInfo{AnsweredAt: told(c.upstream.answered), UnreachableSince: told(c.upstream.unreachable)}
 	out.Reachable = out.AnsweredAt != nil && out.UnreachableSince == nil
-	return out
+	return out, c.upstream.unreachable
 }
 
 // told is a time in an answer: absent if there is none.
