@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"time"
@@ -289,6 +290,7 @@ func (l *lab) deciding(ctx context.Context, n int) (pair, error) {
 	if err != nil {
 		return pair{}, err
 	}
+	runtime.GC() // what loading left is no decision's
 	caller := policy.Caller{ID: sandbox.Payments, SVIDSerial: "0a1b2c", SVIDAge: time.Minute, SVIDRemaining: time.Hour}
 	in := policy.Input{Action: policy.ActionIssue, Caller: caller, Audience: "orders", Scopes: []string{"orders.read"}}
 	decide := func() error {

@@ -84,6 +84,7 @@ func serveCommand(name string) *cobra.Command {
 			if announce {
 				out = cmd.OutOrStdout()
 			}
+			spareProcessor()
 			collectLess()
 			return Serve(cmd.Context(), cfg, out, cmd.ErrOrStderr())
 		},

@@ -11,7 +11,7 @@ import (
 
 func TestGarbagePercent(t *testing.T) {
 	for live, want := range map[uint64]int{
-		0: 1600, 4 << 20: 1600, 16 << 20: 400, 48 << 20: 133, 64 << 20: 100, 1 << 40: 100,
+		0: 800, 4 << 20: 800, 16 << 20: 200, 24 << 20: 133, 32 << 20: 100, 1 << 40: 100,
 	} {
 		if got := garbagePercent(live); got != want {
 			t.Errorf("with %d MiB in use GOGC is %d, want %d", live>>20, got, want)
@@ -72,4 +72,20 @@ func gogc() uint64 {
 	s := []rtmetrics.Sample{{Name: "/gc/gogc:percent"}}
 	rtmetrics.Read(s)
 	return s[0].Value.Uint64()
+}
+
+// TestSpareProcessor: one more than there are, and as many as their owner said.
+func TestSpareProcessor(t *testing.T) {
+	before := runtime.GOMAXPROCS(0)
+	t.Cleanup(func() { runtime.GOMAXPROCS(before) })
+	t.Setenv("GOMAXPROCS", "1")
+	spareProcessor()
+	if n := runtime.GOMAXPROCS(0); n != before {
+		t.Errorf("%d processors where GOMAXPROCS is set, want %d", n, before)
+	}
+	t.Setenv("GOMAXPROCS", "")
+	spareProcessor()
+	if n := runtime.GOMAXPROCS(0); n != before+1 {
+		t.Errorf("%d processors, want %d", n, before+1)
+	}
 }
