@@ -40,7 +40,7 @@ func (s *feedService) Follow(stream followStream) error {
 		c broker.Caller
 		f *broker.Follower
 	)
-	err := s.apart(func() (err error) {
+	err := apart(func() (err error) {
 		c, f, err = s.subscribe(ctx, stream)
 		return err
 	})
@@ -89,18 +89,21 @@ func (s *feedService) subscribe(ctx context.Context, stream followStream) (c bro
 	return c, f, err
 }
 
-// apart does what takes a deep stack, as policy does, on one that others use too: that of a
+// apart does what takes a deep stack, as policy does, on one that goes with it: that of a
 // stream would stay as large for as long as it lives.
-func (h *handlers) apart(f func() error) (err error) {
-	h.calls.do(func() {
+func apart(f func() error) error {
+	done := make(chan error, 1)
+	go func() {
+		var err error
 		defer func() {
 			if p := recover(); p != nil {
 				err = panicError(p)
 			}
+			done <- err
 		}()
 		err = f()
-	})
-	return err
+	}()
+	return <-done
 }
 
 // first waits for the Subscribe, but not for ever: a stream without one holds a place,
