@@ -21,7 +21,7 @@ func spareProcessor() {
 // bytes. By Go's default the heap may double, so that a broker with 15 MB that are in use
 // looks through them for each 15 MB of garbage: at full load thirty times a second. From
 // this size on it is as by default.
-const garbageRoom = 32 << 20
+const garbageRoom = 24 << 20
 
 // collectLess makes room for garbage, unless GOGC says what is wanted. A limit in
 // GOMEMLIMIT holds as ever. It is for the whole process, and stays.

@@ -11,7 +11,7 @@ import (
 
 func TestGarbagePercent(t *testing.T) {
 	for live, want := range map[uint64]int{
-		0: 800, 4 << 20: 800, 16 << 20: 200, 24 << 20: 133, 32 << 20: 100, 1 << 40: 100,
+		0: 600, 4 << 20: 600, 12 << 20: 200, 16 << 20: 150, 24 << 20: 100, 1 << 40: 100,
 	} {
 		if got := garbagePercent(live); got != want {
 			t.Errorf("with %d MiB in use GOGC is %d, want %d", live>>20, got, want)
