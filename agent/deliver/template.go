@@ -94,7 +94,7 @@ func (x *execution) walk(n parse.Node) error {
 	case *parse.WithNode:
 		return x.branch(&n.BranchNode, true)
 	}
-	return x.wrong(n, "a file's template has no such action")
+	return x.wrong(n, "a file's template has no such action: it has if, with and variables")
 }
 
 func (x *execution) branch(n *parse.BranchNode, with bool) error {

@@ -122,37 +122,18 @@ func TestKill(t *testing.T) {
 	records := uint64(1)
 	for run := range 5 {
 		cmd := child(t, "load", path, run)
-		out, err := cmd.StdoutPipe()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
-		lines := bufio.NewScanner(out)
-		for kill := 50 + rand.IntN(500); lines.Scan(); kill-- {
-			what, value, _ := strings.Cut(lines.Text(), " ")
+		killAfter(t, cmd, 50+rand.IntN(500), func(what, value string) {
 			switch what {
 			case "grant":
-				id, err := token.ParseGrantID(value)
-				if err != nil {
-					break // cut off in the middle
+				if id, err := token.ParseGrantID(value); err == nil { // else cut off in the middle
+					grants = append(grants, id)
 				}
-				grants = append(grants, id)
 			case "record":
 				if n, err := strconv.ParseUint(value, 10, 64); err == nil {
 					records = max(records, n)
 				}
 			}
-			if kill == 0 {
-				if err := cmd.Process.Kill(); err != nil {
-					t.Fatal(err)
-				}
-			}
-		}
-		if err := cmd.Wait(); err == nil {
-			t.Fatal("the child ended by itself")
-		}
+		})
 		if _, err := boltstore.Check(t.Context(), path); err != nil {
 			t.Fatal(err)
 		}
@@ -335,7 +316,18 @@ func leaveDropped(t *testing.T, path, day string) {
 
 // killWhilePruning returns the grants that were issued before the kill.
 func killWhilePruning(t *testing.T, path string) (issued []token.GrantID) {
-	cmd := child(t, "prune", path, 0)
+	killAfter(t, child(t, "prune", path, 0), rand.IntN(30), func(what, value string) {
+		if id, err := token.ParseGrantID(value); what == "grant" && err == nil { // else cut off in the middle
+			issued = append(issued, id)
+		}
+	})
+	return issued
+}
+
+// killAfter runs a child until it has said so many lines more than one, and tells of the two
+// words of each that came.
+func killAfter(t *testing.T, cmd *exec.Cmd, kill int, said func(what, value string)) {
+	t.Helper()
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -343,13 +335,9 @@ func killWhilePruning(t *testing.T, path string) (issued []token.GrantID) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	lines := bufio.NewScanner(out)
-	for kill := rand.IntN(30); lines.Scan(); kill-- {
-		if _, value, ok := strings.Cut(lines.Text(), "grant "); ok {
-			if id, err := token.ParseGrantID(value); err == nil { // else cut off in the middle
-				issued = append(issued, id)
-			}
-		}
+	for lines := bufio.NewScanner(out); lines.Scan(); kill-- {
+		what, value, _ := strings.Cut(lines.Text(), " ")
+		said(what, value)
 		if kill == 0 {
 			if err := cmd.Process.Kill(); err != nil {
 				t.Fatal(err)
@@ -359,7 +347,6 @@ func killWhilePruning(t *testing.T, path string) (issued []token.GrantID) {
 	if err := cmd.Wait(); err == nil {
 		t.Fatal("the child ended by itself")
 	}
-	return issued
 }
 
 // keysOf counts the keys of a bucket and of those in it, of a file that nobody serves.
